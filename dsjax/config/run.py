@@ -1,0 +1,359 @@
+"""What a training run is: data, mesh, optimiser, losses, checkpoints, around one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dsjax.config.model import ModelConfig, require, require_positive
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents or of packed rows.
+
+    Attributes:
+        path: a folder, or one file.
+        format: what the files hold; "arrayrecord" is the output of `dsjax data pack`.
+        weight: its share of a mixture, relative to the other sources'.
+        text_field: field of a JSON line, or column of a Parquet file, that holds the text.
+        glob: pattern of the files below a folder; "" takes the format's usual suffix.
+    """
+
+    path: str
+    format: Literal["text", "jsonl", "parquet", "arrayrecord"] = "arrayrecord"
+    weight: float = 1.0
+    text_field: str = "text"
+    glob: str = ""
+
+    def __post_init__(self) -> None:
+        require_positive("source", weight=self.weight)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows of tokens come from.
+
+    Attributes:
+        sources: the training mixture.
+        eval_sources: held-out data; empty for none.
+        tokenizer: "bytes", or the path of a tokenizer.json or of a folder that holds one.
+        length: tokens in a row.
+        seed: of the shuffle.
+        num_workers: processes that read ahead; 0 reads in this one.
+        num_packing_bins: rows filled at a time while packing documents.
+        long_documents: what becomes of a document longer than a row.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    length: int
+    eval_sources: tuple[SourceConfig, ...] = ()
+    tokenizer: str = "bytes"
+    seed: int = 0
+    num_workers: int = 0
+    num_packing_bins: int = 8
+    long_documents: Literal["split", "error", "truncate"] = "split"
+
+    def __post_init__(self) -> None:
+        require(len(self.sources) > 0, "data.sources", self.sources, "must name at least one")
+        require_positive("data", length=self.length, num_packing_bins=self.num_packing_bins)
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must not be negative")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1 and takes what is left.
+
+    Attributes:
+        data: replicas of the parameters.
+        fsdp: shards of each parameter, gathered just in time.
+        expert: shards of the experts; elsewhere it divides the batch as data does.
+        context: shards of the sequence.
+        tensor: shards of heads and hidden widths.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.expert, self.context, self.tensor)
+        require(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis may be -1")
+        for name in ("data", "fsdp", "expert", "context", "tensor"):
+            value = getattr(self, name)
+            require(value == -1 or value > 0, f"mesh.{name}", value, "must be positive or -1")
+        require(
+            self.context == 1, "mesh.context", self.context, "must be 1: not implemented in training"
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and the paper's schedules (§3.1.2).
+
+    Attributes:
+        peak_learning_rate: after the warm-up.
+        warmup_steps: steps of linear warm-up from 0.
+        decay_factor: the learning rate is multiplied by it at each fraction in `decay_at`.
+        decay_at: fractions of all tokens at which the learning rate decays.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        epsilon: added to the root of the second moment.
+        weight_decay: decoupled, on matrices alone.
+        clip_norm: bound on the global gradient norm.
+    """
+
+    peak_learning_rate: float = 2.4e-4
+    warmup_steps: int = 2000
+    decay_factor: float = 0.316
+    decay_at: tuple[float, ...] = (0.6, 0.9)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "optimizer",
+            peak_learning_rate=self.peak_learning_rate,
+            decay_factor=self.decay_factor,
+            epsilon=self.epsilon,
+            clip_norm=self.clip_norm,
+        )
+        require(
+            self.warmup_steps >= 0,
+            "optimizer.warmup_steps",
+            self.warmup_steps,
+            "must not be negative",
+        )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}", value, "must be in [0, 1)")
+        ordered = list(self.decay_at) == sorted(self.decay_at)
+        inside = all(0 < fraction < 1 for fraction in self.decay_at)
+        require(
+            ordered and inside,
+            "optimizer.decay_at",
+            self.decay_at,
+            "must be rising fractions between 0 and 1",
+        )
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Sequences per optimiser step, over all devices (§3.1.2).
+
+    Attributes:
+        size: sequences per step once the ramp is over.
+        initial_size: sequences per step at the start; None starts at `size`.
+        ramp_tokens: tokens over which the batch grows from `initial_size` to `size`.
+        ramp_stages: batch sizes the ramp goes through, both ends included; each compiles once.
+        accumulate: slices that the full batch's gradient is summed over, one after the other; a
+            smaller batch of the ramp takes slices of the same size, so fewer of them.
+    """
+
+    size: int
+    initial_size: int | None = None
+    ramp_tokens: int = 0
+    ramp_stages: int = 4
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "batch",
+            size=self.size,
+            initial_size=self.initial_size,
+            accumulate=self.accumulate,
+            ramp_stages=self.ramp_stages,
+        )
+        require(
+            self.size % self.accumulate == 0,
+            "batch.accumulate",
+            self.accumulate,
+            f"must divide batch.size={self.size}",
+        )
+        if self.initial_size is not None:
+            require(
+                self.initial_size <= self.size,
+                "batch.initial_size",
+                self.initial_size,
+                f"must not exceed batch.size={self.size}",
+            )
+            require(
+                self.initial_size % (self.size // self.accumulate) == 0,
+                "batch.initial_size",
+                self.initial_size,
+                f"must be a multiple of a slice, {self.size // self.accumulate} sequences",
+            )
+            require(self.ramp_stages >= 2, "batch.ramp_stages", self.ramp_stages, "must be >= 2")
+            require_positive("batch", ramp_tokens=self.ramp_tokens)
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """Weights of the three balance losses, the paper's alphas (§2.2.3, eq. 23 to 31)."""
+
+    expert: float = 0.0
+    device: float = 0.0
+    communication: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("expert", "device", "communication"):
+            value = getattr(self, name)
+            require(value >= 0, f"loss.balance.{name}", value, "must not be negative")
+
+
+@dataclass(frozen=True)
+class TokenDropping:
+    """The paper's token-dropping option for training (§2.2.4); evaluation never drops.
+
+    Attributes:
+        capacity_factor: assignments a device computes, over an even share of all assignments.
+        undropped_fraction: share of the sequences exempt from dropping.
+    """
+
+    capacity_factor: float = 1.0
+    undropped_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_positive("loss.dropping", capacity_factor=self.capacity_factor)
+        require(
+            0 <= self.undropped_fraction <= 1,
+            "loss.dropping.undropped_fraction",
+            self.undropped_fraction,
+            "must be between 0 and 1",
+        )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised.
+
+    Attributes:
+        balance: weights of the balance losses.
+        z_loss: weight of the squared log-partition of the output logits; 0 for none.
+        dropping: the token-dropping option, or None for dropless training.
+        chunk: tokens whose logits over the vocabulary exist at a time.
+    """
+
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    z_loss: float = 0.0
+    dropping: TokenDropping | None = None
+    chunk: int = 1024
+
+    def __post_init__(self) -> None:
+        require(self.z_loss >= 0, "loss.z_loss", self.z_loss, "must not be negative")
+        require_positive("loss", chunk=self.chunk)
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When a step is skipped rather than applied, and when the run stops.
+
+    Attributes:
+        loss_spike: a loss above this multiple of its running mean is a spike.
+        norm_spike: the same for the gradient norm.
+        warmup_steps: steps before spikes are judged; NaN and infinity are judged always.
+        max_skipped: consecutive skipped steps after which the run stops.
+    """
+
+    loss_spike: float = 3.0
+    norm_spike: float = 20.0
+    warmup_steps: int = 100
+    max_skipped: int = 10
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "guard",
+            loss_spike=self.loss_spike,
+            norm_spike=self.norm_spike,
+            max_skipped=self.max_skipped,
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are saved and which are kept.
+
+    Attributes:
+        every: steps between checkpoints.
+        keep_latest: newest ones kept.
+        keep_every: every so many steps one is kept for good; None keeps none.
+    """
+
+    every: int = 1000
+    keep_latest: int = 2
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "checkpoint",
+            every=self.every,
+            keep_latest=self.keep_latest,
+            keep_every=self.keep_every,
+        )
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is measured and where it goes; `metrics.jsonl` is always written.
+
+    Attributes:
+        every: steps between lines of metrics.
+        eval_every: steps between held-out evaluations; 0 evaluates at the end alone.
+        eval_rows: held-out rows per evaluation; 0 takes all.
+        tensorboard: also write event files.
+        wandb_project: also log to this Weights & Biases project; "" for none.
+    """
+
+    every: int = 10
+    eval_every: int = 1000
+    eval_rows: int = 0
+    tensorboard: bool = False
+    wandb_project: str = ""
+
+    def __post_init__(self) -> None:
+        require_positive("log", every=self.every)
+        for name in ("eval_every", "eval_rows"):
+            require(getattr(self, name) >= 0, f"log.{name}", getattr(self, name), "must be >= 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        directory: where checkpoints and metrics go.
+        model: the model; its `dtype` is the one field that makes a run bf16 or float32.
+        data: its data; `data.length` is the training context.
+        batch: sequences per step.
+        num_steps: optimiser steps in all.
+        seed: of the initial weights and of token dropping.
+        init_from: a checkpoint or Hugging Face folder whose weights are the start; "" for random.
+    """
+
+    directory: str
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    num_steps: int
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    seed: int = 0
+    init_from: str = ""
+
+    def __post_init__(self) -> None:
+        require_positive("train", num_steps=self.num_steps)
+        require(
+            self.data.length <= self.model.max_length,
+            "data.length",
+            self.data.length,
+            f"must not exceed model.max_length={self.model.max_length}",
+        )

@@ -1,0 +1,235 @@
+"""The paged latent cache as arrays: one pool of pages, and the append that writes into it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+QUANTIZED_DTYPES = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentPages:
+    """A pool of pages of latents and rotary keys, of one layer or of many.
+
+    A page holds `page_size` consecutive tokens of one sequence. A pool of several layers stores
+    layer l's page p as page l * P + p; the caller adds l * P to its page table. The fields are
+    plain arrays, so a pool can be donated, carried in a scan, sharded and saved like any other.
+
+    Attributes:
+        latent: [num_pages, page_size, C], the normalised latents, float or int8 / float8_e4m3fn.
+        rope: [num_pages, page_size, R], the shared rotary keys after rotation, never quantised.
+        scale: [num_pages, page_size] float32, a token's factor of its quantised latent; None for
+            latents that are not quantised.
+    """
+
+    # Any: a pytree's leaves may also be shapes, shardings or None while jax transforms it.
+    latent: Any
+    rope: Any
+    scale: Any = None
+
+    @classmethod
+    def zeros(
+        cls,
+        num_pages: int,
+        page_size: int,
+        kv_rank: int,
+        rope_dim: int,
+        *,
+        dtype: Any,
+        rope_dtype: Any = None,
+    ) -> "LatentPages":
+        """Makes an empty pool.
+
+        Args:
+            num_pages: pages in the pool, over all layers.
+            page_size: tokens in a page.
+            kv_rank: numbers in a latent.
+            rope_dim: numbers in a rotary key.
+            dtype: the latents' dtype; int8 and float8_e4m3fn make a quantised pool.
+            rope_dtype: the rotary keys' dtype; by default the latents', bfloat16 when quantised.
+
+        Returns:
+            The pool, all zeros.
+        """
+        quantized = jnp.dtype(dtype) in QUANTIZED_DTYPES
+        if rope_dtype is None:
+            rope_dtype = jnp.bfloat16 if quantized else dtype
+        return cls(
+            latent=jnp.zeros((num_pages, page_size, kv_rank), dtype),
+            rope=jnp.zeros((num_pages, page_size, rope_dim), rope_dtype),
+            scale=jnp.ones((num_pages, page_size), jnp.float32) if quantized else None,
+        )
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the pool."""
+        return self.latent.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self.latent.shape[1]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the latents are integers or 8-bit floats with a scale per token."""
+        return self.scale is not None
+
+
+def quantize_latents(
+    latent: Float[Array, "*tokens C"], dtype: Any
+) -> tuple[Array, Float[Array, "*tokens"]]:
+    """Rounds each token's latent to 8 bits with a scale of its own.
+
+    Args:
+        latent: the latents, any float dtype.
+        dtype: int8 or float8_e4m3fn.
+
+    Returns:
+        (values of `dtype`, float32 scales), with latent ~ values * scale. A latent of zeros has
+        scale 1.
+    """
+    dtype = jnp.dtype(dtype)
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    largest = float(jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max)
+    latent = latent.astype(jnp.float32)
+    amax = jnp.max(jnp.abs(latent), axis=-1)
+    scale = jnp.where(amax > 0, amax / largest, 1.0)
+    values = jnp.clip(latent / scale[..., None], -largest, largest)
+    return (jnp.round(values) if integer else values).astype(dtype), scale
+
+
+def append_latents(
+    pages: LatentPages,
+    latent_BTC: Float[Array, "B T C"],
+    rope_BTR: Float[Array, "B T R"],
+    page_table_BP: Int[Array, "B P"],
+    start_B: Int[Array, " B"],
+    num_tokens_B: Int[Array, " B"],
+) -> LatentPages:
+    """Writes new tokens into their sequences' pages.
+
+    Token t < num_tokens[b] of sequence b goes to position start[b] + t; the others write nothing.
+    The pool is updated in place when it is donated to the jitted caller or carried in a loop. A
+    quantised pool gets the latents rounded by `quantize_latents`.
+
+    Args:
+        pages: the pool.
+        latent_BTC: the new tokens' normalised latents.
+        rope_BTR: their rotary keys, after rotation.
+        page_table_BP: the pages of each sequence, in order; indices into the pool. Two sequences
+            that write must not share the page they write to.
+        start_B: the position of each sequence's first new token.
+        num_tokens_B: how many of the T tokens each sequence appends, 0 to T.
+
+    Returns:
+        The pool with the tokens written.
+
+    Raises:
+        ValueError: a shape or dtype does not fit the pool.
+    """
+    check_pages(pages)
+    batch_size, num_tokens, _ = latent_BTC.shape
+    _check_shape("latent_BTC", latent_BTC, (batch_size, num_tokens, pages.latent.shape[-1]))
+    _check_shape("rope_BTR", rope_BTR, (batch_size, num_tokens, pages.rope.shape[-1]))
+    _check_indices(page_table_BP, batch_size)
+    _check_lengths("start_B", start_B, batch_size)
+    _check_lengths("num_tokens_B", num_tokens_B, batch_size)
+
+    position_BT = start_B[:, None] + jnp.arange(num_tokens)
+    page_BT = jnp.take_along_axis(
+        page_table_BP, position_BT // pages.page_size, axis=1, mode="clip"
+    )
+    # A page past the pool is dropped by the scatter: that is how a token is not written.
+    written_BT = jnp.arange(num_tokens) < num_tokens_B[:, None]
+    page_BT = jnp.where(written_BT, page_BT, pages.num_pages)
+    slot_BT = position_BT % pages.page_size
+
+    def write(pool: Array, values: Array) -> Array:
+        return pool.at[page_BT, slot_BT].set(values.astype(pool.dtype), mode="drop")
+
+    scale = pages.scale
+    if scale is not None:
+        latent_BTC, scale_BT = quantize_latents(latent_BTC, pages.latent.dtype)
+        scale = write(scale, scale_BT)
+    return LatentPages(
+        latent=write(pages.latent, latent_BTC), rope=write(pages.rope, rope_BTR), scale=scale
+    )
+
+
+def check_pages(pages: LatentPages) -> None:
+    """Raises a ValueError that names the field of `pages` which does not fit the others."""
+    latent, rope, scale = pages.latent, pages.rope, pages.scale
+    if latent.ndim != 3:
+        raise ValueError(f"pages.latent has shape {latent.shape}; it must be [page, token, rank]")
+    quantized = latent.dtype in QUANTIZED_DTYPES
+    if not quantized and not jnp.issubdtype(latent.dtype, jnp.floating):
+        raise ValueError(
+            f"pages.latent has dtype {latent.dtype}; it must be a float, int8 or float8_e4m3fn"
+        )
+    if rope.ndim != 3 or rope.shape[:2] != latent.shape[:2]:
+        raise ValueError(
+            f"pages.rope has shape {rope.shape}; it must be [{latent.shape[0]}, "
+            f"{latent.shape[1]}, rope], as pages.latent is"
+        )
+    if not jnp.issubdtype(rope.dtype, jnp.floating) or rope.dtype.itemsize < 2:
+        raise ValueError(f"pages.rope has dtype {rope.dtype}; rotary keys are never quantised")
+    if quantized and (scale is None or scale.shape != latent.shape[:2]):
+        raise ValueError(
+            f"pages.scale is {scale if scale is None else scale.shape}; latents of dtype "
+            f"{latent.dtype} need one scale per token, {latent.shape[:2]}"
+        )
+    if not quantized and scale is not None:
+        raise ValueError(
+            f"pages.scale is given; latents of dtype {latent.dtype} are not quantised and have none"
+        )
+
+
+def check_query(
+    q_latent_BTHC: Array,
+    q_rope_BTHR: Array,
+    pages: LatentPages,
+    page_table_BP: Array,
+    lengths_B: Array,
+) -> None:
+    """Raises a ValueError that names the argument of `mla_decode` which does not fit."""
+    check_pages(pages)
+    if q_latent_BTHC.ndim != 4:
+        raise ValueError(
+            f"q_latent_BTHC has shape {q_latent_BTHC.shape}; it must be [batch, token, head, rank]"
+        )
+    batch_size, num_tokens, num_heads, _ = q_latent_BTHC.shape
+    kv_rank, rope_dim = pages.latent.shape[-1], pages.rope.shape[-1]
+    _check_shape("q_latent_BTHC", q_latent_BTHC, (batch_size, num_tokens, num_heads, kv_rank))
+    _check_shape("q_rope_BTHR", q_rope_BTHR, (batch_size, num_tokens, num_heads, rope_dim))
+    if q_rope_BTHR.dtype != q_latent_BTHC.dtype:
+        raise ValueError(
+            f"q_rope_BTHR has dtype {q_rope_BTHR.dtype}; it must be that of q_latent_BTHC, "
+            f"{q_latent_BTHC.dtype}"
+        )
+    _check_indices(page_table_BP, batch_size)
+    _check_lengths("lengths_B", lengths_B, batch_size)
+
+
+def _check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}; it must be {shape}")
+
+
+def _check_indices(page_table_BP: Array, batch_size: int) -> None:
+    if page_table_BP.ndim != 2 or page_table_BP.shape[0] != batch_size:
+        raise ValueError(
+            f"page_table_BP has shape {page_table_BP.shape}; it must be [{batch_size}, pages]"
+        )
+    if not jnp.issubdtype(page_table_BP.dtype, jnp.integer):
+        raise ValueError(f"page_table_BP has dtype {page_table_BP.dtype}; it must be an integer")
+
+
+def _check_lengths(name: str, array: Array, batch_size: int) -> None:
+    _check_shape(name, array, (batch_size,))
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} has dtype {array.dtype}; it must be an integer")

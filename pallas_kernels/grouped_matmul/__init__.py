@@ -1,0 +1,239 @@
+"""The experts' FFN: rows sorted by group, each times its group's matrix (arXiv 2405.04434, 2.2).
+
+Four implementations with one meaning: "reference" (plain jax.numpy, small sizes), "xla" (portable:
+the CPU and GPUs older than Hopper), "tpu" (Pallas, Mosaic TPU) and "hopper" (Pallas, Mosaic GPU,
+sm_90). Shape letters: M rows, K contracted, N columns, G groups.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from pallas_kernels.grouped_matmul.weights import BlockScaledWeights, block_scaled, dequantise
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "BlockScaledWeights",
+    "block_scaled",
+    "dequantise",
+    "grouped_matmul",
+    "grouped_swiglu",
+]
+
+IMPLEMENTATIONS = ("reference", "xla", "tpu", "hopper")
+
+
+def _implementation(name: str) -> ModuleType:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: {name!r} must be one of {IMPLEMENTATIONS}")
+    # Imported when chosen: a host without Mosaic for one chip can still use the others.
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def grouped_matmul(
+    lhs_MK: Float[Array, "M K"],
+    rhs_GKN: Float[Array, "G _ _"] | BlockScaledWeights,
+    group_sizes_G: Int[Array, " groups"],
+    *,
+    transpose_rhs: bool = False,
+    group_offset: Int[Array, ""] | int | None = None,
+    implementation: str,
+) -> Float[Array, "M N"]:
+    """Multiply each row by the matrix of its group (DeepSeek-V2, arXiv 2405.04434, equation 20).
+
+    Rows of group g follow those of group g - 1. Rows at or beyond sum(group_sizes_G), and rows of
+    groups that rhs_GKN does not hold, give 0. Sums are in float32. Differentiable in lhs_MK and
+    rhs_GKN (not when that is BlockScaledWeights); the gradient of an empty group is exactly 0.
+
+    Args:
+        lhs_MK: bfloat16 or float32 rows.
+        rhs_GKN: matrices of lhs_MK's dtype, [G, K, N], or [G, N, K] when transpose_rhs; or their
+            quantised form.
+        group_sizes_G: int32 rows of every group, those not held by rhs_GKN included; their sum is
+            at most M.
+        transpose_rhs: multiply by the transposes, which are not materialised.
+        group_offset: int32, the first group that rhs_GKN holds; None when it holds all.
+        implementation: one of IMPLEMENTATIONS.
+
+    Returns:
+        Rows [M, N] of lhs_MK's dtype.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit, an unknown implementation, or what that
+            one cannot take.
+    """
+    module = _implementation(implementation)
+    _check_rhs("rhs_GKN", lhs_MK, rhs_GKN, group_sizes_G, group_offset, 2 if transpose_rhs else 1)
+    offset = jnp.asarray(0 if group_offset is None else group_offset, jnp.int32)
+    arrays = _vary_alike((lhs_MK, rhs_GKN, group_sizes_G.astype(jnp.int32), offset))
+    if lhs_MK.shape[0] == 0:
+        num_columns = rhs_GKN.shape[1 if transpose_rhs else 2]
+        return lax.full_like(arrays[0], 0, shape=(0, num_columns))
+    return _matmul(module, transpose_rhs, *arrays)
+
+
+def grouped_swiglu(
+    lhs_MK: Float[Array, "M K"],
+    gate_GKN: Float[Array, "G K N"] | BlockScaledWeights,
+    up_GKN: Float[Array, "G K N"] | BlockScaledWeights,
+    group_sizes_G: Int[Array, " groups"],
+    *,
+    group_offset: Int[Array, ""] | int | None = None,
+    implementation: str,
+) -> Float[Array, "M N"]:
+    """silu(lhs gate) * (lhs up) by group, in one pass over the rows (arXiv 2405.04434, eq. 20).
+
+    The two products and the activation stay in float32 and are rounded once. Groups and zeros as
+    in grouped_matmul. Under differentiation the two products are kept, in lhs_MK's dtype.
+
+    Args:
+        lhs_MK: bfloat16 or float32 rows.
+        gate_GKN: gate matrices of lhs_MK's dtype, or their quantised form (then no gradients).
+        up_GKN: up matrices, as gate_GKN.
+        group_sizes_G: int32 rows of every group. Their sum is at most M.
+        group_offset: int32, the first group that gate_GKN and up_GKN hold; None when they hold all.
+        implementation: one of IMPLEMENTATIONS.
+
+    Returns:
+        Hidden rows [M, N] of lhs_MK's dtype.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit, an unknown implementation, or what that
+            one cannot take.
+    """
+    module = _implementation(implementation)
+    for name, rhs in (("gate_GKN", gate_GKN), ("up_GKN", up_GKN)):
+        _check_rhs(name, lhs_MK, rhs, group_sizes_G, group_offset, 1)
+    if gate_GKN.shape != up_GKN.shape or gate_GKN.dtype != up_GKN.dtype:
+        raise ValueError(
+            f"up_GKN: shape {up_GKN.shape} and dtype {up_GKN.dtype} must be those of gate_GKN, "
+            f"{gate_GKN.shape} and {gate_GKN.dtype}"
+        )
+    offset = jnp.asarray(0 if group_offset is None else group_offset, jnp.int32)
+    arrays = _vary_alike((lhs_MK, gate_GKN, up_GKN, group_sizes_G.astype(jnp.int32), offset))
+    if lhs_MK.shape[0] == 0:
+        return lax.full_like(arrays[0], 0, shape=(0, gate_GKN.shape[2]))
+    return _swiglu(module, *arrays)
+
+
+def _check_rhs(
+    name: str,
+    lhs_MK: Array,
+    rhs: Array | BlockScaledWeights,
+    group_sizes_G: Array,
+    group_offset: Array | int | None,
+    contracted_dim: int,
+) -> None:
+    if lhs_MK.ndim != 2 or lhs_MK.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(
+            f"lhs_MK: shape {lhs_MK.shape} and dtype {lhs_MK.dtype} must be [M, K] of bfloat16 or "
+            "float32"
+        )
+    if isinstance(rhs, BlockScaledWeights):
+        rhs.check(name)
+    elif rhs.ndim != 3 or rhs.dtype != lhs_MK.dtype:
+        raise ValueError(
+            f"{name}: shape {rhs.shape} and dtype {rhs.dtype} must be three dims of lhs_MK's "
+            f"dtype, {lhs_MK.dtype}"
+        )
+    if rhs.shape[contracted_dim] != lhs_MK.shape[1]:
+        raise ValueError(
+            f"{name}: dim {contracted_dim} of shape {rhs.shape} must be lhs_MK's last, "
+            f"{lhs_MK.shape[1]}"
+        )
+    if group_sizes_G.ndim != 1 or not jnp.issubdtype(group_sizes_G.dtype, jnp.integer):
+        raise ValueError(
+            f"group_sizes_G: shape {group_sizes_G.shape} and dtype {group_sizes_G.dtype} must be "
+            "one dim of integers"
+        )
+    num_groups, held = group_sizes_G.shape[0], rhs.shape[0]
+    if held > num_groups or held == 0 or (group_offset is None and held != num_groups):
+        constraint = "as many" if group_offset is None else "at least 1 and at most as many"
+        raise ValueError(
+            f"{name}: {held} groups, must be {constraint} as group_sizes_G has, {num_groups}"
+        )
+
+
+def _vary_alike[T](arrays: T) -> T:
+    """Mark all arrays as varying over the manual mesh axes over which any of them varies.
+
+    Inside shard_map a weight that is the same on every shard meets rows that are not; the cast's
+    transpose is the sum of the weight's gradient over those shards.
+    """
+    leaves, treedef = jax.tree.flatten(arrays)
+    axes = [jax.typeof(leaf).manual_axis_type.varying for leaf in leaves]
+    union = frozenset().union(*axes)
+    cast = [
+        lax.pcast(leaf, tuple(sorted(union - own)), to="varying") if union - own else leaf
+        for leaf, own in zip(leaves, axes, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, cast)
+
+
+def _refuse_gradient(name: str, rhs: Array | BlockScaledWeights) -> None:
+    if isinstance(rhs, BlockScaledWeights):
+        raise ValueError(f"{name}: BlockScaledWeights of {rhs.dtype} have no gradient")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(module, transpose_rhs, lhs_MK, rhs_GKN, group_sizes_G, group_offset):  # type: ignore[no-untyped-def]
+    return module.matmul(lhs_MK, rhs_GKN, group_sizes_G, group_offset, transpose_rhs=transpose_rhs)
+
+
+def _matmul_fwd(module, transpose_rhs, lhs_MK, rhs_GKN, group_sizes_G, group_offset):  # type: ignore[no-untyped-def]
+    _refuse_gradient("rhs_GKN", rhs_GKN)
+    arrays = (lhs_MK, rhs_GKN, group_sizes_G, group_offset)
+    return _matmul(module, transpose_rhs, *arrays), arrays
+
+
+def _matmul_bwd(module, transpose_rhs, arrays, d_out_MN):  # type: ignore[no-untyped-def]
+    lhs_MK, rhs_GKN, group_sizes_G, group_offset = arrays
+    d_lhs_MK = module.matmul(
+        d_out_MN, rhs_GKN, group_sizes_G, group_offset, transpose_rhs=not transpose_rhs
+    )
+    # The gradient of transposed weights is the same product with its sides exchanged.
+    sides = (d_out_MN, lhs_MK) if transpose_rhs else (lhs_MK, d_out_MN)
+    d_rhs_GKN = module.weight_gradient(*sides, group_sizes_G, group_offset, rhs_GKN.shape[0])
+    return d_lhs_MK, d_rhs_GKN, None, None
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu(module, lhs_MK, gate_GKN, up_GKN, group_sizes_G, group_offset):  # type: ignore[no-untyped-def]
+    return module.swiglu(lhs_MK, gate_GKN, up_GKN, group_sizes_G, group_offset)
+
+
+def _swiglu_fwd(module, lhs_MK, gate_GKN, up_GKN, group_sizes_G, group_offset):  # type: ignore[no-untyped-def]
+    _refuse_gradient("gate_GKN", gate_GKN)
+    _refuse_gradient("up_GKN", up_GKN)
+    groups = (group_sizes_G, group_offset)
+    # The backward needs both products, so they are made once here instead of again there.
+    gate_MN = module.matmul(lhs_MK, gate_GKN, *groups, transpose_rhs=False)
+    up_MN = module.matmul(lhs_MK, up_GKN, *groups, transpose_rhs=False)
+    hidden_MN = jax.nn.silu(gate_MN.astype(jnp.float32)) * up_MN.astype(jnp.float32)
+    return hidden_MN.astype(lhs_MK.dtype), (lhs_MK, gate_GKN, up_GKN, gate_MN, up_MN, *groups)
+
+
+def _swiglu_bwd(module, residuals, d_hidden_MN):  # type: ignore[no-untyped-def]
+    lhs_MK, gate_GKN, up_GKN, gate_MN, up_MN, *groups = residuals
+    gate, up = gate_MN.astype(jnp.float32), up_MN.astype(jnp.float32)
+    d_hidden = d_hidden_MN.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(gate)
+    d_up_MN = (d_hidden * gate * sigmoid).astype(lhs_MK.dtype)
+    d_gate_MN = (d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))).astype(lhs_MK.dtype)
+    num_groups = gate_GKN.shape[0]
+    d_lhs_MK = module.matmul(d_gate_MN, gate_GKN, *groups, transpose_rhs=True)
+    d_lhs_MK += module.matmul(d_up_MN, up_GKN, *groups, transpose_rhs=True)
+    d_gate_GKN = module.weight_gradient(lhs_MK, d_gate_MN, *groups, num_groups)
+    d_up_GKN = module.weight_gradient(lhs_MK, d_up_MN, *groups, num_groups)
+    return d_lhs_MK, d_gate_GKN, d_up_GKN, None, None
+
+
+_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)

@@ -1,0 +1,74 @@
+"""What a grouped matmul means, in plain jax.numpy: for tests and small sizes only."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.grouped_matmul.weights import BlockScaledWeights, dequantise
+
+
+def _weights(rhs: Array | BlockScaledWeights, dtype: jnp.dtype) -> Array:
+    if isinstance(rhs, BlockScaledWeights):
+        return dequantise(rhs.values, rhs.scales, dtype)
+    return rhs
+
+
+def _membership(group_sizes_G: Array, group_offset: Array, num_rows: int, num_groups: int) -> Array:
+    """1.0 where row m belongs to the held group g, float32 [M, G]."""
+    group_M = jnp.searchsorted(jnp.cumsum(group_sizes_G), jnp.arange(num_rows), side="right")
+    return jax.nn.one_hot(group_M - group_offset, num_groups, dtype=jnp.float32)
+
+
+def _multiply(
+    lhs_MK: Array,
+    rhs_GKN: Array | BlockScaledWeights,
+    group_sizes_G: Array,
+    group_offset: Array,
+    transpose_rhs: bool,
+) -> Array:
+    weights = _weights(rhs_GKN, lhs_MK.dtype).astype(jnp.float32)
+    member_MG = _membership(group_sizes_G, group_offset, lhs_MK.shape[0], weights.shape[0])
+    letters = "MG,MK,GNK->MN" if transpose_rhs else "MG,MK,GKN->MN"
+    lhs_MK = lhs_MK.astype(jnp.float32)
+    return jnp.einsum(letters, member_MG, lhs_MK, weights, precision=lax.Precision.HIGHEST)
+
+
+def matmul(
+    lhs_MK: Array,
+    rhs_GKN: Array | BlockScaledWeights,
+    group_sizes_G: Array,
+    group_offset: Array,
+    *,
+    transpose_rhs: bool,
+) -> Array:
+    """Each row times its group's matrix."""
+    out_MN = _multiply(lhs_MK, rhs_GKN, group_sizes_G, group_offset, transpose_rhs)
+    return out_MN.astype(lhs_MK.dtype)
+
+
+def swiglu(
+    lhs_MK: Array,
+    gate_GKN: Array | BlockScaledWeights,
+    up_GKN: Array | BlockScaledWeights,
+    group_sizes_G: Array,
+    group_offset: Array,
+) -> Array:
+    """Gate and up projections and their SwiGLU product."""
+    gate_MN = _multiply(lhs_MK, gate_GKN, group_sizes_G, group_offset, False)
+    up_MN = _multiply(lhs_MK, up_GKN, group_sizes_G, group_offset, False)
+    return (jax.nn.silu(gate_MN) * up_MN).astype(lhs_MK.dtype)
+
+
+def weight_gradient(
+    lhs_MK: Array, d_out_MN: Array, group_sizes_G: Array, group_offset: Array, num_groups: int
+) -> Array:
+    """Sum over each group's rows of lhs^T d_out."""
+    member_MG = _membership(group_sizes_G, group_offset, lhs_MK.shape[0], num_groups)
+    d_rhs_GKN = jnp.einsum(
+        "MG,MK,MN->GKN",
+        member_MG,
+        lhs_MK.astype(jnp.float32),
+        d_out_MN.astype(jnp.float32),
+        precision=lax.Precision.HIGHEST,
+    )
+    return d_rhs_GKN.astype(lhs_MK.dtype)

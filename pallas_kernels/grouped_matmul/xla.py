@@ -1,0 +1,135 @@
+"""Grouped matmul in plain XLA, for the CPU and for GPUs older than Hopper.
+
+A loop goes over row tiles, each within one group, and multiplies a tile by its group's matrix.
+Tiles start where their group starts, so nothing is gathered: a tile that reaches past its group's
+end writes zeros there and the next tile, which comes later, writes over them. The loop runs over
+the tiles that exist, so the work is the rows plus at most a tile a group.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.grouped_matmul.groups import group_of_tile, local_groups
+from pallas_kernels.grouped_matmul.weights import BlockScaledWeights, dequantise
+
+MIN_TILE, MAX_TILE = 8, 512
+
+
+def row_tile(num_rows: int, num_groups: int) -> int:
+    """Rows in a tile: the power of two next to the mean group size, within [8, 512]."""
+    mean = max(1, num_rows // max(1, num_groups))
+    return min(MAX_TILE, max(MIN_TILE, 2 ** math.ceil(math.log2(mean))))
+
+
+def _pick(rhs: Array | BlockScaledWeights, group: Array, dtype: jnp.dtype) -> Array:
+    """The matrix of one group."""
+    if isinstance(rhs, BlockScaledWeights):
+        return dequantise(_pick(rhs.values, group, dtype), _pick(rhs.scales, group, dtype), dtype)
+    return lax.dynamic_index_in_dim(rhs, group, keepdims=False)
+
+
+def _rows(array_MK: Array, start: Array, tile: int) -> Array:
+    return lax.dynamic_slice_in_dim(array_MK, start, tile)
+
+
+def _pad(array_MK: Array, tile: int) -> Array:
+    """Room for a last tile that reaches past the rows."""
+    return jnp.pad(array_MK, ((0, tile), (0, 0)))
+
+
+def _map_tiles(tile_rows, lhs_MK, num_groups, num_columns, group_sizes_G, group_offset) -> Array:  # type: ignore[no-untyped-def]
+    """Write tile_rows(lhs_tile, group) for every tile; other rows are 0."""
+    num_rows = lhs_MK.shape[0]
+    tile = row_tile(num_rows, num_groups)
+    starts_G, sizes_G = local_groups(group_sizes_G, group_offset, num_groups)
+    max_tiles = num_rows // tile + num_groups
+    group_T, index_T, num_tiles = group_of_tile(num_tiles_of(sizes_G, tile), max_tiles)
+    lhs_PK = _pad(lhs_MK, tile)
+    out_PN = lax.full_like(lhs_PK, 0, shape=(num_rows + tile, num_columns))
+
+    def body(index: Array, out_PN: Array) -> Array:
+        group, row = group_T[index], index_T[index] * tile
+        start = starts_G[group] + row
+        valid_T1 = (jnp.arange(tile) < sizes_G[group] - row)[:, None]
+        out_TN = jnp.where(valid_T1, tile_rows(_rows(lhs_PK, start, tile), group), 0)
+        return lax.dynamic_update_slice_in_dim(out_PN, out_TN.astype(out_PN.dtype), start, 0)
+
+    return lax.fori_loop(0, num_tiles, body, out_PN)[:num_rows]
+
+
+def num_tiles_of(sizes_G: Array, tile: int) -> Array:
+    """Tiles that each group needs."""
+    return (sizes_G + tile - 1) // tile
+
+
+def _dot(lhs_TK: Array, rhs_KN: Array, transpose_rhs: bool = False) -> Array:
+    letters = "TK,NK->TN" if transpose_rhs else "TK,KN->TN"
+    return jnp.einsum(letters, lhs_TK, rhs_KN, preferred_element_type=jnp.float32)
+
+
+def matmul(
+    lhs_MK: Array,
+    rhs_GKN: Array | BlockScaledWeights,
+    group_sizes_G: Array,
+    group_offset: Array,
+    *,
+    transpose_rhs: bool,
+) -> Array:
+    """Each row times its group's matrix."""
+    num_groups, *dims = rhs_GKN.shape
+
+    def tile_rows(lhs_TK: Array, group: Array) -> Array:
+        return _dot(lhs_TK, _pick(rhs_GKN, group, lhs_TK.dtype), transpose_rhs)
+
+    num_columns = dims[0] if transpose_rhs else dims[1]
+    return _map_tiles(tile_rows, lhs_MK, num_groups, num_columns, group_sizes_G, group_offset)
+
+
+def swiglu(
+    lhs_MK: Array,
+    gate_GKN: Array | BlockScaledWeights,
+    up_GKN: Array | BlockScaledWeights,
+    group_sizes_G: Array,
+    group_offset: Array,
+) -> Array:
+    """Gate and up projections and their SwiGLU product, a tile at a time."""
+    num_groups, _, num_columns = gate_GKN.shape
+
+    def tile_rows(lhs_TK: Array, group: Array) -> Array:
+        gate_TN = _dot(lhs_TK, _pick(gate_GKN, group, lhs_TK.dtype))
+        up_TN = _dot(lhs_TK, _pick(up_GKN, group, lhs_TK.dtype))
+        return jax.nn.silu(gate_TN) * up_TN
+
+    return _map_tiles(tile_rows, lhs_MK, num_groups, num_columns, group_sizes_G, group_offset)
+
+
+def weight_gradient(
+    lhs_MK: Array, d_out_MN: Array, group_sizes_G: Array, group_offset: Array, num_groups: int
+) -> Array:
+    """Sum over each group's rows of lhs^T d_out, one group after another."""
+    tile = row_tile(lhs_MK.shape[0], num_groups)
+    starts_G, sizes_G = local_groups(group_sizes_G, group_offset, num_groups)
+    lhs_PK, d_out_PN = _pad(lhs_MK, tile), _pad(d_out_MN, tile)
+    shape_KN = (lhs_MK.shape[1], d_out_MN.shape[1])
+
+    def one_group(group: Array, d_rhs_GKN: Array) -> Array:
+        def add_tile(index: Array, sum_KN: Array) -> Array:
+            row = index * tile
+            start = starts_G[group] + row
+            valid_T1 = (jnp.arange(tile) < sizes_G[group] - row)[:, None]
+            # Both sides are masked: a row of another group may hold inf or nan.
+            lhs_TK = jnp.where(valid_T1, _rows(lhs_PK, start, tile), 0)
+            d_out_TN = jnp.where(valid_T1, _rows(d_out_PN, start, tile), 0)
+            return sum_KN + jnp.einsum(
+                "TK,TN->KN", lhs_TK, d_out_TN, preferred_element_type=jnp.float32
+            )
+
+        zero_KN = lax.full_like(lhs_MK, 0, shape=shape_KN, dtype=jnp.float32)
+        sum_KN = lax.fori_loop(0, num_tiles_of(sizes_G, tile)[group], add_tile, zero_KN)
+        return lax.dynamic_update_index_in_dim(d_rhs_GKN, sum_KN.astype(lhs_MK.dtype), group, 0)
+
+    d_rhs_GKN = lax.full_like(lhs_MK, 0, shape=(num_groups, *shape_KN))
+    return lax.fori_loop(0, num_groups, one_group, d_rhs_GKN)

@@ -1,0 +1,76 @@
+"""The shared case list of grouped_matmul: every implementation is held to all of it."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of one call: rows, widths, rows of each group, first group held and how many."""
+
+    name: str
+    num_rows: int
+    width_in: int
+    width_out: int
+    group_sizes: tuple[int, ...]
+    offset: int | None = None
+    num_held: int | None = None
+
+    @property
+    def held(self) -> int:
+        """Groups that the right-hand side holds."""
+        return len(self.group_sizes) if self.num_held is None else self.num_held
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = (
+    Case("even", 256, 128, 256, (64, 64, 64, 64)),
+    Case("ragged", 500, 128, 128, (1, 130, 0, 77, 63, 129, 37, 63)),
+    Case("empty_ends", 192, 128, 128, (0, 0, 100, 0, 92, 0)),
+    Case("one_group_has_all", 300, 128, 128, (0, 300, 0, 0)),
+    Case("all_empty", 64, 128, 128, (0, 0, 0)),
+    Case("one_token", 1, 128, 256, (0, 0, 1, 0)),
+    Case("one_row_each", 8, 256, 128, (1,) * 8),
+    Case("sum_below_rows", 400, 128, 128, (30, 0, 95, 128)),
+    Case("single_group", 130, 256, 128, (130,)),
+    Case("larger_than_tiles", 900, 384, 384, (513, 257, 130)),
+    Case("offset_middle", 320, 128, 128, (40, 33, 0, 90, 65, 20, 50, 22), offset=2, num_held=4),
+    Case("offset_end", 320, 128, 128, (40, 33, 0, 90, 65, 20, 50, 2), offset=6, num_held=2),
+)
+
+# Widths that the Pallas kernels need not take; reference and xla do.
+ODD_CASES = (
+    Case("odd_widths", 50, 24, 40, (7, 0, 13, 25)),
+    Case("tiny_experts", 500, 64, 96, (100, 3, 0, 150, 47, 60, 70, 70)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Random float32 arrays of a case, rows outside the held groups included."""
+
+    lhs: np.ndarray
+    rhs: np.ndarray
+    second_rhs: np.ndarray
+    d_out: np.ndarray
+    group_sizes: np.ndarray
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Draw the arrays of a case, scaled so that products are of order one."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+    weights = (case.held, case.width_in, case.width_out)
+    return Inputs(
+        lhs=draw(case.num_rows, case.width_in),
+        rhs=draw(*weights, scale=case.width_in**-0.5),
+        second_rhs=draw(*weights, scale=case.width_in**-0.5),
+        d_out=draw(case.num_rows, case.width_out),
+        group_sizes=np.array(case.group_sizes, np.int32),
+    )

@@ -1,0 +1,263 @@
+"""Multi-head latent attention for training and prefill: scores over 128 + 64, values of 128.
+
+Keys are made of a part without position, one per head (`k_nope`), and of a rotary part that all
+heads share (`k_rope`); the shared part is never broadcast in memory. DeepSeek-V2, arXiv 2405.04434,
+equations 14 to 18.
+
+The legend of dimensions: B sequences, T query tokens, S key tokens, H heads, N dims of a head
+without position, R rotary dims, V dims of a head's values.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+IMPLEMENTATIONS = ("reference", "xla", "tpu", "hopper")
+
+# For policies of jax.checkpoint: saving these two spares the backward pass a second forward kernel.
+OUT_NAME = "mla_attention_out"
+LSE_NAME = "mla_attention_lse"
+
+
+def mla_attention(
+    q_nope_BTHN: Float[Array, "B T H N"],
+    q_rope_BTHR: Float[Array, "B T H R"],
+    k_nope_BSHN: Float[Array, "B S H N"],
+    k_rope_BSR: Float[Array, "B S R"],
+    v_BSHV: Float[Array, "B S H V"],
+    *,
+    scale: float,
+    causal: bool = True,
+    q_segment_ids_BT: Int[Array, "B T"] | None = None,
+    kv_segment_ids_BS: Int[Array, "B S"] | None = None,
+    q_offset_B: Int[Array, " B"] | None = None,
+    implementation: str,
+) -> Float[Array, "B T H V"]:
+    """Attends over keys of two parts, of which the rotary one is shared by all heads.
+
+    Differentiable in its five float arguments; the backward pass keeps the inputs, the output and
+    the log-sum-exp, so its memory grows with T and not with T times S. Arrays of a manual mesh axis
+    (`jax.shard_map`), `jax.vmap`, `jax.lax.scan` and `jax.checkpoint` are all fine.
+
+    Args:
+      q_nope_BTHN: Queries without position; any float dtype ("hopper": bfloat16 or float16).
+      q_rope_BTHR: Rotary part of the queries, rotated; the dtype of `q_nope_BTHN`.
+      k_nope_BSHN: Keys without position; the dtype of `q_nope_BTHN`.
+      k_rope_BSR: Rotary part of the keys, rotated, one for all heads; the dtype of `q_nope_BTHN`.
+      v_BSHV: Values; the dtype of `q_nope_BTHN`.
+      scale: Factor on the scores before the softmax.
+      causal: Whether key s is visible to query t only if s <= t + `q_offset_B`.
+      q_segment_ids_BT: int32 document of each query; a key is visible only from its own document.
+      kv_segment_ids_BS: int32 document of each key; given if and only if `q_segment_ids_BT` is.
+      q_offset_B: int32 position of each sequence's first query among its keys; 0 if not given.
+      implementation: "reference", "xla", "tpu" or "hopper".
+
+    Returns:
+      The attention's output in the dtype of `q_nope_BTHN`; 0 where a query sees no key.
+
+    Raises:
+      ValueError: If shapes or dtypes disagree, if one kind of segment ids is missing, if
+        `q_offset_B` is given without `causal`, or if the implementation cannot take the arguments.
+
+    DeepSeek-V2, arXiv 2405.04434, equations 17 and 18.
+    """
+    out_BTHV, _ = mla_attention_with_lse(
+        q_nope_BTHN,
+        q_rope_BTHR,
+        k_nope_BSHN,
+        k_rope_BSR,
+        v_BSHV,
+        scale=scale,
+        causal=causal,
+        q_segment_ids_BT=q_segment_ids_BT,
+        kv_segment_ids_BS=kv_segment_ids_BS,
+        q_offset_B=q_offset_B,
+        implementation=implementation,
+    )
+    return out_BTHV
+
+
+def mla_attention_with_lse(
+    q_nope_BTHN: Float[Array, "B T H N"],
+    q_rope_BTHR: Float[Array, "B T H R"],
+    k_nope_BSHN: Float[Array, "B S H N"],
+    k_rope_BSR: Float[Array, "B S R"],
+    v_BSHV: Float[Array, "B S H V"],
+    *,
+    scale: float,
+    causal: bool = True,
+    q_segment_ids_BT: Int[Array, "B T"] | None = None,
+    kv_segment_ids_BS: Int[Array, "B S"] | None = None,
+    q_offset_B: Int[Array, " B"] | None = None,
+    implementation: str,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H T"]]:
+    """Attends as `mla_attention` does; also returns the log-sum-exp, to merge partial results.
+
+    Args:
+      q_nope_BTHN: See `mla_attention`, as for all other arguments.
+      q_rope_BTHR: See `mla_attention`.
+      k_nope_BSHN: See `mla_attention`.
+      k_rope_BSR: See `mla_attention`.
+      v_BSHV: See `mla_attention`.
+      scale: See `mla_attention`.
+      causal: See `mla_attention`.
+      q_segment_ids_BT: See `mla_attention`.
+      kv_segment_ids_BS: See `mla_attention`.
+      q_offset_B: See `mla_attention`.
+      implementation: See `mla_attention`.
+
+    Returns:
+      The output, and the float32 natural logarithm of the sum of the exponentials of the scaled
+      scores, -inf where a query sees no key. No gradient flows through the log-sum-exp.
+
+    Raises:
+      ValueError: See `mla_attention`.
+
+    DeepSeek-V2, arXiv 2405.04434, equations 17 and 18.
+    """
+    arrays = (q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV)
+    masks = (q_segment_ids_BT, kv_segment_ids_BS, q_offset_B)
+    _check_arguments(*arrays, *masks, causal=causal)
+    module = _choose(implementation)  # Before tracing starts: a wrong name is the caller's error.
+    arrays, masks = _match_manual_axes((arrays, masks))
+    out_BTHV, lse_BHT = _attend(*arrays, *masks, float(scale), causal, module)
+    return out_BTHV, jax.lax.stop_gradient(lse_BHT)
+
+
+def _check_arguments(
+    q_nope_BTHN: Array,
+    q_rope_BTHR: Array,
+    k_nope_BSHN: Array,
+    k_rope_BSR: Array,
+    v_BSHV: Array,
+    q_segment_ids_BT: Array | None,
+    kv_segment_ids_BS: Array | None,
+    q_offset_B: Array | None,
+    *,
+    causal: bool,
+) -> None:
+    if q_nope_BTHN.ndim != 4 or k_nope_BSHN.ndim != 4 or q_rope_BTHR.ndim != 4 or v_BSHV.ndim != 4:
+        raise ValueError(
+            "q_nope_BTHN, q_rope_BTHR, k_nope_BSHN and v_BSHV must have 4 dims, got shapes "
+            f"{q_nope_BTHN.shape}, {q_rope_BTHR.shape}, {k_nope_BSHN.shape}, {v_BSHV.shape}"
+        )
+    B, T, H, N = q_nope_BTHN.shape
+    S, R, V = k_nope_BSHN.shape[1], q_rope_BTHR.shape[3], v_BSHV.shape[3]
+    expected: list[tuple[str, Array | None, tuple[int, ...]]] = [
+        ("q_rope_BTHR", q_rope_BTHR, (B, T, H, R)),
+        ("k_nope_BSHN", k_nope_BSHN, (B, S, H, N)),
+        ("k_rope_BSR", k_rope_BSR, (B, S, R)),
+        ("v_BSHV", v_BSHV, (B, S, H, V)),
+        ("q_segment_ids_BT", q_segment_ids_BT, (B, T)),
+        ("kv_segment_ids_BS", kv_segment_ids_BS, (B, S)),
+        ("q_offset_B", q_offset_B, (B,)),
+    ]
+    for name, array, shape in expected:
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, must have {shape}")
+    if 0 in (B, T, H, S):
+        raise ValueError(f"q_nope_BTHN and k_nope_BSHN must not be empty, got {B=} {T=} {H=} {S=}")
+    for name, array, _ in expected[:4]:
+        if array is not None and array.dtype != q_nope_BTHN.dtype:
+            raise ValueError(
+                f"{name} has dtype {array.dtype}, must have q_nope_BTHN's: {q_nope_BTHN.dtype}"
+            )
+    if (q_segment_ids_BT is None) != (kv_segment_ids_BS is None):
+        missing = "q_segment_ids_BT" if q_segment_ids_BT is None else "kv_segment_ids_BS"
+        raise ValueError(f"{missing} is None, must be given as the other segment ids are")
+    if q_offset_B is not None and not causal:
+        raise ValueError(
+            "q_offset_B is given with causal=False, must be None: it moves the diagonal"
+        )
+
+
+def _choose(implementation: str) -> ModuleType:
+    """Returns the module that implements `forward` and `backward`."""
+    # Imported here, so that a host without Mosaic's libraries can use the others.
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {implementation!r}, must be one of {IMPLEMENTATIONS}")
+    return importlib.import_module(f"{__name__}.{implementation}")
+
+
+def _match_manual_axes(tree: Any) -> Any:
+    """Makes all arrays vary over the same manual mesh axes, inside of `jax.shard_map`.
+
+    The transpose sums the gradients over the axes that are added here, such as the heads' axis for
+    the rotary keys.
+    """
+    axes = frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
+
+    def match(leaf: Array) -> Array:
+        missing = tuple(sorted(axes - jax.typeof(leaf).mat.varying))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(match, tree)
+
+
+def _fold_into_batch(function: Any) -> Any:
+    """Makes `jax.vmap` of `function` a longer batch, as all its arrays lead with B."""
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def rule(axis_size: int, in_batched: Any, *args: Any) -> Any:
+        def fold(array: Array, batched: bool) -> Array:
+            if not batched:
+                array = jnp.broadcast_to(array, (axis_size, *array.shape))
+            return array.reshape(axis_size * array.shape[1], *array.shape[2:])
+
+        def unfold(array: Array) -> Array:
+            return array.reshape(axis_size, array.shape[0] // axis_size, *array.shape[1:])
+
+        results = jax.tree.map(unfold, call(*jax.tree.map(fold, args, tuple(in_batched))))
+        return results, jax.tree.map(lambda _: True, results)
+
+    return call
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
+def _attend(
+    q_nope_BTHN: Array,
+    q_rope_BTHR: Array,
+    k_nope_BSHN: Array,
+    k_rope_BSR: Array,
+    v_BSHV: Array,
+    q_segment_ids_BT: Array | None,
+    kv_segment_ids_BS: Array | None,
+    q_offset_B: Array | None,
+    scale: float,
+    causal: bool,
+    module: ModuleType,
+) -> tuple[Array, Array]:
+    arrays = (q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV)
+    masks = (q_segment_ids_BT, kv_segment_ids_BS, q_offset_B)
+    forward = _fold_into_batch(functools.partial(module.forward, scale=scale, causal=causal))
+    return forward(*arrays, *masks)
+
+
+def _attend_forward(*args: Any) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    *inputs, scale, causal, module = args
+    out_BTHV, lse_BHT = _attend(*inputs, scale, causal, module)
+    out_BTHV = checkpoint_name(out_BTHV, OUT_NAME)
+    lse_BHT = checkpoint_name(lse_BHT, LSE_NAME)
+    return (out_BTHV, lse_BHT), (*inputs, out_BTHV, lse_BHT)
+
+
+def _attend_backward(
+    scale: float,
+    causal: bool,
+    module: ModuleType,
+    residuals: tuple[Any, ...],
+    cotangents: tuple[Array, Array],
+) -> tuple[Any, ...]:
+    d_out_BTHV, _ = cotangents  # The log-sum-exp's is 0 by stop_gradient.
+    backward = _fold_into_batch(functools.partial(module.backward, scale=scale, causal=causal))
+    return (*backward(*residuals, d_out_BTHV), None, None, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,189 @@
+"""Latent attention: meaning, gradients, transformations, errors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.mla_attention import mla_attention, mla_attention_with_lse
+from tests import oracle_attention
+from tests.oracle_attention import relative_error
+from tests.pallas_kernels.mla_attention_cases import CASES, LARGE_CASES, Case
+
+NAMES = ("dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv")
+
+
+def keywords(case, masks):
+    q_ids, k_ids, offset = masks
+    return {
+        "scale": case.scale,
+        "causal": case.causal,
+        "q_segment_ids_BT": q_ids,
+        "kv_segment_ids_BS": k_ids,
+        "q_offset_B": offset,
+    }
+
+
+def run(case, arrays, masks, d_out, implementation):
+    """Returns (out, lse, grads) of one implementation, compiled."""
+
+    @jax.jit
+    def both(arrays, masks, d_out):
+        attend = functools.partial(
+            mla_attention_with_lse, **keywords(case, masks), implementation=implementation
+        )
+        out, pullback, lse = jax.vjp(attend, *arrays, has_aux=True)
+        return out, lse, pullback(d_out)
+
+    return both(arrays, masks, d_out)
+
+
+def check(case, implementation, dtype, tolerance, seed):
+    arrays, masks, d_out = case.draw(seed, dtype)
+    out, lse, grads = run(case, arrays, masks, d_out, implementation)
+    want_out, want_lse, want_grads = oracle_attention.attend(
+        *arrays, *masks, d_out, scale=case.scale, causal=case.causal
+    )
+    assert out.dtype == dtype
+    assert lse.dtype == jnp.float32
+    assert relative_error(out, want_out) < tolerance
+    assert relative_error(lse, want_lse) < min(tolerance, 1e-3)
+    # A gradient that is 0 in theory is measured against the size of dv.
+    floor = np.linalg.norm(want_grads[4]) * 1e-2
+    for name, grad, want in zip(NAMES, grads, want_grads, strict=True):
+        assert grad.dtype == dtype
+        error = np.linalg.norm(np.asarray(grad).astype(np.float64) - want)
+        assert error / max(np.linalg.norm(want), floor) < tolerance, name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_float32(case, implementation):
+    check(case, implementation, jnp.float32, 1e-5, seed=len(case.name))
+
+
+@pytest.mark.parametrize("case", CASES[2::5], ids=lambda case: case.name)
+def test_bfloat16(case):
+    check(case, "xla", jnp.bfloat16, 5e-3, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGE_CASES, ids=lambda case: case.name)
+def test_many_blocks(case):
+    check(case, "xla", jnp.float32, 1e-5, seed=2)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_other_dims(implementation):
+    case = Case("small", batch=2, queries=5, keys=5)
+    arrays, masks, _ = case.draw(3, dims=(16, 8, 24))
+    out = mla_attention(*arrays, scale=0.3, implementation=implementation)
+    want, _ = oracle_attention.attend(*arrays, *masks, scale=0.3, causal=True)
+    assert relative_error(out, want) < 1e-5
+
+
+def test_transformations():
+    """Under checkpoint, scan and vmap over another batch dim: the same values and gradients."""
+    case = Case("t", batch=4, queries=33, keys=33, num_segments=2)
+    arrays, masks, d_out = case.draw(4, dims=(16, 8, 16))
+    out, _, grads = run(case, arrays, masks, d_out, "xla")
+
+    def attend(arrays, masks):
+        return mla_attention(*arrays, **keywords(case, masks), implementation="xla")
+
+    def split(tree):
+        return jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), tree)
+
+    def scanned(arrays):
+        body = jax.checkpoint(attend)
+        _, outs = jax.lax.scan(lambda _, args: (None, body(*args)), None, split((arrays, masks)))
+        return outs.reshape(out.shape)
+
+    def mapped(arrays):
+        return jax.vmap(attend)(split(arrays), split(masks)).reshape(out.shape)
+
+    for function in (scanned, mapped):
+        got, pullback = jax.vjp(jax.jit(function), arrays)
+        assert relative_error(got, out) < 1e-6
+        for actual, want in zip(pullback(d_out)[0], grads, strict=True):
+            assert relative_error(actual, want) < 1e-6
+
+    # An argument that all mapped calls share gets the sum of their gradients.
+    q_nope, *rest = arrays
+    shared = jax.vmap(lambda q, k: attend((q, *rest[:2], k, rest[3]), masks), in_axes=(0, None))
+    q2 = jnp.stack([q_nope, 2 * q_nope])
+    got = jax.vjp(lambda k: shared(q2, k), rest[2])[1](jnp.stack([d_out, d_out]))[0]
+    want = sum(run(case, (q, *rest), masks, d_out, "xla")[2][3] for q in q2)
+    assert relative_error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(check_vma):
+    """Heads over one manual axis, sequences over another; shared gradients are summed."""
+    if len(jax.devices()) < 4:
+        pytest.skip(f"needs 4 devices, got {len(jax.devices())}")
+    case = Case("s", batch=2, queries=20, keys=20, heads=4, num_segments=2)
+    arrays, masks, d_out = case.draw(5, dims=(16, 8, 16))
+    out, _, grads = run(case, arrays, masks, d_out, "xla")
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    heads, shared = P("data", None, "tensor"), P("data")
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=((heads, heads, heads, shared, heads), (shared, shared, None)),
+        out_specs=heads,
+        check_vma=check_vma,
+    )
+    def attend(arrays, masks):
+        return mla_attention(*arrays, **keywords(case, masks), implementation="xla")
+
+    got, pullback = jax.vjp(lambda *arrays: attend(arrays, masks), *arrays)
+    assert relative_error(got, out) < 1e-6
+    for name, actual, want in zip(NAMES, pullback(d_out), grads, strict=True):
+        assert relative_error(actual, want) < 1e-6, name
+
+
+def test_residuals_grow_with_the_tokens():
+    """Twice the tokens hold about twice the bytes, between the passes and within them."""
+    sizes = []
+    for tokens in (2048, 4096):
+        shapes = [
+            (1, tokens, 1, 16),
+            (1, tokens, 1, 8),
+            (1, tokens, 1, 16),
+            (1, tokens, 8),
+            (1, tokens, 1, 16),
+        ]
+        args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+        def loss(*arrays):
+            return mla_attention(*arrays, scale=0.2, implementation="xla").sum()
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).lower(*args).compile()
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+        _, residuals = jax.eval_shape(lambda *a: jax.vjp(loss, *a), *args)
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+        # The inputs, the output, the log-sum-exp.
+        assert held <= 4 * tokens * (16 + 8 + 16 + 8 + 16 + 16 + 1)
+    assert sizes[1] < 2.2 * sizes[0]
+
+
+def test_errors_name_the_argument():
+    arrays, _, _ = Case("e", queries=4, keys=4).draw(6, dims=(16, 8, 16))
+    ids = jnp.zeros((1, 4), jnp.int32)
+    attend = functools.partial(mla_attention, scale=1.0, implementation="xla")
+    with pytest.raises(ValueError, match="kv_segment_ids_BS is None"):
+        attend(*arrays, q_segment_ids_BT=ids)
+    with pytest.raises(ValueError, match="q_segment_ids_BT is None"):
+        attend(*arrays, kv_segment_ids_BS=ids)
+    with pytest.raises(ValueError, match="q_offset_B is given with causal=False"):
+        attend(*arrays, q_offset_B=ids[0, :1], causal=False)
+    with pytest.raises(ValueError, match="implementation is 'triton', must be one of"):
+        mla_attention(*arrays, scale=1.0, implementation="triton")
+    with pytest.raises(ValueError, match="k_rope_BSR has dtype bfloat16"):
+        attend(*arrays[:3], arrays[3].astype(jnp.bfloat16), arrays[4])

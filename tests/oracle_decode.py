@@ -1,0 +1,42 @@
+"""Absorbed decode over a paged cache in NumPy float64: the meaning of every implementation."""
+
+import numpy as np
+
+
+def decode(q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B, *, scale):
+    """Returns (out, lse) in float64: walks each sequence's pages token by token."""
+    f64 = np.float64
+    q_latent, q_rope, latent, rope = (
+        np.asarray(x).astype(f64) for x in (q_latent_BTHC, q_rope_BTHR, pages.latent, pages.rope)
+    )
+    if pages.scale is not None:
+        latent = latent * np.asarray(pages.scale).astype(f64)[..., None]
+    table, lengths = np.asarray(page_table_BP), np.asarray(lengths_B)
+    B, T, H, C = q_latent.shape
+    capacity = table.shape[1] * latent.shape[1]
+    out, lse = np.zeros((B, T, H, C)), np.full((B, T, H), -np.inf)
+    for b in range(B):
+        # The last page of a sequence is cut where its keys end.
+        keys = latent[table[b]].reshape(capacity, C)
+        rotary = rope[table[b]].reshape(capacity, -1)
+        for t in range(T):
+            seen = min(int(lengths[b]) - T + t + 1, capacity)
+            if seen <= 0:
+                continue
+            scores = scale * (q_latent[b, t] @ keys[:seen].T + q_rope[b, t] @ rotary[:seen].T)
+            top = scores.max(axis=1, keepdims=True)
+            weights = np.exp(scores - top)
+            total = weights.sum(axis=1, keepdims=True)
+            out[b, t] = (weights / total) @ keys[:seen]
+            lse[b, t] = (top + np.log(total))[:, 0]
+    return out, lse
+
+
+def relative_error(actual, desired):
+    """Returns ||actual - desired|| / ||desired||; infinities must agree in place."""
+    actual, desired = np.asarray(actual).astype(np.float64), np.asarray(desired)
+    finite = np.isfinite(desired)
+    np.testing.assert_array_equal(actual[~finite], desired[~finite])
+    difference = np.linalg.norm(actual[finite] - desired[finite])
+    size = np.linalg.norm(desired[finite])
+    return difference / size if size else difference

@@ -1,0 +1,305 @@
+"""Absorbed decode: meaning, the append, merged shards, transformations, errors."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.mla_decode import (
+    LatentPages,
+    append_latents,
+    merge_partial_attention,
+    mla_decode,
+    quantize_latents,
+)
+from tests import oracle_decode
+from tests.oracle_decode import relative_error
+from tests.pallas_kernels.mla_decode_cases import CASES, ODD_CASES, Case
+
+PORTABLE = ("reference", "xla")
+FLOAT8 = jnp.float8_e4m3fn
+
+
+def run(case, arguments, implementation):
+    decode = functools.partial(mla_decode, scale=case.scale, implementation=implementation)
+    return jax.jit(decode)(*arguments)
+
+
+def check(case, arguments, implementation, tolerance):
+    out, lse = run(case, arguments, implementation)
+    want_out, want_lse = oracle_decode.decode(*arguments, scale=case.scale)
+    assert out.dtype == arguments[0].dtype
+    assert lse.dtype == jnp.float32
+    assert relative_error(out, want_out) < tolerance
+    assert relative_error(lse, want_lse) < min(tolerance, 1e-3)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_float32(case, implementation):
+    check(case, case.draw(seed=1, dims=(128, 32)), implementation, 1e-5)
+
+
+@pytest.mark.parametrize("case", ODD_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_odd_shapes(case, implementation):
+    check(case, case.draw(seed=2, dims=(24, 10)), implementation, 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES[1:12:3], ids=lambda case: case.name)
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_bfloat16(case, implementation):
+    check(case, case.draw(seed=3, dtype=jnp.bfloat16), implementation, 5e-3)
+
+
+@pytest.mark.parametrize("case", CASES[1:12:3], ids=lambda case: case.name)
+@pytest.mark.parametrize("pages_dtype", [jnp.int8, FLOAT8], ids=["int8", "float8"])
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_quantized(case, pages_dtype, implementation):
+    """Against the oracle on the dequantised latents, so only the arithmetic is judged."""
+    arguments = case.draw(seed=4, pages_dtype=pages_dtype, dims=(128, 32))
+    check(case, arguments, implementation, 1e-5)
+
+
+def test_quantized_bfloat16():
+    case = CASES[3]
+    arguments = case.draw(seed=5, dtype=jnp.bfloat16, pages_dtype=jnp.int8)
+    check(case, arguments, "xla", 5e-3)
+
+
+def test_what_is_not_cached_may_be_nan():
+    """Slots behind the end of a sequence and pages that are not its own never reach the output."""
+    case = Case("nan", (70, 0, 3), num_tokens=2)
+    q_latent, q_rope, pages, table, lengths = case.draw(seed=6, dims=(32, 16))
+    used = np.zeros(pages.latent.shape[:2], bool)
+    for b, length in enumerate(case.lengths):
+        for position in range(length):
+            used[table[b, position // 64], position % 64] = True
+    poison = jnp.where(used[..., None], 0.0, jnp.nan)
+    poisoned = LatentPages(pages.latent + poison, pages.rope + poison)
+    want = oracle_decode.decode(q_latent, q_rope, pages, table, lengths, scale=case.scale)
+    for implementation in PORTABLE:
+        arguments = (q_latent, q_rope, poisoned, table, lengths)
+        out, lse = run(case, arguments, implementation)
+        assert relative_error(out, want[0]) < 1e-5
+        assert relative_error(lse, want[1]) < 1e-5
+
+
+@pytest.mark.parametrize("bits", ["int8", "float8_e4m3fn"])
+def test_quantize_latents(bits):
+    latent = np.random.default_rng(7).normal(size=(3, 5, 64)).astype(np.float32)
+    latent[1, 2] = 0
+    values, scale = quantize_latents(jnp.asarray(latent), bits)
+    assert values.dtype == jnp.dtype(bits)
+    assert scale.shape == (3, 5)
+    assert scale[1, 2] == 1
+    back = np.asarray(values).astype(np.float64) * np.asarray(scale)[..., None]
+    amax = np.abs(latent).max(axis=-1, keepdims=True)
+    # Half a step: 1/254 of the largest for int8, 2^-4 of each number (3 mantissa bits) for float8.
+    allowed = amax / 254 if bits == "int8" else np.abs(latent) / 16 + amax * 2**-17
+    assert (np.abs(back - latent) <= allowed * 1.001).all()
+    np.testing.assert_allclose(np.abs(back).max(axis=-1), amax[..., 0], rtol=1e-6)
+
+
+def pool(dtype, num_pages=12, page_size=4, dims=(8, 6)):
+    rng = np.random.default_rng(8)
+    pages = LatentPages.zeros(num_pages, page_size, *dims, dtype=dtype)
+    latent = jnp.asarray(rng.normal(size=pages.latent.shape), jnp.float32)
+    rope = jnp.asarray(rng.normal(size=pages.rope.shape), pages.rope.dtype)
+    if pages.scale is None:
+        return LatentPages(latent.astype(dtype), rope)
+    values, scale = quantize_latents(latent, dtype)
+    return LatentPages(values, rope, scale)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, FLOAT8])
+def test_append_writes_its_tokens_and_nothing_else(dtype):
+    pages = pool(dtype)
+    rng = np.random.default_rng(9)
+    latent = jnp.asarray(rng.normal(size=(4, 5, 8)), jnp.bfloat16)
+    rope = jnp.asarray(rng.normal(size=(4, 5, 6)), jnp.bfloat16)
+    table = np.array([[3, 7, 1], [0, 11, 4], [2, 5, 6], [8, 9, 10]], np.int32)
+    start, count = np.array([2, 7, 11, 0]), np.array([5, 3, 1, 0])
+    values, scale = latent, None
+    if pages.scale is not None:
+        values, scale = quantize_latents(latent, dtype)
+    want = jax.tree.map(np.array, pages)
+    for b in range(4):
+        for t in range(count[b]):
+            page, slot = table[b, (start[b] + t) // 4], (start[b] + t) % 4
+            want.latent[page, slot] = np.asarray(values[b, t].astype(dtype))
+            want.rope[page, slot] = np.asarray(rope[b, t].astype(pages.rope.dtype))
+            if scale is not None:
+                want.scale[page, slot] = scale[b, t]
+    got = jax.jit(append_latents)(pages, latent, rope, table, start, count)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_append_is_in_place():
+    """Donated, or carried in a scan, the pool is updated where it lies: no second pool is made."""
+    pages = LatentPages.zeros(512, 64, 32, 16, dtype=jnp.float32)
+    pool_bytes = sum(x.nbytes for x in jax.tree.leaves(pages))
+    table = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
+
+    def steps(pages, latent_NBTC, rope_NBTR, start_B):
+        def step(carry, new):
+            pages, start_B = carry
+            pages = append_latents(pages, *new, table, start_B, jnp.ones(2, jnp.int32))
+            return (pages, start_B + 1), None
+
+        return jax.lax.scan(step, (pages, start_B), (latent_NBTC, rope_NBTR))[0]
+
+    latent = jax.random.normal(jax.random.key(0), (5, 2, 1, 32))
+    rope = jax.random.normal(jax.random.key(1), (5, 2, 1, 16))
+    start = jnp.array([0, 62])
+    compiled = jax.jit(steps, donate_argnums=0).lower(pages, latent, rope, start).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= pool_bytes
+    assert memory.temp_size_in_bytes < pool_bytes / 10
+    (pages, _) = compiled(pages, latent, rope, start)
+    written = pages.latent.reshape(8 * 64 * 64, 32)
+    np.testing.assert_array_equal(written[:5], latent[:, 0, 0])
+    np.testing.assert_array_equal(pages.latent[4, 62:], latent[:2, 1, 0])
+    np.testing.assert_array_equal(pages.latent[5, :3], latent[2:, 1, 0])
+
+
+def test_append_then_decode():
+    """Tokens appended one by one and decoded are what attention over the raw latents gives."""
+    case = Case("steps", (70, 3, 0), num_tokens=1, num_heads=4, page_size=16)
+    q_latent, q_rope, pages, table, lengths = case.draw(seed=10, dims=(32, 16))
+    rng = np.random.default_rng(11)
+    latent = jnp.asarray(rng.normal(size=(3, 70, 32)), jnp.float32)
+    rope = jnp.asarray(rng.normal(size=(3, 70, 16)), jnp.float32)
+    table = jnp.asarray(rng.permutation(15).reshape(3, 5), jnp.int32)
+    pages = LatentPages.zeros(15, 16, 32, 16, dtype=jnp.float32)
+    first = jnp.minimum(lengths, 2)
+    zero = jnp.zeros(3, jnp.int32)
+    pages = append_latents(pages, latent, rope, table, zero, first)
+    rest = lengths - first
+    pages = append_latents(pages, latent[:, 2:], rope[:, 2:], table, first, rest)
+    out, lse = run(case, (q_latent, q_rope, pages, table, lengths), "xla")
+    whole = LatentPages(latent, rope)
+    each = jnp.arange(3)[:, None]
+    want = oracle_decode.decode(q_latent, q_rope, whole, each, lengths, scale=case.scale)
+    assert relative_error(out, want[0]) < 1e-5
+    assert relative_error(lse, want[1]) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_merged_shards_equal_the_whole(implementation):
+    """Two halves of the page table, each with the length counted from its own first token."""
+    case = Case("shards", (500, 100, 256, 0, 257), num_tokens=2, table_pages=8)
+    q_latent, q_rope, pages, table, lengths = case.draw(seed=12, dims=(64, 16))
+    halves = [
+        run(case, (q_latent, q_rope, pages, table[:, s : s + 4], lengths - s * 64), implementation)
+        for s in (0, 4)
+    ]
+    outs, lses = (jnp.stack(x) for x in zip(*halves, strict=True))
+    out, lse = merge_partial_attention(outs, lses)
+    want = oracle_decode.decode(q_latent, q_rope, pages, table, lengths, scale=case.scale)
+    assert relative_error(out, want[0]) < 1e-5
+    assert relative_error(lse, want[1]) < 1e-5
+
+
+def test_merge_of_nothing():
+    outs, lses = jnp.zeros((2, 3, 4)), jnp.full((2, 3), -jnp.inf)
+    out, lse = merge_partial_attention(outs, lses)
+    np.testing.assert_array_equal(out, np.zeros((3, 4)))
+    np.testing.assert_array_equal(lse, np.full(3, -np.inf))
+    with pytest.raises(ValueError, match="lses"):
+        merge_partial_attention(outs, lses[:, :2])
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_shard_map(implementation):
+    """Batch over one mesh axis, heads over the other, no collectives needed."""
+    ways = 2 if jax.device_count() >= 4 else 1
+    mesh = jax.make_mesh(
+        (2, ways), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    case = Case("sharded", (65, 0, 130, 7), num_tokens=2, num_heads=4)
+    arguments = case.draw(seed=13, dims=(32, 16))
+    heads = P("data", None, "tensor")
+    decode = functools.partial(mla_decode, scale=case.scale, implementation=implementation)
+    sharded = jax.shard_map(
+        decode,
+        mesh=mesh,
+        in_specs=(heads, heads, P(), P("data"), P("data")),
+        out_specs=(heads, heads),
+    )
+    out, lse = jax.jit(sharded)(*arguments)
+    want = oracle_decode.decode(*arguments, scale=case.scale)
+    assert relative_error(out, want[0]) < 1e-5
+    assert relative_error(lse, want[1]) < 1e-5
+
+
+def test_xla_gathers_a_block_at_a_time():
+    """Memory for a long context is bounded by a block of pages, not by the page table."""
+    case = Case("memory", (64 * 1024,), num_heads=16)
+    arguments = case.draw(seed=14, dims=(64, 16))
+    decode = functools.partial(mla_decode, scale=case.scale, implementation="xla")
+    memory = jax.jit(decode).lower(*arguments).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < arguments[2].latent.nbytes / 8
+
+
+def replace(arguments, index, change):
+    arguments = list(arguments)
+    arguments[index] = change(arguments[index])
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda q: q[0], "q_latent_BTHC has shape"),
+        (0, lambda q: q[..., :8], "q_latent_BTHC has shape"),
+        (1, lambda q: q[:, :, :2], "q_rope_BTHR has shape"),
+        (1, lambda q: q.astype(jnp.bfloat16), "q_rope_BTHR has dtype bfloat16"),
+        (2, lambda p: dataclasses.replace(p, latent=p.latent[0]), "pages.latent has shape"),
+        (2, lambda p: dataclasses.replace(p, rope=p.rope[:, :3]), "pages.rope has shape"),
+        (2, lambda p: dataclasses.replace(p, rope=p.rope.astype(FLOAT8)), "pages.rope has dtype"),
+        (
+            2,
+            lambda p: dataclasses.replace(p, latent=p.latent.astype(jnp.int32)),
+            "pages.latent has dtype",
+        ),
+        (
+            2,
+            lambda p: dataclasses.replace(p, latent=p.latent.astype(jnp.int8)),
+            "pages.scale is None",
+        ),
+        (2, lambda p: dataclasses.replace(p, scale=p.latent[..., 0]), "pages.scale is given"),
+        (3, lambda table: table[:1], "page_table_BP has shape"),
+        (3, lambda table: table.astype(jnp.float32), "page_table_BP has dtype"),
+        (4, lambda lengths: lengths[:1], "lengths_B has shape"),
+        (4, lambda lengths: lengths.astype(jnp.float32), "lengths_B has dtype"),
+    ],
+)
+def test_errors_name_the_argument(index, change, message):
+    arguments = Case("bad", (20, 3), num_heads=4, page_size=16).draw(seed=15, dims=(16, 8))
+    with pytest.raises(ValueError, match=message):
+        mla_decode(*replace(arguments, index, change), scale=1.0, implementation="xla")
+
+
+def test_unknown_implementation():
+    arguments = Case("bad", (20,), num_heads=4).draw(seed=16, dims=(16, 8))
+    with pytest.raises(ValueError, match="implementation is 'fast'; it must be one of"):
+        mla_decode(*arguments, scale=1.0, implementation="fast")
+
+
+def test_append_errors_name_the_argument():
+    pages, table, zero = pool(jnp.float32), jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, jnp.int32)
+    latent, rope = jnp.zeros((2, 4, 8)), jnp.zeros((2, 4, 6))
+    with pytest.raises(ValueError, match="latent_BTC has shape"):
+        append_latents(pages, latent[..., :3], rope, table, zero, zero)
+    with pytest.raises(ValueError, match="rope_BTR has shape"):
+        append_latents(pages, latent, rope[:, :3], table, zero, zero)
+    with pytest.raises(ValueError, match="start_B has shape"):
+        append_latents(pages, latent, rope, table, zero[:1], zero)
+    with pytest.raises(ValueError, match="num_tokens_B has dtype"):
+        append_latents(pages, latent, rope, table, zero, zero.astype(jnp.float32))

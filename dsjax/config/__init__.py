@@ -15,6 +15,7 @@ from dsjax.config.run import (
     TokenDropping,
     TrainConfig,
 )
+from dsjax.config.serialize import from_json, to_json
 
 __all__ = [
     "AttentionConfig",
@@ -33,4 +34,6 @@ __all__ = [
     "TokenDropping",
     "TrainConfig",
     "YarnConfig",
+    "from_json",
+    "to_json",
 ]

@@ -46,7 +46,9 @@ def from_hf_config(hf: Mapping[str, Any], *, dtype: str | None = None) -> ModelC
         ValueError: a field is missing, or holds something that this model does not implement.
     """
     model_type = hf.get("model_type", "deepseek_v2")
-    require(model_type == "deepseek_v2", "config.json model_type", model_type, "must be deepseek_v2")
+    require(
+        model_type == "deepseek_v2", "config.json model_type", model_type, "must be deepseek_v2"
+    )
     for name, expected in {
         "hidden_act": "silu",
         "attention_bias": False,

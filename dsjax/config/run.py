@@ -85,7 +85,10 @@ class MeshConfig:
             value = getattr(self, name)
             require(value == -1 or value > 0, f"mesh.{name}", value, "must be positive or -1")
         require(
-            self.context == 1, "mesh.context", self.context, "must be 1: not implemented in training"
+            self.context == 1,
+            "mesh.context",
+            self.context,
+            "must be 1: not implemented in training",
         )
 
 

@@ -1,0 +1,90 @@
+"""What every layer shares, and the two plain ones: RMSNorm and the SwiGLU MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.config import ModelConfig
+from dsjax.kernels import Kernels
+from dsjax.sharding import ShardingRules
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What all layers of a model have in common.
+
+    Attributes:
+        dtype: compute type.
+        param_dtype: storage type of the parameters.
+        init_std: standard deviation of the initial weights.
+        norm_eps: epsilon of the norms.
+        rules: where arrays live.
+        kernels: which kernel implementations run.
+    """
+
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    init_std: float
+    norm_eps: float
+    rules: ShardingRules
+    kernels: Kernels
+
+    @classmethod
+    def of(cls, config: ModelConfig, rules: ShardingRules, kernels: Kernels) -> LayerOptions:
+        """Takes the shared fields out of a model's config."""
+        return cls(
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            init_std=config.init_std,
+            norm_eps=config.norm_eps,
+            rules=rules,
+            kernels=kernels,
+        )
+
+    def weight(self, rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str, ...]) -> nnx.Param:
+        """Creates a normally distributed parameter with its logical dims as metadata."""
+        # Drawn in float32 whatever the storage type, so that a bf16 model starts where its
+        # float32 twin does.
+        values = self.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
+        return nnx.Param(values.astype(self.param_dtype), dims=dims)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation, in float32."""
+
+    def __init__(self, dim: int, options: LayerOptions):
+        self.weight = nnx.Param(jnp.ones(dim, options.param_dtype), dims=("norm",))
+        self.options = options
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Normalises the last dim; returns the compute dtype."""
+        x_BTD = x_BTD.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True)
+        x_BTD = x_BTD * jax.lax.rsqrt(mean_square + self.options.norm_eps)
+        return (x_BTD * self.weight[...].astype(jnp.float32)).astype(self.options.dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: a dense layer's feed-forward, and the shared experts as one wider MLP."""
+
+    def __init__(
+        self, hidden_dim: int, intermediate_dim: int, options: LayerOptions, rngs: nnx.Rngs
+    ):
+        into = (hidden_dim, intermediate_dim), ("param_embed", "mlp")
+        self.w_gate = options.weight(rngs, *into)
+        self.w_up = options.weight(rngs, *into)
+        self.w_down = options.weight(rngs, into[0][::-1], into[1][::-1])
+        self.options = options
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns silu(x w_gate) * (x w_up) w_down, [B, T, D] in the compute dtype."""
+        dtype, rules = self.options.dtype, self.options.rules
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_gate[...].astype(dtype))
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_up[...].astype(dtype))
+        hidden_BTF = rules.constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
+        out_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, self.w_down[...].astype(dtype))
+        return rules.constrain(out_BTD, "batch", "length", "embed")

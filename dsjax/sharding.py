@@ -1,0 +1,192 @@
+"""Where arrays live: mesh axes, logical dims, and the explicit tables between them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dsjax.config import MeshConfig
+
+Dims = tuple[str | None, ...]
+
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+# Axes that divide the batch: outside the experts, the expert axis is one more data axis.
+BATCH_AXES = ("data", "fsdp", "expert")
+
+_TRAIN_TABLE: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": BATCH_AXES,
+    "length": ("context",),
+    "embed": (),
+    # parameters
+    "layers": (),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "head_dim": (),
+    "q_latent": (),  # as a projection's output
+    "kv_latent": (),
+    "q_latent_in": ("fsdp", "expert"),  # as a projection's input
+    "kv_latent_in": ("fsdp", "expert"),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    "param_embed": ("fsdp", "expert"),
+    "expert_embed": ("fsdp",),
+    "router_experts": (),
+    "norm": (),
+}
+
+
+@dataclass(frozen=True)
+class ShardingRules:
+    """A mesh, and the table from logical dims to its axes; hashable, so part of a jit key.
+
+    Attributes:
+        mesh: the device mesh, or None for one device and no constraints.
+        table: pairs of a logical dim and the mesh axes that divide it.
+    """
+
+    mesh: Mesh | None = None
+    table: tuple[tuple[str, tuple[str, ...]], ...] = tuple(_TRAIN_TABLE.items())
+
+    def __post_init__(self) -> None:
+        axes = MESH_AXES if self.mesh is None else self.mesh.axis_names
+        for dim, entry in self.table:
+            for axis in entry:
+                if axis not in axes:
+                    near = difflib.get_close_matches(axis, axes, n=1)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    raise ValueError(f"sharding rule {dim!r}: no mesh axis {axis!r}{hint}")
+
+    def spec(self, *dims: str | None) -> PartitionSpec:
+        """Returns the PartitionSpec of an array with these logical dims; None is not divided.
+
+        Raises:
+            ValueError: an unknown logical dim, or one mesh axis used by two dims.
+        """
+        table = dict(self.table)
+        entries: list[tuple[str, ...] | None] = []
+        used: dict[str, str] = {}
+        for dim in dims:
+            if dim is None:
+                entries.append(None)
+                continue
+            if dim not in table:
+                near = difflib.get_close_matches(dim, table, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"logical dim {dim!r}: not in the sharding table{hint}")
+            for axis in table[dim]:
+                if axis in used:
+                    raise ValueError(
+                        f"mesh axis {axis!r} divides both {used[axis]!r} and {dim!r} of {dims}"
+                    )
+                used[axis] = dim
+            entries.append(table[dim] or None)
+        return PartitionSpec(*entries)
+
+    def sharding(self, *dims: str | None) -> NamedSharding | None:
+        """Returns the NamedSharding of an array with these logical dims, or None off a mesh."""
+        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(*dims))
+
+    def constrain(self, array: jax.Array, *dims: str | None) -> jax.Array:
+        """Asks the compiler to lay an intermediate array out by these logical dims."""
+        if self.mesh is None:
+            return array
+        return jax.lax.with_sharding_constraint(array, self.sharding(*dims))
+
+    def shard_map(
+        self, f: Callable[..., Any], in_dims: tuple[Dims | None, ...], out_dims: Any
+    ) -> Callable[..., Any]:
+        """Returns f run once per device on its shards; f itself off a mesh.
+
+        Args:
+            f: a function of arrays.
+            in_dims: of each argument, its logical dims; () or None for one that is not divided.
+            out_dims: logical dims of the result, or a tuple of them for a tuple of results.
+        """
+        if self.mesh is None:
+            return f
+        in_specs = tuple(self.spec(*(dims or ())) for dims in in_dims)
+        if any(isinstance(dims, tuple) for dims in out_dims):
+            out_specs: Any = tuple(self.spec(*dims) for dims in out_dims)
+        else:
+            out_specs = self.spec(*out_dims)
+        # Pallas calls do not say how their results vary over the mesh, so this is not checked.
+        return jax.shard_map(
+            f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def axis_size(self, axis: str) -> int:
+        """Returns the number of devices along a mesh axis, 1 off a mesh."""
+        return 1 if self.mesh is None else self.mesh.shape[axis]
+
+    def num_batch_shards(self) -> int:
+        """Returns the number of parts that the rules divide a batch into."""
+        return math.prod(self.axis_size(axis) for axis in dict(self.table)["batch"])
+
+
+def train_rules(mesh: Mesh | None) -> ShardingRules:
+    """Returns the table for training: fsdp over parameters, the batch over every data axis."""
+    return ShardingRules(mesh, tuple(_TRAIN_TABLE.items()))
+
+
+def inference_rules(mesh: Mesh | None) -> ShardingRules:
+    """Returns the table for generation: no parameter is gathered, sequences are not divided."""
+    gathered = ("param_embed", "expert_embed", "q_latent_in", "kv_latent_in")
+    table = _TRAIN_TABLE | dict.fromkeys((*gathered, "batch", "length"), ())
+    return ShardingRules(mesh, tuple(table.items()))
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Lays the devices out as a mesh.
+
+    Args:
+        config: devices along each axis; -1 takes what the others leave.
+        devices: the devices, by default all of every process.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(f"mesh={sizes}: does not fit the {len(devices)} devices there are")
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def check_divisible(
+    rules: ShardingRules, shapes: Mapping[str, tuple[tuple[int, ...], tuple[str | None, ...]]]
+) -> None:
+    """Checks that every array divides evenly over the mesh, before anything is allocated.
+
+    Args:
+        rules: the table in force.
+        shapes: of each array, by name: its shape and its logical dims.
+
+    Raises:
+        ValueError: names every array, dim and mesh axes that do not fit, in one message.
+    """
+    if rules.mesh is None:
+        return
+    table = dict(rules.table)
+    faults = []
+    for name, (shape, dims) in shapes.items():
+        for size, dim in zip(shape, dims, strict=True):
+            axes = table[dim] if dim is not None else ()
+            parts = math.prod(rules.axis_size(axis) for axis in axes)
+            if size % parts:
+                faults.append(f"{name}: {dim}={size} is not divisible by mesh {axes}={parts}")
+    if faults:
+        raise ValueError("; ".join(faults))

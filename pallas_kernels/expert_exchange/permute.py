@@ -1,0 +1,104 @@
+"""The permutation of tokens into rows sorted by expert: gathers both ways, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ExpertOrder:
+    """A permutation of M = N * K assignments into rows sorted by expert.
+
+    Attributes:
+        token_M: int32, the token that each row is a copy of.
+        row_NK: int32, the row that each assignment went to.
+        group_sizes_E: int32, rows of each expert; rows behind the last belong to none.
+    """
+
+    token_M: Int[Array, " M"]
+    row_NK: Int[Array, "N K"]
+    group_sizes_E: Int[Array, " E"]
+
+
+def sort_by_expert(indices_NK: Int[Array, "N K"], num_experts: int) -> ExpertOrder:
+    """Sorts assignments by expert, tokens of one expert in their order.
+
+    Args:
+        indices_NK: int32 expert of each assignment; `num_experts` for one that goes nowhere.
+        num_experts: experts that rows are for.
+    """
+    top_k = indices_NK.shape[1]
+    flat_M = indices_NK.reshape(-1)
+    order_M = jnp.argsort(flat_M, stable=True)
+    row_M = (
+        jnp.zeros_like(order_M)
+        .at[order_M]
+        .set(jnp.arange(order_M.size, dtype=order_M.dtype), unique_indices=True)
+    )
+    return ExpertOrder(
+        token_M=order_M // top_k,
+        row_NK=row_M.reshape(indices_NK.shape),
+        group_sizes_E=jnp.bincount(flat_M, length=num_experts),
+    )
+
+
+@jax.custom_vjp
+def gather_rows(x_ND: Float[Array, "N D"], order: ExpertOrder) -> Float[Array, "M D"]:
+    """Copies each token to its rows.
+
+    The gradient of a token is a sum over its K rows, found by a gather: no scatter-add.
+    """
+    return x_ND[order.token_M]
+
+
+def _gather_rows_forward(x_ND: Array, order: ExpertOrder) -> tuple[Array, ExpertOrder]:
+    return gather_rows(x_ND, order), order
+
+
+def _gather_rows_backward(order: ExpertOrder, d_rows_MD: Array) -> tuple[Array, ExpertOrder]:
+    # Rows behind the last group take part in nothing, so their cotangent is 0 by construction.
+    d_x_NKD = d_rows_MD[order.row_NK].astype(jnp.float32)
+    return jnp.sum(d_x_NKD, axis=1).astype(d_rows_MD.dtype), _no_gradient(order)
+
+
+gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
+
+
+@jax.custom_vjp
+def combine_rows(
+    rows_MD: Float[Array, "M D"], weights_NK: Float[Array, "N K"], order: ExpertOrder
+) -> Float[Array, "N D"]:
+    """Sums each token's rows, weighted, in float32; returns the rows' dtype."""
+    rows_NKD = rows_MD[order.row_NK].astype(jnp.float32)
+    return jnp.einsum("NKD,NK->ND", rows_NKD, weights_NK).astype(rows_MD.dtype)
+
+
+def _combine_forward(
+    rows_MD: Array, weights_NK: Array, order: ExpertOrder
+) -> tuple[Array, tuple[Array, Array, ExpertOrder]]:
+    return combine_rows(rows_MD, weights_NK, order), (rows_MD, weights_NK, order)
+
+
+def _combine_backward(
+    residuals: tuple[Array, Array, ExpertOrder], d_out_ND: Array
+) -> tuple[Array, Array, ExpertOrder]:
+    rows_MD, weights_NK, order = residuals
+    weight_M = jnp.zeros(order.token_M.shape, weights_NK.dtype)
+    weight_M = weight_M.at[order.row_NK].set(weights_NK, unique_indices=True)
+    d_rows_MD = d_out_ND[order.token_M].astype(jnp.float32) * weight_M[:, None]
+    rows_NKD = rows_MD[order.row_NK].astype(jnp.float32)
+    d_weights_NK = jnp.einsum("NKD,ND->NK", rows_NKD, d_out_ND.astype(jnp.float32))
+    return d_rows_MD.astype(rows_MD.dtype), d_weights_NK, _no_gradient(order)
+
+
+combine_rows.defvjp(_combine_forward, _combine_backward)
+
+
+def _no_gradient(order: ExpertOrder) -> ExpertOrder:
+    return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), order)

@@ -1,0 +1,369 @@
+"""`dsjax data pack`: documents to a packed dataset, in parallel, resumable, the same every time.
+
+The corpus is cut into shards of consecutive documents before anything else, so that what a shard
+holds depends on the corpus and the settings alone and not on who packs it. A finished shard lies
+under its own name with its counts beside it; a run that was killed goes on with the others.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import rich.progress
+from rich.console import Console
+
+from dsjax.data.packed import FORMAT, MANIFEST, ShardWriter, read_manifest, write_json
+from dsjax.data.packing import LongDocuments, documents_of, pack_rows, tokenized
+from dsjax.data.sources import Document, DocumentSource, open_documents
+from dsjax.data.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from dsjax.config.run import SourceConfig
+
+PLAN = "packing.json"
+_BYTES_PER_SHARD = 1 << 22
+_MAX_SHARDS = 1024
+# Documents are shuffled within windows, so that a row mixes them but a shard reads nearly in order.
+_SHUFFLE_WINDOW = 1024
+
+logger = logging.getLogger(__name__)
+
+
+def pack(
+    sources: Sequence[SourceConfig],
+    destination: str | Path,
+    *,
+    tokenizer: str,
+    length: int,
+    num_workers: int = 0,
+    num_shards: int = 0,
+    seed: int = 0,
+    num_packing_bins: int = 8,
+    long_documents: LongDocuments = "split",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Packs documents into a dataset of fixed-length rows.
+
+    Args:
+        sources: text, JSON lines or Parquet; every document of each goes in once.
+        destination: folder of the dataset; one that an earlier run left unfinished is resumed.
+        tokenizer: "bytes" or the path of a tokenizer.json.
+        length: tokens in a row.
+        num_workers: processes; 0 works in this one. The result does not depend on it.
+        num_shards: files; 0 takes one per 4 MiB of the corpus, at most 1024.
+        seed: of the order of documents.
+        num_packing_bins: rows filled at a time.
+        long_documents: what becomes of a document longer than a row.
+        progress: whether to show a bar when standard error is a terminal.
+
+    Returns:
+        The manifest, as `packed.read_manifest` reads it. A dataset that is complete already, with
+        these very settings, is left as it is.
+
+    Raises:
+        ValueError: when a source is missing, empty or damaged, or when the destination holds a
+            dataset of other settings or other files.
+    """
+    weights = [source.weight for source in sources]
+    if len(set(weights)) > 1:
+        raise ValueError(
+            f"source.weight={weights}: every document is packed once, so weights must be equal; "
+            "pack the sources apart and mix them in data.sources"
+        )
+    encoder = load_tokenizer(tokenizer)
+    documents = Corpus([open_documents(source) for source in sources])
+    if num_shards < 0:
+        raise ValueError(f"num_shards={num_shards} must not be negative")
+    if num_shards == 0:
+        num_shards = max(1, min(documents.file_bytes // _BYTES_PER_SHARD, _MAX_SHARDS))
+    plan = {
+        "format": FORMAT,
+        "length": length,
+        "seed": seed,
+        "num_packing_bins": num_packing_bins,
+        "long_documents": long_documents,
+        "num_shards": min(num_shards, len(documents)),
+        "tokenizer": {
+            "spec": tokenizer,
+            "sha256": encoder.sha256,
+            "vocab_size": encoder.vocab_size,
+        },
+        "sources": [
+            {"path": s.path, "format": s.format, "text_field": s.text_field, "glob": s.glob}
+            for s in sources
+        ],
+        "corpus": {
+            "num_files": len(documents.files),
+            "file_bytes": documents.file_bytes,
+            "num_entries": len(documents),
+        },
+    }
+    folder = Path(destination).expanduser()
+    finished = _prepare(folder, plan)
+    if finished is not None:
+        return finished
+    job = _Job(folder, plan, documents, encoder)
+    missing = [shard for shard in range(job.num_shards) if not job.counts_path(shard).exists()]
+    done = sum(len(job.documents_in(s)) for s in range(job.num_shards) if s not in missing)
+    with _reporting(len(documents), done, progress) as report:
+        for shard in _run(job, missing, num_workers, report):
+            logger.info("packed shard %d of %d", shard + 1, job.num_shards)
+    return _finish(job)
+
+
+class Corpus:
+    """Several sources of documents, one after the other."""
+
+    def __init__(self, sources: Sequence[DocumentSource]) -> None:
+        self.files = [file for source in sources for file in source.files]
+        self.file_bytes = sum(file.stat().st_size for file in self.files)
+        self._sources = sources
+        self._ends = np.cumsum([len(source) for source in sources]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Document:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self._sources[part][index - (self._ends[part - 1] if part else 0)]
+
+
+class _Job:
+    """Everything that a worker needs to pack any shard."""
+
+    def __init__(
+        self, folder: Path, plan: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer
+    ) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.num_shards: int = plan["num_shards"]
+
+    def documents_in(self, shard: int) -> range:
+        total = len(self.corpus)
+        return range(shard * total // self.num_shards, (shard + 1) * total // self.num_shards)
+
+    def rows_path(self, shard: int) -> Path:
+        return self.folder / f"rows-{shard:05d}-of-{self.num_shards:05d}.arrayrecord"
+
+    def counts_path(self, shard: int) -> Path:
+        return self.rows_path(shard).with_suffix(".json")
+
+    def pack_shard(self, shard: int, count: Counter) -> None:
+        """Packs one shard; its counts are written last and say that it is whole."""
+        order = _shuffled(self.documents_in(shard), (self.plan["seed"], shard))
+        documents = _Counting(self.corpus, order, count)
+        rows = pack_rows(
+            tokenized(
+                documents_of(documents),
+                self.tokenizer,
+                length=self.plan["length"],
+                long_documents=self.plan["long_documents"],
+            ),
+            length=self.plan["length"],
+            num_packing_bins=self.plan["num_packing_bins"],
+            seed=self.plan["seed"],
+        )
+        counts = dict.fromkeys(("num_rows", "num_tokens", "num_targets", "num_bytes"), 0)
+        writer = ShardWriter(self.rows_path(shard))
+        for row in rows:
+            writer.write(row)
+            counts["num_rows"] += 1
+            counts["num_tokens"] += int(np.count_nonzero(row["segment_ids"]))
+            counts["num_targets"] += int(row["weights"].sum())
+            counts["num_bytes"] += int(row["num_bytes"])
+        writer.finish()
+        counts["num_documents"] = documents.num_documents
+        counts["num_replaced"] = documents.num_replaced
+        write_json(self.counts_path(shard), {"file": self.rows_path(shard).name, **counts})
+
+
+class _Counting:
+    """Documents of one shard in their order, counted as they are read (each once)."""
+
+    def __init__(self, corpus: Corpus, order: np.ndarray, count: Counter) -> None:
+        self._corpus = corpus
+        self._order = order
+        self._count = count
+        self.num_documents = 0
+        self.num_replaced = 0
+        self.files = corpus.files
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Document:
+        document = self._corpus[int(self._order[index])]
+        self.num_documents += bool(document.text)
+        self.num_replaced += not document.intact
+        self._count.add()
+        return document
+
+
+class Counter:
+    """Documents read so far, over all processes."""
+
+    def __init__(self, context: Any) -> None:
+        self._value = context.Value("q", 0)
+
+    def add(self) -> None:
+        """Counts one more."""
+        with self._value.get_lock():
+            self._value.value += 1
+
+    @property
+    def value(self) -> int:
+        """The count."""
+        return self._value.value
+
+
+def _shuffled(indices: range, seed: tuple[int, int]) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    windows = [
+        random.permutation(indices[start : start + _SHUFFLE_WINDOW])
+        for start in range(0, len(indices), _SHUFFLE_WINDOW)
+    ]
+    return np.concatenate(windows)
+
+
+def _prepare(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """Makes the folder ready for the plan, or gives the manifest if all is done already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    complete = (folder / MANIFEST).exists()
+    if complete:
+        found = read_manifest(folder)
+    elif (folder / PLAN).exists():
+        found = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    elif any(folder.iterdir()):
+        raise ValueError(f"destination={str(folder)!r} must be empty or a packed dataset")
+    else:
+        write_json(folder / PLAN, plan)
+        return None
+    for name, value in plan.items():
+        if found.get(name) != value:
+            state = "a complete" if complete else "an unfinished"
+            raise ValueError(
+                f"destination={str(folder)!r} holds {state} dataset with "
+                f"{name}={found.get(name)!r}, not {value!r}: remove it or choose another"
+            )
+    return found if complete else None
+
+
+def _finish(job: _Job) -> dict[str, Any]:
+    shards = [
+        json.loads(job.counts_path(shard).read_text(encoding="utf-8"))
+        for shard in range(job.num_shards)
+    ]
+    totals = {name: sum(s[name] for s in shards) for name in shards[0] if name != "file"}
+    if totals["num_rows"] == 0:
+        raise ValueError("sources are empty: none of the documents has any text")
+    files = [{"file": s["file"], "num_rows": s["num_rows"]} for s in shards]
+    write_json(job.folder / MANIFEST, job.plan | totals | {"shards": files})
+    # The manifest stands: what was only there to resume from can go.
+    for shard in range(job.num_shards):
+        job.counts_path(shard).unlink()
+    for leftover in [job.folder / PLAN, *job.folder.glob(".rows-*")]:
+        leftover.unlink(missing_ok=True)
+    if totals["num_replaced"]:
+        logger.warning(
+            "%d of %d documents held bytes that are no UTF-8, replaced by U+FFFD",
+            totals["num_replaced"],
+            totals["num_documents"],
+        )
+    return read_manifest(job.folder)
+
+
+def _run(job: _Job, shards: list[int], num_workers: int, report: Any) -> Iterator[int]:
+    """Packs shards and yields each that is done."""
+    # Threads of jax or tokenizers do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    count = Counter(context)
+    if num_workers == 0:
+        for shard in shards:
+            with _polling(count, report):
+                job.pack_shard(shard, count)
+            yield shard
+        return
+    with futures.ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=_start_worker, initargs=(job, count)
+    ) as pool:
+        pending = {pool.submit(_pack_in_worker, shard): shard for shard in shards}
+        try:
+            with _polling(count, report):
+                for future in futures.as_completed(pending):
+                    future.result()
+                    yield pending[future]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(job: _Job, count: Counter) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker.update(job=job, count=count)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    # A parent killed by SIGKILL tells nobody; its workers would wait for work for ever.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _pack_in_worker(shard: int) -> None:
+    _worker["job"].pack_shard(shard, _worker["count"])
+
+
+@contextmanager
+def _polling(count: Counter, report: Any) -> Iterator[None]:
+    """Reports the count five times a second while the body runs."""
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.wait(0.2):
+            report(count.value)
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        report(count.value)
+
+
+@contextmanager
+def _reporting(total: int, done: int, progress: bool) -> Iterator[Any]:
+    """A bar over documents on a terminal, and nothing elsewhere."""
+    if not (progress and sys.stderr.isatty()):
+        yield lambda count: None
+        return
+    columns = [
+        rich.progress.TextColumn("packing"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("documents"),
+        rich.progress.TimeRemainingColumn(),
+    ]
+    with rich.progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda count: bar.update(task, completed=done + count)

@@ -1,0 +1,390 @@
+"""Hugging Face tensors and our parameters: one table, read in both directions.
+
+A row names a tensor, its dims as they lie in the file, and the parameters it becomes, each with
+its own order of the same dims. Dims are the letters of `dsjax.layers`; brackets join dims that
+the file keeps as one, and a sum such as `N+R` is a dim that holds one part after the other, which
+a parameter may take a single part of. So
+
+    Row("self_attn.q_b_proj.weight", "(H N+R) Q",
+        "attention.wq_nope: Q H N", "attention.wq_rope: Q H R")
+
+says that the file holds [H * (N + R), Q] and that `wq_nope` is its first N rows of every head,
+transposed to [Q, H, N]. Everything else here only executes the table: `HFTable.params` is the way
+in, `HFTable.tensors` the way out, and a name that neither knows is an error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dsjax.config import ModelConfig
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: an HF tensor, its layout, and "parameter: layout" for each part."""
+
+    name: str
+    layout: str
+    parts: tuple[str, ...]
+
+    def __init__(self, name: str, layout: str, *parts: str):
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "parts", parts)
+
+
+_TOP = (
+    Row("model.embed_tokens.weight", "W D", "embed: W D"),
+    Row("model.norm.weight", "D", "norm.weight: D"),
+    Row("lm_head.weight", "W D", "lm_head: D W"),
+)
+_EVERY_LAYER = (
+    Row("input_layernorm.weight", "D", "attention_norm.weight: D"),
+    Row("self_attn.kv_a_proj_with_mqa.weight", "C+R D", "attention.wkv_a: D C+R"),
+    Row("self_attn.kv_a_layernorm.weight", "C", "attention.kv_norm.weight: C"),
+    Row(
+        "self_attn.kv_b_proj.weight",
+        "(H N+V) C",
+        "attention.wk_b: C H N",
+        "attention.wv_b: C H V",
+    ),
+    Row("self_attn.o_proj.weight", "D (H V)", "attention.wo: H V D"),
+    Row("post_attention_layernorm.weight", "D", "feed_forward_norm.weight: D"),
+)
+_COMPRESSED_QUERIES = (
+    Row("self_attn.q_a_proj.weight", "Q D", "attention.wq_a: D Q"),
+    Row("self_attn.q_a_layernorm.weight", "Q", "attention.q_norm.weight: Q"),
+    Row(
+        "self_attn.q_b_proj.weight",
+        "(H N+R) Q",
+        "attention.wq_nope: Q H N",
+        "attention.wq_rope: Q H R",
+    ),
+)
+_PLAIN_QUERIES = (
+    Row(
+        "self_attn.q_proj.weight",
+        "(H N+R) D",
+        "attention.wq_nope: D H N",
+        "attention.wq_rope: D H R",
+    ),
+)
+_DENSE_MLP = (
+    Row("mlp.gate_proj.weight", "F D", "feed_forward.w_gate: D F"),
+    Row("mlp.up_proj.weight", "F D", "feed_forward.w_up: D F"),
+    Row("mlp.down_proj.weight", "D F", "feed_forward.w_down: F D"),
+)
+_ROUTER = (Row("mlp.gate.weight", "E D", "feed_forward.router.weight: D E"),)
+_EXPERT = (
+    Row("mlp.experts.{expert}.gate_proj.weight", "F D", "feed_forward.w_gate: D F"),
+    Row("mlp.experts.{expert}.up_proj.weight", "F D", "feed_forward.w_up: D F"),
+    Row("mlp.experts.{expert}.down_proj.weight", "D F", "feed_forward.w_down: F D"),
+)
+_SHARED_EXPERTS = (
+    Row("mlp.shared_experts.gate_proj.weight", "F D", "feed_forward.shared.w_gate: D F"),
+    Row("mlp.shared_experts.up_proj.weight", "F D", "feed_forward.shared.w_up: D F"),
+    Row("mlp.shared_experts.down_proj.weight", "D F", "feed_forward.shared.w_down: F D"),
+)
+# Tensors that old checkpoints carry and that follow from the config.
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one parameter takes from a tensor.
+
+    Attributes:
+        path: the parameter.
+        index: layer, or layer and expert, within the stacked parameter; () if it is not stacked.
+        split: the dim of the tensor's view that it takes a range of, and that range.
+        order: of each dim of the parameter's slice, the dim of the view it is.
+    """
+
+    path: Path
+    index: tuple[int, ...]
+    split: tuple[int, slice]
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """One tensor of the checkpoint.
+
+    Attributes:
+        name: as in the file.
+        shape: as in the file.
+        view: the shape with joined dims apart.
+        parts: what becomes of it; together they are the whole tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    def part_shape(self, part: Part) -> tuple[int, ...]:
+        """Returns the shape of a part, in the parameter's order."""
+        shape = list(self.view)
+        axis, taken = part.split
+        shape[axis] = taken.stop - taken.start
+        return tuple(shape[axis] for axis in part.order)
+
+    def read_part(
+        self, part: Part, window: tuple[slice, ...], read: Callable[[str, int, int], np.ndarray]
+    ) -> np.ndarray:
+        """Reads a window of one part, and from the file only the rows it lies in.
+
+        Args:
+            part: one of `parts`.
+            window: a range (start and stop given) of each dim of the part's shape.
+            read: returns elements start to stop of the tensor of that name, flat.
+        """
+        axis, taken = part.split
+        ranges = [slice(0, size) for size in self.view]
+        for dim, chosen in zip(part.order, window, strict=True):
+            offset = taken.start if dim == axis else 0
+            ranges[dim] = slice(chosen.start + offset, chosen.stop + offset)
+        rows, stride = ranges[0], math.prod(self.view[1:])
+        flat = read(self.name, rows.start * stride, rows.stop * stride)
+        array = flat.reshape(rows.stop - rows.start, *self.view[1:])
+        return array[(slice(None), *ranges[1:])].transpose(part.order)
+
+    def from_parts(self, read: Callable[[Part], np.ndarray]) -> np.ndarray:
+        """Returns the tensor put together from its parts, contiguous.
+
+        Args:
+            read: returns a part in its parameter's order of dims.
+        """
+        first = read(self.parts[0])
+        out = np.empty(self.view, first.dtype)
+        for part in self.parts:
+            axis, taken = part.split
+            target = out[(slice(None),) * axis + (taken,)].transpose(part.order)
+            target[...] = first if part is self.parts[0] else read(part)
+        return out.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of ours: its shape, and the tensor behind each index of its stacked dims."""
+
+    shape: tuple[int, ...]
+    pieces: Mapping[tuple[int, ...], tuple[HFTensor, Part]]
+
+    @property
+    def num_stacked(self) -> int:
+        """Leading dims that count layers and experts."""
+        return len(next(iter(self.pieces)))
+
+    def read(
+        self, window: tuple[slice, ...], read: Callable[[str, int, int], np.ndarray]
+    ) -> np.ndarray:
+        """Reads a window of the parameter; see `HFTensor.read_part`."""
+        stacked, inner = window[: self.num_stacked], window[self.num_stacked :]
+        out = None
+        for place in itertools.product(*(range(w.start, w.stop) for w in stacked)):
+            tensor, part = self.pieces[place]
+            piece = tensor.read_part(part, inner, read)
+            if out is None:
+                shape = tuple(w.stop - w.start for w in window)
+                out = np.empty(shape, piece.dtype)
+            out[tuple(i - w.start for i, w in zip(place, stacked, strict=True))] = piece
+        assert out is not None
+        return out
+
+
+@dataclass(frozen=True)
+class HFTable:
+    """The table of one model.
+
+    Attributes:
+        tensors: every tensor of its checkpoint, by name, in the order of the layers.
+        params: every parameter, by path.
+    """
+
+    tensors: Mapping[str, HFTensor] = field(repr=False)
+    params: Mapping[Path, Param] = field(repr=False)
+
+    def check_names(self, names: Iterable[str], where: str) -> None:
+        """Checks that a checkpoint holds every tensor of the model and no other.
+
+        Args:
+            names: the tensors found; those that the table ignores by name may be among them.
+            where: the checkpoint, for the message.
+
+        Raises:
+            ValueError: names every tensor that is missing and every one that is unknown.
+        """
+        found = {name for name in names if not is_ignored(name)}
+        missing = [name for name in self.tensors if name not in found]
+        unknown = sorted(found - self.tensors.keys())
+        faults = []
+        if missing:
+            faults.append(f"{len(missing)} tensors are missing: {', '.join(missing)}")
+        if unknown:
+            faults.append(f"{len(unknown)} tensors are not of this model: {', '.join(unknown)}")
+        if faults:
+            raise ValueError(f"{where}: {'; '.join(faults)}")
+
+
+def is_ignored(name: str) -> bool:
+    """Says whether a checkpoint may hold this tensor without the model needing it."""
+    return _IGNORED.fullmatch(name) is not None
+
+
+def hf_table(config: ModelConfig) -> HFTable:
+    """Writes the table out for a model, one entry per layer and expert."""
+    tensors: dict[str, HFTensor] = {}
+    for row in _TOP:
+        _add(tensors, row, _sizes(config, config.intermediate_dim), "", (), ())
+    queries = _PLAIN_QUERIES if config.attention.q_lora_rank is None else _COMPRESSED_QUERIES
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        dense = _sizes(config, config.intermediate_dim)
+        sparse = layer >= config.num_dense_layers
+        stack = ("moe_layers",) if sparse else ("dense_layers",)
+        index = (layer - config.num_dense_layers if sparse else layer,)
+        for row in _EVERY_LAYER + queries + (() if sparse else _DENSE_MLP):
+            _add(tensors, row, dense, prefix, stack, index)
+        if not sparse:
+            continue
+        assert config.moe is not None
+        for row in _ROUTER:
+            _add(tensors, row, dense, prefix, stack, index)
+        expert = _sizes(config, config.moe.intermediate_dim)
+        for number in range(config.moe.num_experts):
+            for row in _EXPERT:
+                _add(tensors, row, expert, prefix, stack, (*index, number))
+        if config.moe.num_shared_experts:
+            shared = _sizes(config, config.moe.shared_intermediate_dim)
+            for row in _SHARED_EXPERTS:
+                _add(tensors, row, shared, prefix, stack, index)
+    return HFTable(tensors, _collect_params(tensors))
+
+
+def hf_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every tensor in a model's Hugging Face checkpoint, by name."""
+    return {name: tensor.shape for name, tensor in hf_table(config).tensors.items()}
+
+
+def params_from_hf(config: ModelConfig, read: Callable[[str], np.ndarray]) -> dict[str, Any]:
+    """Builds all parameters in memory from the tensors of a small checkpoint.
+
+    The result is a nested dict that `nnx.replace_by_pure_dict(state, ...)` takes, with `state`
+    the model's (`nnx.state(model)`). Files are loaded by `dsjax.weights.load_weights` instead,
+    which never holds the whole model on the host.
+
+    Args:
+        config: the model.
+        read: returns the tensor of a name, in any float type; each parameter takes the type of
+            its first tensor.
+
+    Raises:
+        ValueError: a tensor's shape is not the table's.
+    """
+    table = hf_table(config)
+    params: dict[str, Any] = {}
+
+    def read_flat(name: str, start: int, stop: int) -> np.ndarray:
+        array = np.asarray(read(name))
+        expected = table.tensors[name].shape
+        if array.shape != expected:
+            raise ValueError(f"tensor {name}: shape {array.shape} must be {expected}")
+        return array.reshape(-1)[start:stop]
+
+    for path, param in table.params.items():
+        whole = tuple(slice(0, size) for size in param.shape)
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = param.read(whole, read_flat)
+    return params
+
+
+def params_to_hf(
+    config: ModelConfig, params: Mapping[str, Any]
+) -> Iterable[tuple[str, np.ndarray]]:
+    """Yields every tensor of the checkpoint from a nested dict of parameters, one at a time."""
+    for name, tensor in hf_table(config).tensors.items():
+        yield name, tensor.from_parts(lambda part: np.asarray(_get(params, part.path)[part.index]))
+
+
+def _get(params: Mapping[str, Any], path: Path) -> Any:
+    node: Any = params
+    for key in path:
+        node = node[key]
+    return node
+
+
+def _sizes(config: ModelConfig, feed_forward: int) -> dict[str, int]:
+    attention = config.attention
+    return {
+        "W": config.vocab_size,
+        "D": config.hidden_dim,
+        "H": attention.num_heads,
+        "N": attention.qk_nope_head_dim,
+        "R": attention.qk_rope_head_dim,
+        "V": attention.v_head_dim,
+        "Q": attention.q_lora_rank or 0,
+        "C": attention.kv_lora_rank,
+        "E": config.moe.num_experts if config.moe else 0,
+        "F": feed_forward,
+    }
+
+
+def _add(
+    tensors: dict[str, HFTensor],
+    row: Row,
+    sizes: Mapping[str, int],
+    prefix: str,
+    stack: Path,
+    index: tuple[int, ...],
+) -> None:
+    def size(dim: str) -> int:
+        return sum(sizes[letter] for letter in dim.split("+"))
+
+    dims = re.findall(r"[^\s()]+", row.layout)
+    view = tuple(size(dim) for dim in dims)
+    joined = re.findall(r"\(([^)]*)\)|(\S+)", row.layout)
+    shape = tuple(math.prod(map(size, (group or single).split())) for group, single in joined)
+    parts = []
+    for text in row.parts:
+        path, layout = text.split(": ")
+        order, split = [], (0, slice(0, view[0]))
+        for dim in layout.split():
+            axis = next(
+                i for i, whole in enumerate(dims) if dim == whole or dim in whole.split("+")
+            )
+            if dim != dims[axis]:
+                before, _, _ = dims[axis].partition(dim)
+                start = size(before.rstrip("+")) if before else 0
+                split = (axis, slice(start, start + size(dim)))
+            order.append(axis)
+        parts.append(Part(stack + tuple(path.split(".")), index, split, tuple(order)))
+    name = prefix + row.name.format(expert=index[-1] if index else 0)
+    tensors[name] = HFTensor(name, shape, view, tuple(parts))
+
+
+def _collect_params(tensors: Mapping[str, HFTensor]) -> dict[Path, Param]:
+    pieces: dict[Path, dict[tuple[int, ...], tuple[HFTensor, Part]]] = {}
+    for tensor in tensors.values():
+        for part in tensor.parts:
+            pieces.setdefault(part.path, {})[part.index] = (tensor, part)
+    params = {}
+    for path, by_index in pieces.items():
+        last = max(by_index)
+        tensor, part = by_index[last]
+        stacked = tuple(i + 1 for i in last)
+        assert len(by_index) == math.prod(stacked), path
+        params[path] = Param(stacked + tensor.part_shape(part), by_index)
+    return params

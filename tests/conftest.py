@@ -1,0 +1,67 @@
+# ruff: noqa: E402
+"""What every test runs under: eight CPU devices, and the kernels' annotations checked.
+
+`DSJAX_TEST_PLATFORM=gpu` (or tpu) runs on that platform instead; the tests that need eight devices
+or a CPU are then skipped where there are none.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+PLATFORM = os.environ.get("DSJAX_TEST_PLATFORM", "cpu")
+
+# All of this must be in place before jax is imported, which is why it stands above the imports.
+if PLATFORM == "cpu":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_force_host_platform_device_count=8"])
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test must not see another run's programs
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is a broken test
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jaxtyping
+import numpy as np
+import pytest
+
+from tests import annotations
+
+# Public functions of the kernels are annotated with shapes and dtypes: check them at run time.
+jaxtyping.install_import_hook("pallas_kernels", f"{annotations.__name__}.check")
+
+import jax
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fails early where the environment is not the one that the tests are written for."""
+    if PLATFORM == "cpu" and jax.device_count() != 8:
+        raise pytest.UsageError(f"the tests need 8 CPU devices, jax has {jax.devices()}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests that need an NVIDIA GPU where there is none."""
+    if any(device.platform == "gpu" for device in jax.devices()):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def require_module(name: str) -> None:
+    """Skips a test whose optional package is missing; in CI, where all are installed, fails it."""
+    if importlib.util.find_spec(name) is None:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must have {name} installed")
+        pytest.skip(f"needs {name}")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A seeded generator, the same for every test."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parent.parent

@@ -1,0 +1,118 @@
+"""Models small enough to test, with weights large enough that a mistake shows in the logits."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsjax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
+from dsjax.model import DeepSeekV2, create_model
+
+# Every feature of V2. The widths differ from one another, so that no mix-up fits by chance.
+SMALL = ModelConfig(
+    vocab_size=48,
+    hidden_dim=32,
+    num_layers=3,
+    num_dense_layers=1,
+    intermediate_dim=56,
+    max_length=256,
+    attention=AttentionConfig(
+        num_heads=2,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=10,
+        yarn=YarnConfig(factor=4, original_length=16, mscale=0.8, mscale_all_dim=0.707),
+    ),
+    moe=MoEConfig(
+        num_experts=8,
+        top_k=3,
+        intermediate_dim=20,
+        num_shared_experts=2,
+        num_groups=4,
+        top_groups=2,
+        routing="group_limited_greedy",
+        routed_scale=2.5,
+    ),
+    dtype="float32",
+    remat="none",
+)
+
+# V2-Lite's shape: queries are not compressed, experts are chosen anywhere.
+SMALL_LITE = replace(
+    SMALL,
+    attention=replace(SMALL.attention, q_lora_rank=None),
+    moe=replace(SMALL.moe, routing="greedy", num_groups=1, top_groups=1, routed_scale=1.0),
+)
+
+
+def randomize(model: DeepSeekV2, seed: int) -> DeepSeekV2:
+    """Returns the model with weights that keep activations near 1, and random norms."""
+    rng = np.random.default_rng(seed)
+    graph, state = nnx.split(model)
+    leaves = []
+    for path, variable in nnx.to_flat_state(state):
+        dims = variable.get_metadata("dims")
+        if path[-1] == "weight" and dims == ("norm",):
+            values = rng.uniform(0.5, 1.5, variable.shape)
+        else:
+            fan_in = 1 if path == ("embed",) else _fan_in(dims, variable.shape)
+            gain = 2.0 if "router" in path else 1.3
+            values = rng.standard_normal(variable.shape) * gain / np.sqrt(fan_in)
+        array = jax.device_put(values.astype(variable.dtype), variable[...].sharding)
+        leaves.append((path, variable.replace(array)))
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def random_model(config: ModelConfig, seed: int = 0, rules=None, kernels=None) -> DeepSeekV2:
+    """Creates a model with such weights; the same for every mesh."""
+    return randomize(create_model(config, seed, rules, kernels), seed)
+
+
+def _fan_in(dims: tuple[str, ...], shape: tuple[int, ...]) -> int:
+    """Numbers that are summed by the projection whose logical dims these are."""
+    own = shape[len(shape) - len(dims) :]  # without the dim of stacked layers
+    if dims == ("heads", "head_dim", "param_embed"):
+        return own[0] * own[1]
+    return own[1] if dims[0] == "experts" else own[0]
+
+
+def oracle_weights(model: DeepSeekV2) -> dict:
+    """The model's weights as the oracle takes them: float64, one dict per layer."""
+
+    def array(variable) -> np.ndarray:
+        return np.asarray(variable[...], np.float64)
+
+    layers = []
+    for stack in (model.dense_layers, model.moe_layers):
+        if stack is None:
+            continue
+        attention, feed_forward = stack.attention, stack.feed_forward
+        stacked = {
+            "attention_norm": stack.attention_norm.weight,
+            "feed_forward_norm": stack.feed_forward_norm.weight,
+            "kv_norm": attention.kv_norm.weight,
+            "w_gate": feed_forward.w_gate,
+            "w_up": feed_forward.w_up,
+            "w_down": feed_forward.w_down,
+        }
+        for name in ("wq_nope", "wq_rope", "wkv_a", "wk_b", "wv_b", "wo"):
+            stacked[name] = getattr(attention, name)
+        if attention.wq_a is not None:
+            stacked |= {"wq_a": attention.wq_a, "q_norm": attention.q_norm.weight}
+        if stack is model.moe_layers:
+            stacked["router"] = feed_forward.router.weight
+            if feed_forward.shared is not None:
+                for name in ("gate", "up", "down"):
+                    stacked[f"shared_{name}"] = getattr(feed_forward.shared, f"w_{name}")
+        arrays = {name: array(variable) for name, variable in stacked.items()}
+        count = len(arrays["attention_norm"])
+        layers += [{name: values[i] for name, values in arrays.items()} for i in range(count)]
+    return {
+        "embed": array(model.embed),
+        "norm": array(model.norm.weight),
+        "lm_head": array(model.lm_head),
+        "layers": layers,
+    }

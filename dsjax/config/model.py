@@ -182,7 +182,7 @@ class ModelConfig:
         attention: its attention.
         moe: its experts, or None for a dense model.
         num_dense_layers: first layers with a dense MLP (first_k_dense_replace).
-        norm_eps: epsilon of every RMSNorm.
+        norm_eps: epsilon of the RMSNorms on the residual stream (those inside attention keep 1e-6).
         max_length: longest context, in tokens.
         init_std: standard deviation of the initial weights.
         dtype: compute type of activations; router, softmax, norms and loss stay float32.

@@ -21,7 +21,7 @@ class LayerOptions:
         dtype: compute type.
         param_dtype: storage type of the parameters.
         init_std: standard deviation of the initial weights.
-        norm_eps: epsilon of the norms.
+        norm_eps: epsilon of the norms on the residual stream.
         rules: where arrays live.
         kernels: which kernel implementations run.
     """
@@ -56,15 +56,16 @@ class LayerOptions:
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation, in float32."""
 
-    def __init__(self, dim: int, options: LayerOptions):
+    def __init__(self, dim: int, options: LayerOptions, eps: float | None = None):
         self.weight = nnx.Param(jnp.ones(dim, options.param_dtype), dims=("norm",))
+        self.eps = options.norm_eps if eps is None else eps
         self.options = options
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Normalises the last dim; returns the compute dtype."""
         x_BTD = x_BTD.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True)
-        x_BTD = x_BTD * jax.lax.rsqrt(mean_square + self.options.norm_eps)
+        x_BTD = x_BTD * jax.lax.rsqrt(mean_square + self.eps)
         return (x_BTD * self.weight[...].astype(jnp.float32)).astype(self.options.dtype)
 
 

@@ -15,6 +15,9 @@ from dsjax.layers.rope import apply_rope, rope_angles, softmax_scale
 from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.mla_decode import mla_decode
 
+# The released code builds the latents' norms with this epsilon whatever `rms_norm_eps` says.
+_LATENT_NORM_EPS = 1e-6
+
 
 class MLA(nnx.Module):
     """Latent attention with DeepSeek's parameter names.
@@ -35,12 +38,12 @@ class MLA(nnx.Module):
             size, dim = hidden_dim, "param_embed"
         else:
             self.wq_a = weight((hidden_dim, config.q_lora_rank), ("param_embed", "q_latent"))
-            self.q_norm = RMSNorm(config.q_lora_rank, options)
+            self.q_norm = RMSNorm(config.q_lora_rank, options, _LATENT_NORM_EPS)
             size, dim = config.q_lora_rank, "q_latent_in"
         self.wq_nope = weight((size, heads, nope), (dim, "heads", "head_dim"))
         self.wq_rope = weight((size, heads, rope), (dim, "heads", "head_dim"))
         self.wkv_a = weight((hidden_dim, latent + rope), ("param_embed", "kv_latent"))
-        self.kv_norm = RMSNorm(latent, options)
+        self.kv_norm = RMSNorm(latent, options, _LATENT_NORM_EPS)
         self.wk_b = weight((latent, heads, nope), ("kv_latent_in", "heads", "head_dim"))
         self.wv_b = weight((latent, heads, value), ("kv_latent_in", "heads", "head_dim"))
         self.wo = weight((heads, value, hidden_dim), ("heads", "head_dim", "param_embed"))

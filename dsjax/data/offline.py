@@ -50,7 +50,7 @@ def pack(
     num_workers: int = 0,
     num_shards: int = 0,
     seed: int = 0,
-    num_packing_bins: int = 8,
+    num_packing_bins: int = 32,
     long_documents: LongDocuments = "split",
     progress: bool = True,
 ) -> dict[str, Any]:

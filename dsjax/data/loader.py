@@ -8,9 +8,7 @@ restores on another number of hosts. Over documents the state is each host's own
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +29,13 @@ Batch = dict[str, np.ndarray]
 class Loader(grain.DatasetIterator[Row]):
     """The endless training stream of one host; each element is a row.
 
-    Its state is a small JSON-like dict; orbax saves and loads it as a checkpointable.
+    Its state is a small dict that JSON can hold; being a grain iterator, orbax takes it as it is.
     """
 
-    def __init__(
-        self, rows: grain.IterDataset, *, packed: bool, process_index: int, process_count: int
-    ) -> None:
+    def __init__(self, rows: grain.IterDataset, *, packed: bool, process_count: int) -> None:
         super().__init__()
         self._iterator = iter(rows)
         self._packed = packed
-        self._process_index = process_index
         self._process_count = process_count
 
     def __next__(self) -> Row:
@@ -94,33 +89,6 @@ class Loader(grain.DatasetIterator[Row]):
                 )
             self._iterator.set_state(state["iterator"])
 
-    async def save(self, directory: Any) -> Awaitable[None]:
-        """Orbax's call: takes the state now, gives what writes it below a folder to come."""
-        state = json.dumps(self.get_state())
-        name = self._state_file() if not self._packed or self._process_index == 0 else None
-
-        async def write() -> None:
-            folder = await directory.await_creation()
-            if name is not None:
-                await asyncio.to_thread((folder / name).write_text, state)
-
-        return write()
-
-    async def load(self, directory: Any) -> Awaitable[None]:
-        """Orbax's call: gives what reads the state from a folder and goes there."""
-        file = directory / self._state_file()
-
-        async def read() -> None:
-            if not await asyncio.to_thread(file.exists):
-                raise ValueError(f"{file}: no data state of this host: saved by another number?")
-            self.set_state(json.loads(await asyncio.to_thread(file.read_text)))
-
-        return read()
-
-    def _state_file(self) -> str:
-        # One file serves all hosts where the state is shared, however many come back.
-        return "rows.json" if self._packed else f"host-{self._process_index}.json"
-
     def start_prefetch(self) -> None:
         """Starts reading ahead before the first row is asked for."""
         self._iterator.start_prefetch()
@@ -164,7 +132,7 @@ def make_loader(data: DataConfig, *, process_index: int = 0, process_count: int 
         rows = mixed[share].to_iter_dataset(
             grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
         )
-        return Loader(rows, packed=True, process_index=process_index, process_count=process_count)
+        return Loader(rows, packed=True, process_count=process_count)
     shares = []
     for i, source in enumerate(data.sources):
         if source.format == "arrayrecord":
@@ -184,7 +152,7 @@ def make_loader(data: DataConfig, *, process_index: int = 0, process_count: int 
             )
             shares.append(_pack(documents, data))
     rows = grain.IterDataset.mix(shares, weights) if len(shares) > 1 else shares[0]
-    return Loader(rows, packed=False, process_index=process_index, process_count=process_count)
+    return Loader(rows, packed=False, process_count=process_count)
 
 
 class EvalBatches:

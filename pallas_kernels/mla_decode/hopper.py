@@ -1,0 +1,592 @@
+"""Absorbed decode for Hopper: Pallas on Mosaic GPU (sm_90a).
+
+A tile of 64 query rows (query tokens times heads) attends to its keys 128 at a time. Two compute
+warpgroups each hold one half of the 64 x 512 float32 accumulator; warpgroup 0 computes the scores
+of the even block of 64 keys and warpgroup 1 those of the odd one, and both multiply both blocks'
+probabilities with their half of the latents. They run out of step: while one takes a softmax the
+other keeps the tensor cores busy. A third warpgroup loads the pages through the table with TMA.
+
+The work, pairs of pages over all sequences, is cut into equal ranges, one per streaming
+multiprocessor (`plan_work`). A sequence that spans several ranges leaves partial results, which a
+second kernel merges through their log-sum-exp.
+"""
+
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mla_decode.pages import LatentPages
+from pallas_kernels.mla_decode.tiles import HopperTiles, hopper_tiles
+
+ROWS = 64  # Rows of a tile: the M of a wgmma.
+KEYS = 64  # Keys of a block: one page of 64, or a part of a larger page.
+UNIT = 2 * KEYS  # Keys that the two warpgroups take in a step: the unit of work.
+KV_RANK, HALF, ROPE_DIM = 512, 256, 64
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
+LOG2E = math.log2(math.e)
+# A finite stand-in for -inf, so that the maximum of a row without keys can be subtracted.
+LOWEST = -1e30
+
+
+def decode(
+    q_latent_BTHC: Float[Array, "B T H C"],
+    q_rope_BTHR: Float[Array, "B T H R"],
+    pages: LatentPages,
+    page_table_BP: Int[Array, "B P"],
+    lengths_B: Int[Array, " B"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
+    """Computes `mla_decode` on a Hopper GPU.
+
+    Raises:
+        ValueError: an argument has a dtype or size that the kernel does not take.
+    """
+    _check(q_latent_BTHC, q_rope_BTHR, pages)
+    batch_size, num_tokens, num_heads, _ = q_latent_BTHC.shape
+    num_rows = num_tokens * num_heads
+    # Query tokens and heads are one dim of rows: they share the keys.
+    q_latent_BMC = q_latent_BTHC.reshape(batch_size, num_rows, KV_RANK)
+    q_rope_BMR = q_rope_BTHR.reshape(batch_size, num_rows, ROPE_DIM)
+
+    tiles = hopper_tiles()
+    num_tiles = pl.cdiv(num_rows, ROWS)
+    num_parts = max(1, tiles.num_sms // num_tiles)
+    capacity = page_table_BP.shape[1] * pages.page_size
+    parts, pieces = plan_work(lengths_B, capacity, num_parts)
+    outs = _attend(
+        parts,
+        lengths_B,
+        page_table_BP,
+        q_latent_BMC,
+        q_rope_BMR,
+        pages,
+        scale=scale,
+        num_tokens=num_tokens,
+        num_parts=num_parts,
+    )
+    out_BMC, lse_BM = _merge(*outs, pieces, tiles)
+    return out_BMC.reshape(q_latent_BTHC.shape), lse_BM.reshape(batch_size, num_tokens, num_heads)
+
+
+def plan_work(
+    lengths_B: Int[Array, " B"], capacity: int, num_parts: int
+) -> tuple[Int[Array, "4 parts"], Int[Array, "2 B"]]:
+    """Cuts the units of all sequences, laid end to end, into equal consecutive parts.
+
+    A sequence has one unit per 128 keys and at least one, so that an empty one is written too. The
+    piece of sequence b that lies in part p has the slot p + b: along the walk through parts and
+    sequences these never repeat, and the pieces of one sequence are consecutive.
+
+    Args:
+        lengths_B: tokens of each sequence.
+        capacity: keys that the page table has room for.
+        num_parts: parts to cut.
+
+    Returns:
+        (parts, pieces): for each part its first sequence, the first unit there, its last sequence
+        (before the first one in a part without work) and the end unit there; for each sequence the
+        slot of its first piece and the number of its pieces.
+    """
+    units_B = jnp.maximum(1, (jnp.clip(lengths_B, 0, capacity) + UNIT - 1) // UNIT)
+    sequence_B = jnp.arange(lengths_B.shape[0])
+    # Sums over comparisons rather than cumsum and searchsorted: XLA fuses each into one kernel.
+    start_B = jnp.sum(units_B * (sequence_B < sequence_B[:, None]), axis=1)
+    total = jnp.sum(units_B)
+    # A part gets a unit or more while there are units, so a sequence's parts have no gaps.
+    num_used = jnp.minimum(num_parts, total)
+
+    def bound(part: Array) -> Array:
+        return jnp.minimum(part, num_used) * total // num_used
+
+    part_P = jnp.arange(num_parts)
+    begin_P, end_P = bound(part_P), bound(part_P + 1)
+    end_B = start_B + units_B
+    before_PB = end_B <= begin_P[:, None]
+    before_last_PB = end_B < end_P[:, None]
+    first_sequence_P = jnp.sum(before_PB, axis=1)
+    last_sequence_P = jnp.sum(before_last_PB, axis=1)
+    first_unit_P = begin_P - jnp.sum(units_B * before_PB, axis=1)
+    end_unit_P = end_P - jnp.sum(units_B * before_last_PB, axis=1)
+    last_sequence_P = jnp.where(begin_P < end_P, last_sequence_P, first_sequence_P - 1)
+    parts = jnp.stack([first_sequence_P, first_unit_P, last_sequence_P, end_unit_P])
+
+    first_part_B = jnp.sum(end_P <= start_B[:, None], axis=1)
+    last_part_B = jnp.sum(end_P < end_B[:, None], axis=1)
+    pieces = jnp.stack([first_part_B + sequence_B, last_part_B - first_part_B + 1])
+    return parts.astype(jnp.int32), pieces.astype(jnp.int32)
+
+
+def _attend(
+    parts: Array,
+    lengths_B: Array,
+    page_table_BP: Array,
+    q_latent_BMC: Array,
+    q_rope_BMR: Array,
+    pages: LatentPages,
+    *,
+    scale: float,
+    num_tokens: int,
+    num_parts: int,
+) -> tuple[Array, Array, Array, Array]:
+    """Attends; returns (out, lse) of the sequences in one piece and (out, lse) of all pieces."""
+    batch_size, num_rows, _ = q_latent_BMC.shape
+    num_heads = num_rows // num_tokens
+    num_tiles = pl.cdiv(num_rows, ROWS)
+    tile_rows = min(num_rows, ROWS)
+    page_size = pages.page_size
+    blocks_per_page = page_size // KEYS
+    capacity = page_table_BP.shape[1] * page_size
+    dtype = q_latent_BMC.dtype
+    row_layout = plgpu.Layout.WGMMA.reduce(1)
+
+    def body(*refs) -> None:
+        parts_ref, lengths_ref, table_ref, ql_gmem, qr_gmem, latent_gmem, rope_gmem = refs[:7]
+        out_gmem, lse_gmem, piece_out_gmem, piece_lse_gmem = refs[7:11]
+        (
+            (ql_smem, ql_stage),
+            (qr_smem, qr_stage),
+            q_rope_smem,
+            left_smem,
+            right_smem,
+            rope_smem,
+            max_smem,
+            sum_smem,
+            lse_smem,
+            q_full,
+            q_empty,
+            left_full,
+            right_full,
+            rope_full,
+            left_empty,
+            right_empty,
+            max_ready,
+            sum_ready,
+            probs_ready,
+        ) = refs[11:]
+        block = lax.axis_index("block")
+        part, tile = lax.div(block, num_tiles), lax.rem(block, num_tiles)
+        warpgroup = lax.axis_index("warpgroup")
+        first_sequence, first_unit = parts_ref[0, part], parts_ref[1, part]
+        last_sequence, end_unit = parts_ref[2, part], parts_ref[3, part]
+        tile_row = tile * ROWS
+
+        def extent(sequence):
+            """Returns (length, keys of the table, units, this part's first and end unit)."""
+            length = lengths_ref[sequence]
+            num_keys = jnp.clip(length, 0, capacity)
+            units = jnp.maximum(1, lax.div(num_keys + (UNIT - 1), UNIT))
+            begin = jnp.where(sequence == first_sequence, first_unit, 0)
+            end = jnp.where(sequence == last_sequence, end_unit, units)
+            return length, num_keys, units, begin, end
+
+        def scores(side, num_seen, num_keys, unit):
+            """Returns a block's scaled scores in units of log 2, masked where need be."""
+
+            def products(acc_ref):
+                halves = [
+                    (left_full, ql_smem, left_smem),
+                    (right_full, qr_smem, right_smem),
+                ]
+                # The half that its own warpgroup frees first is loaded first.
+                for full, q_smem, k_smem in halves if side == 0 else halves[::-1]:
+                    plgpu.barrier_wait(full.at[side])
+                    plgpu.wgmma(acc_ref, q_smem, k_smem.at[side].transpose((1, 0)))
+                plgpu.barrier_wait(rope_full.at[side])
+                plgpu.wgmma(acc_ref, q_rope_smem, rope_smem.at[side].transpose((1, 0)))
+                return acc_ref[...]
+
+            s = pl.run_scoped(products, plgpu.ACC((ROWS, KEYS), jnp.float32)) * (scale * LOG2E)
+            first_key = unit * UNIT + side * KEYS
+
+            def mask(s):
+                row = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 0, layout=plgpu.Layout.WGMMA)
+                key = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=plgpu.Layout.WGMMA)
+                token = lax.div(row + tile_row, jnp.int32(num_heads))
+                limit = jnp.minimum(num_seen + token, num_keys)
+                return jnp.where(key + first_key < limit, s, -jnp.inf)
+
+            hidden = first_key + KEYS > jnp.minimum(num_seen, num_keys)
+            return lax.cond(hidden, mask, lambda s: s, s)
+
+        def clear_uncached(k_smem, side, num_keys, unit):
+            """Zeroes the latents behind the sequence's end: they may be NaN, and 0 * NaN is NaN."""
+            num_cached = num_keys - (unit * UNIT + side * KEYS)
+
+            @pl.when(num_cached < KEYS)
+            def _():
+                for column in range(0, HALF, 64):
+                    chunk = k_smem.at[side, :, pl.ds(column, 64)]
+                    key = plgpu.broadcasted_iota(
+                        jnp.int32, (KEYS, 64), 0, layout=plgpu.Layout.WGMMA
+                    )
+                    values = plgpu.load(chunk, layout=plgpu.Layout.WGMMA)
+                    chunk[...] = jnp.where(key < num_cached, values, jnp.zeros_like(values))
+                plgpu.commit_smem()
+
+        def rows_of(x):
+            return lax.broadcast_in_dim(x, (ROWS, KEYS), [0])
+
+        def scale_rows(acc, factor):
+            return acc * lax.broadcast_in_dim(factor, acc.shape, [0])
+
+        def store(side, sequence, acc, row_max, row_sum, whole):
+            """Writes this warpgroup's half of the rows, and their log-sum-exp from the second."""
+            stage = (ql_smem, qr_smem)[side]
+            wide_stage = (ql_stage, qr_stage)[side]
+            sum_smem.at[side][...] = row_sum
+            plgpu.barrier_arrive(sum_ready.at[side])
+            plgpu.barrier_wait(sum_ready.at[1 - side])
+            row_sum += plgpu.load(sum_smem.at[1 - side], layout=row_layout)
+            seen = row_sum > 0
+            acc = scale_rows(acc, jnp.where(seen, 1.0 / row_sum, 0.0))
+            rows = pl.ds(0, tile_rows)
+            slot = part + sequence
+
+            @pl.when(whole)
+            def _():
+                stage[...] = acc.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(
+                    stage.at[rows],
+                    out_gmem.at[sequence, pl.ds(tile_row, tile_rows), pl.ds(side * HALF, HALF)],
+                )
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            @pl.when(jnp.logical_not(whole))
+            def _():
+                for quarter in range(2):
+                    width = HALF // 2
+                    wide_stage[...] = acc[:, quarter * width : (quarter + 1) * width]
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(
+                        wide_stage.at[rows],
+                        piece_out_gmem.at[
+                            slot,
+                            pl.ds(tile_row, tile_rows),
+                            pl.ds(side * HALF + quarter * width, width),
+                        ],
+                    )
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            if side == 1:
+                lse = jnp.where(seen, row_max * (1 / LOG2E) + jnp.log(row_sum), -jnp.inf)
+                lse_smem[...] = lse
+                plgpu.commit_smem()
+
+                @pl.when(whole)
+                def _():
+                    plgpu.copy_smem_to_gmem(
+                        lse_smem.at[rows], lse_gmem.at[sequence, pl.ds(tile_row, tile_rows)]
+                    )
+
+                @pl.when(jnp.logical_not(whole))
+                def _():
+                    plgpu.copy_smem_to_gmem(
+                        lse_smem.at[rows], piece_lse_gmem.at[slot, pl.ds(tile_row, tile_rows)]
+                    )
+
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(q_empty)
+
+        def start():
+            zeros = jnp.zeros((ROWS, HALF), jnp.float32)
+            return (
+                plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),
+                plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), row_layout),
+                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout),
+            )
+
+        @pl.when(warpgroup == 0)
+        def _even_blocks():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+
+            @pl.loop(first_sequence, last_sequence + 1)
+            def _sequence(sequence):
+                length, num_keys, units, begin, end = extent(sequence)
+                num_seen = length - (num_tokens - 1)  # Keys that the first query sees.
+                plgpu.barrier_wait(q_full)
+
+                def step(unit, carry):
+                    acc, row_max, row_sum = carry
+                    s = scores(0, num_seen, num_keys, unit)
+                    new_max = jnp.maximum(row_max, s.max(axis=1))
+                    max_smem.at[0][...] = new_max
+                    plgpu.barrier_arrive(max_ready.at[0])
+                    decay = jnp.exp2(row_max - new_max)
+                    p = jnp.exp2(s - rows_of(new_max))
+                    row_sum = row_sum * decay + p.sum(axis=1)
+                    acc = scale_rows(acc, decay)
+                    clear_uncached(left_smem, 0, num_keys, unit)
+
+                    def own(acc_ref):
+                        plgpu.wgmma(acc_ref, p.astype(dtype), left_smem.at[0])
+                        # In its shadow: rescale to the other block's maximum and hand over.
+                        plgpu.barrier_wait(max_ready.at[1])
+                        both_max = plgpu.load(max_smem.at[1], layout=row_layout)
+                        late = jnp.exp2(new_max - both_max)
+                        rope_smem.at[0][...] = (p * rows_of(late)).astype(dtype)
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(probs_ready.at[0])
+
+                    acc = pl.run_state(own)(plgpu.ACC.init(acc))
+                    plgpu.barrier_arrive(left_empty.at[0])
+                    both_max = plgpu.load(max_smem.at[1], layout=row_layout)
+                    late = jnp.exp2(new_max - both_max)
+                    row_sum *= late
+                    acc = scale_rows(acc, late)
+                    plgpu.barrier_wait(probs_ready.at[1])
+                    clear_uncached(left_smem, 1, num_keys, unit)
+
+                    def other(acc_ref):
+                        plgpu.wgmma(acc_ref, rope_smem.at[1], left_smem.at[1])
+
+                    acc = pl.run_state(other)(plgpu.ACC.init(acc))
+                    plgpu.barrier_arrive(left_empty.at[1])
+                    return acc, both_max, row_sum
+
+                acc, row_max, row_sum = lax.fori_loop(begin, end, step, start())
+                whole = jnp.logical_and(begin == 0, end == units)
+                store(0, sequence, acc, row_max, row_sum, whole)
+
+        @pl.when(warpgroup == 1)
+        def _odd_blocks():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+
+            @pl.loop(first_sequence, last_sequence + 1)
+            def _sequence(sequence):
+                length, num_keys, units, begin, end = extent(sequence)
+                num_seen = length - (num_tokens - 1)  # Keys that the first query sees.
+                plgpu.barrier_wait(q_full)
+
+                def step(unit, carry):
+                    acc, row_max, row_sum = carry
+                    s = scores(1, num_seen, num_keys, unit)
+                    own_max = s.max(axis=1)
+                    plgpu.barrier_wait(max_ready.at[0])
+                    new_max = jnp.maximum(plgpu.load(max_smem.at[0], layout=row_layout), own_max)
+                    max_smem.at[1][...] = new_max
+                    plgpu.barrier_arrive(max_ready.at[1])
+                    decay = jnp.exp2(row_max - new_max)
+                    p = jnp.exp2(s - rows_of(new_max))
+                    row_sum = row_sum * decay + p.sum(axis=1)
+                    p = p.astype(dtype)
+                    rope_smem.at[1][...] = p
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(probs_ready.at[1])
+                    acc = scale_rows(acc, decay)
+                    clear_uncached(right_smem, 1, num_keys, unit)
+
+                    def both(acc_ref):
+                        plgpu.wgmma(acc_ref, p, right_smem.at[1])
+                        plgpu.barrier_wait(probs_ready.at[0])
+                        clear_uncached(right_smem, 0, num_keys, unit)
+                        plgpu.wgmma(acc_ref, rope_smem.at[0], right_smem.at[0])
+                        plgpu.wgmma_wait(1)
+                        plgpu.barrier_arrive(right_empty.at[1])
+
+                    acc = pl.run_state(both)(plgpu.ACC.init(acc))
+                    plgpu.barrier_arrive(right_empty.at[0])
+                    return acc, new_max, row_sum
+
+                acc, row_max, row_sum = lax.fori_loop(begin, end, step, start())
+                whole = jnp.logical_and(begin == 0, end == units)
+                store(1, sequence, acc, row_max, row_sum, whole)
+
+        @pl.when(warpgroup == 2)
+        def _copies():
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+
+            @pl.loop(first_sequence, last_sequence + 1)
+            def _sequence(sequence):
+                _, num_keys, _, begin, end = extent(sequence)
+                last_column = lax.div(jnp.maximum(num_keys - 1, 0), page_size)
+
+                @pl.when(sequence > first_sequence)
+                def _():
+                    plgpu.barrier_wait(q_empty)
+
+                source = (sequence, pl.ds(tile_row, tile_rows))
+                rows = pl.ds(0, tile_rows)
+                for side, q_smem in enumerate((ql_smem, qr_smem)):
+                    plgpu.copy_gmem_to_smem(
+                        ql_gmem.at[(*source, pl.ds(side * HALF, HALF))], q_smem.at[rows], q_full
+                    )
+                plgpu.copy_gmem_to_smem(qr_gmem.at[source], q_rope_smem.at[rows], q_full)
+
+                @pl.loop(begin, end)
+                def _unit(unit):
+                    places = []
+                    for side in range(2):
+                        index = unit * 2 + side
+                        column = jnp.minimum(lax.div(index, blocks_per_page), last_column)
+                        first_row = lax.rem(index, blocks_per_page) * KEYS
+                        places.append((table_ref[sequence, column], pl.ds(first_row, KEYS)))
+                    not_first = jnp.logical_or(sequence > first_sequence, unit > begin)
+
+                    def load_latent(side, half):
+                        smem = (left_smem, right_smem)[half].at[side]
+                        full = (left_full, right_full)[half].at[side]
+                        empty = (left_empty, right_empty)[half].at[side]
+
+                        @pl.when(not_first)
+                        def _():
+                            plgpu.barrier_wait(empty)
+
+                        columns = pl.ds(half * HALF, HALF)
+                        plgpu.copy_gmem_to_smem(
+                            latent_gmem.at[(*places[side], columns)], smem, full
+                        )
+
+                    def load_rope(side):
+                        plgpu.copy_gmem_to_smem(
+                            rope_gmem.at[places[side]], rope_smem.at[side], rope_full.at[side]
+                        )
+
+                    load_latent(0, 0)
+                    load_latent(1, 1)
+                    # The probabilities lie in the rotary keys' place until the other warpgroup,
+                    # which is the last to use the other half, has taken them.
+                    load_latent(0, 1)
+                    load_rope(0)
+                    load_latent(1, 0)
+                    load_rope(1)
+
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiled_wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+
+    def bf16(*shape):
+        return plgpu.SMEM(shape, dtype, transforms=tiled)
+
+    def staged():
+        wide = plgpu.SMEM((ROWS, HALF // 2), jnp.float32, transforms=tiled_wide)
+        return plgpu.RefUnion(bf16(ROWS, HALF), wide)
+
+    pair = functools.partial(plgpu.Barrier, num_barriers=2)
+    num_slots = num_parts + batch_size
+    kernel = plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((batch_size, num_rows, KV_RANK), dtype),
+            jax.ShapeDtypeStruct((batch_size, num_rows), jnp.float32),
+            jax.ShapeDtypeStruct((num_slots, num_rows, KV_RANK), jnp.float32),
+            jax.ShapeDtypeStruct((num_slots, num_rows), jnp.float32),
+        ],
+        scratch_types=[
+            staged(),
+            staged(),
+            bf16(ROWS, ROPE_DIM),
+            bf16(2, KEYS, HALF),
+            bf16(2, KEYS, HALF),
+            bf16(2, KEYS, ROPE_DIM),
+            plgpu.SMEM((2, ROWS), jnp.float32),
+            plgpu.SMEM((2, ROWS), jnp.float32),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(num_arrivals=2),
+            *(pair() for _ in range(8)),
+        ],
+        grid=(num_parts * num_tiles,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )
+    return kernel(
+        parts, lengths_B, page_table_BP, q_latent_BMC, q_rope_BMR, pages.latent, pages.rope
+    )
+
+
+def _merge(
+    out_BMC: Array,
+    lse_BM: Array,
+    piece_out_WMC: Array,
+    piece_lse_WM: Array,
+    pieces: Array,
+    tiles: HopperTiles,
+) -> tuple[Array, Array]:
+    """Writes the rows of the sequences that lie in several pieces into (out, lse), in place."""
+    batch_size, num_rows, _ = out_BMC.shape
+    # Few rows in all are spread over the chip; of many a block takes several.
+    rows = tiles.merge_rows if batch_size * num_rows >= 16 * tiles.num_sms else 1
+    rows = math.gcd(rows, num_rows)
+
+    def body(pieces_ref, piece_out_gmem, piece_lse_gmem, out_gmem, lse_gmem) -> None:
+        sequence, first_row = lax.axis_index("sequence"), lax.axis_index("rows") * rows
+        first_slot, num_pieces = pieces_ref[0, sequence], pieces_ref[1, sequence]
+
+        @pl.when(num_pieces > 1)
+        def _():
+            for row in range(rows):
+
+                def step(i, carry, row=row):
+                    acc, top, total = carry
+                    lses, values = [], []
+                    for j in range(tiles.merge_pieces):
+                        index = i * tiles.merge_pieces + j
+                        slot = first_slot + jnp.minimum(index, num_pieces - 1)
+                        lse = piece_lse_gmem[slot, first_row + row] * LOG2E
+                        lses.append(jnp.where(index < num_pieces, lse, -jnp.inf))
+                        values.append(
+                            plgpu.load(
+                                piece_out_gmem.at[slot, first_row + row],
+                                layout=plgpu.Layout.WG_STRIDED((KV_RANK,), vec_size=4),
+                            )
+                        )
+                    new_top = functools.reduce(jnp.maximum, lses, top)
+                    decay = jnp.exp2(top - new_top)
+                    acc, total = acc * decay, total * decay
+                    for lse, value in zip(lses, values, strict=True):
+                        weight = jnp.exp2(lse - new_top)
+                        acc, total = acc + value * weight, total + weight
+                    return acc, new_top, total
+
+                zeros = plgpu.layout_cast(
+                    jnp.zeros((KV_RANK,), jnp.float32),
+                    plgpu.Layout.WG_STRIDED((KV_RANK,), vec_size=4),
+                )
+                steps = lax.div(num_pieces + (tiles.merge_pieces - 1), tiles.merge_pieces)
+                acc, top, total = lax.fori_loop(
+                    0, steps, step, (zeros, jnp.float32(LOWEST), jnp.float32(0))
+                )
+                seen = total > 0
+                acc *= jnp.where(seen, 1 / total, 0.0)
+                out_gmem.at[sequence, first_row + row][...] = acc.astype(out_BMC.dtype)
+                lse = top * (1 / LOG2E) + jnp.log(total)
+                lse_gmem[sequence, first_row + row] = jnp.where(seen, lse, -jnp.inf)
+
+    mesh = plgpu.Mesh(grid=(batch_size, num_rows // rows), grid_names=("sequence", "rows"))
+    out_ref, lse_ref = jax.new_ref(out_BMC), jax.new_ref(lse_BM)
+    pl.kernel(
+        body,
+        mesh=mesh,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )(pieces, piece_out_WMC, piece_lse_WM, out_ref, lse_ref)
+    return jax.freeze(out_ref), jax.freeze(lse_ref)
+
+
+def _check(q_latent_BTHC: Array, q_rope_BTHR: Array, pages: LatentPages) -> None:
+    """Raises a ValueError that names the argument that the kernel does not take."""
+    _, num_tokens, num_heads, kv_rank = q_latent_BTHC.shape
+    if q_latent_BTHC.dtype != jnp.bfloat16:
+        raise ValueError(f"q_latent_BTHC has dtype {q_latent_BTHC.dtype}; hopper takes bfloat16")
+    if pages.latent.dtype != jnp.bfloat16:
+        raise ValueError(f"pages.latent has dtype {pages.latent.dtype}; hopper takes bfloat16")
+    if pages.rope.dtype != jnp.bfloat16:
+        raise ValueError(f"pages.rope has dtype {pages.rope.dtype}; hopper takes bfloat16")
+    if kv_rank != KV_RANK:
+        raise ValueError(f"q_latent_BTHC has rank {kv_rank}; hopper takes {KV_RANK}")
+    if q_rope_BTHR.shape[-1] != ROPE_DIM:
+        raise ValueError(f"q_rope_BTHR has {q_rope_BTHR.shape[-1]} dims; hopper takes {ROPE_DIM}")
+    if pages.page_size % KEYS:
+        raise ValueError(f"pages has page_size {pages.page_size}; hopper takes multiples of {KEYS}")
+    if num_tokens * num_heads % 8:
+        raise ValueError(
+            f"q_latent_BTHC has {num_tokens} x {num_heads} rows; hopper takes multiples of 8"
+        )

@@ -1,0 +1,194 @@
+"""Times absorbed decode on the GPU at hand, beside a plain read and a dense matmul in the same run.
+
+    python scripts/benchmark_mla_decode.py [--cases NAME ...] [--implementation hopper] [--kernels]
+
+A call is timed inside one jitted loop over the layers of a pool that is larger than the last-level
+cache, as in a model; planning the work and merging its pieces are part of it. FLOPs are
+B H T 2 S (576 + 512) and bytes 2 B (T H 576 + S 576 + T H 512).
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mla_decode import LatentPages, mla_decode
+
+KV_RANK, ROPE_DIM = 512, 64
+POOL_BYTES = 400 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One shape: sequences of one length, or of lengths around it."""
+
+    batch: int
+    heads: int
+    length: int
+    tokens: int = 1
+    ragged: bool = False
+    page_size: int = 64
+
+    @property
+    def name(self) -> str:
+        """How it is called on the command line."""
+        name = f"b{self.batch}_h{self.heads}_s{self.length}"
+        return name + (f"_t{self.tokens}" if self.tokens > 1 else "") + "_ragged" * self.ragged
+
+    @property
+    def flops(self) -> int:
+        """Operations that the scores and the outputs take."""
+        return self.batch * self.heads * self.tokens * 2 * self.length * (2 * KV_RANK + ROPE_DIM)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of bfloat16 that must be moved."""
+        rows = self.tokens * self.heads
+        width = KV_RANK + ROPE_DIM
+        return 2 * self.batch * (rows * width + self.length * width + rows * KV_RANK)
+
+
+SHAPES = (
+    Shape(128, 128, 4096),
+    Shape(128, 128, 8192),
+    Shape(128, 128, 8192, tokens=2),
+    Shape(128, 64, 8192),
+    Shape(128, 16, 4096),
+    Shape(128, 16, 8192),
+    Shape(128, 16, 8192, tokens=2),
+    Shape(128, 16, 8192, ragged=True),
+    Shape(1, 16, 8192),
+    Shape(1, 16, 131072),
+    Shape(1, 128, 131072),
+    Shape(32, 16, 2048),
+)
+
+
+def make_inputs(shape: Shape):
+    """Draws queries, a pool of several layers, a scattered page table and lengths."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    columns = shape.length // shape.page_size
+    per_layer = shape.batch * columns
+    page_bytes = 2 * shape.page_size * (KV_RANK + ROPE_DIM)
+    # At least two, or the call would not depend on the loop's step and could leave the loop.
+    num_layers = max(2, -(-POOL_BYTES // (per_layer * page_bytes)))
+    num_pages = num_layers * per_layer
+    draw = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
+    pages = LatentPages(
+        draw(keys[0], (num_pages, shape.page_size, KV_RANK)),
+        draw(keys[1], (num_pages, shape.page_size, ROPE_DIM)),
+    )
+    table = jax.random.permutation(keys[2], per_layer).reshape(shape.batch, columns)
+    lengths = jnp.full(shape.batch, shape.length, jnp.int32)
+    if shape.ragged:
+        lengths = jnp.linspace(shape.length // 2, shape.length, shape.batch).astype(jnp.int32)
+        lengths = jax.random.permutation(keys[3], lengths)
+    rows = (shape.batch, shape.tokens, shape.heads)
+    q_latent, q_rope = draw(keys[4], (*rows, KV_RANK)), draw(keys[5], (*rows, ROPE_DIM))
+    return (q_latent, q_rope, pages, table.astype(jnp.int32), lengths), num_layers, per_layer
+
+
+def seconds_per_call(step, first, *args, budget: float = 0.15) -> float:
+    """Returns the median time of a call of `step(i, previous, *args)` among many in a jitted loop."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def repeat(count, first, *args):
+        return lax.fori_loop(0, count, lambda i, previous: step(i, previous, *args), first)
+
+    def measure(count: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(repeat(count, first, *args))
+        return time.perf_counter() - start
+
+    measure(3)
+    count = max(10, min(1000, int(budget / measure(3))))
+    measure(count)
+    return statistics.median(measure(count) for _ in range(3)) / count
+
+
+def time_decode(shape: Shape, implementation: str, budget: float = 0.15) -> float:
+    """Returns the seconds that one call of `mla_decode` takes."""
+    inputs, num_layers, per_layer = make_inputs(shape)
+
+    def call(i, _, q_latent, q_rope, pages, table, lengths):
+        table = table + (i % num_layers) * per_layer
+        return mla_decode(
+            q_latent,
+            q_rope,
+            pages,
+            table,
+            lengths,
+            scale=192**-0.5,
+            implementation=implementation,
+        )
+
+    first = jnp.zeros_like(inputs[0]), jnp.zeros(inputs[0].shape[:-1], jnp.float32)
+    return seconds_per_call(call, first, *inputs, budget=budget)
+
+
+def kernel_times(shape: Shape, implementation: str) -> list[tuple[str, float]]:
+    """Returns (name, microseconds) of each kernel of one call, from the driver's own counters."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    inputs, _, _ = make_inputs(shape)
+    call = functools.partial(mla_decode, scale=192**-0.5, implementation=implementation)
+    _, runs = profiler.measure(jax.jit(call), aggregate=False, iterations=5)(*inputs)
+    return [
+        (kernels[0][0], 1e3 * statistics.median(t for _, t in kernels))
+        for kernels in zip(*runs, strict=True)
+    ]
+
+
+def time_read(num_bytes: int) -> float:
+    """Returns the seconds that a reduction over so many bytes takes."""
+    rows = max(1, num_bytes // 4 // 4096)
+    copies = max(2, -(-POOL_BYTES // num_bytes))
+    x = jax.random.normal(jax.random.key(1), (copies, rows, 4096))
+    return seconds_per_call(lambda i, _, x: jnp.max(x[i % copies]), jnp.float32(0), x)
+
+
+def time_matmul(size: int = 8192) -> float:
+    """Returns the operations per second of a dense bfloat16 product."""
+    keys = jax.random.split(jax.random.key(2))
+    a, x = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
+    # Scaled so that a chain of products keeps its size.
+    return 2 * size**3 / seconds_per_call(lambda i, x, a: a @ x, x, a * size**-0.5)
+
+
+def main() -> None:
+    """Prints one line per shape."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [shape.name for shape in SHAPES]
+    parser.add_argument("--cases", nargs="*", default=names, choices=names)
+    parser.add_argument("--implementation", default="hopper")
+    parser.add_argument("--kernels", action="store_true", help="print each kernel's time too")
+    args = parser.parse_args()
+
+    dense = time_matmul()
+    print(f"{jax.devices()[0].device_kind}; dense bfloat16 8192^3: {dense / 1e12:.0f} TFLOP/s")
+    print(f"{'shape':26} {'us':>8} {'TFLOP/s':>8} {'of dense':>8} {'GB/s':>8} {'of read':>8}")
+    for shape in SHAPES:
+        if shape.name not in args.cases:
+            continue
+        seconds = time_decode(shape, args.implementation)
+        # A ragged batch holds fewer keys than its longest sequence times its size.
+        share = 0.75 if shape.ragged else 1.0
+        flops, moved = share * shape.flops / seconds, share * shape.num_bytes / seconds
+        read = share * shape.num_bytes / time_read(int(share * shape.num_bytes))
+        print(
+            f"{shape.name:26} {seconds * 1e6:8.1f} {flops / 1e12:8.1f} {flops / dense:8.3f} "
+            f"{moved / 1e9:8.0f} {moved / read:8.3f}",
+            flush=True,
+        )
+        if args.kernels:
+            for name, microseconds in kernel_times(shape, args.implementation):
+                print(f"    {microseconds:8.2f} us  {name[:80]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,9 @@ or a CPU are then skipped where there are none.
 """
 
 import importlib.util
+import inspect
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 PLATFORM = os.environ.get("DSJAX_TEST_PLATFORM", "cpu")
@@ -53,6 +55,17 @@ def require_module(name: str) -> None:
         if os.environ.get("CI"):
             pytest.fail(f"CI must have {name} installed")
         pytest.skip(f"needs {name}")
+
+
+@pytest.fixture(autouse=True)
+def _own_errors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Switches annotation checks off where a test asks for an error: it means our own message."""
+    function = getattr(request, "function", None)
+    asks = function is not None and "pytest.raises" in inspect.getsource(function)
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", asks or before)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

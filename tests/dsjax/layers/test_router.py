@@ -1,0 +1,247 @@
+"""The router, its balance losses and token dropping against the paper's equations."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsjax.config import MoEConfig, TokenDropping
+from dsjax.kernels import Kernels
+from dsjax.layers.basic import LayerOptions
+from dsjax.layers.router import Router, balance_losses, choose_experts, keep_within_capacity
+from dsjax.sharding import ShardingRules
+from tests import oracle
+from tests.small_models import SMALL
+
+losses_of = jax.jit(balance_losses, static_argnames="config")
+choose = jax.jit(choose_experts, static_argnames="config")
+keep_of = jax.jit(keep_within_capacity, static_argnames=("config", "dropping"))
+run_router = jax.jit(
+    lambda router, *args, dropping: router(*args, dropping), static_argnames="dropping"
+)
+
+
+def moe_config(experts, top_k, groups, top_groups, routing, **fields):
+    return MoEConfig(
+        num_experts=experts,
+        top_k=top_k,
+        intermediate_dim=8,
+        num_groups=groups,
+        top_groups=top_groups,
+        routing=routing,
+        **fields,
+    )
+
+
+CASES = {
+    "v2": moe_config(160, 6, 8, 3, "group_limited_greedy", routed_scale=16.0),
+    "v2_lite": moe_config(64, 6, 1, 1, "greedy"),
+    "greedy_in_groups": moe_config(16, 4, 4, 3, "greedy", routed_scale=1.7),
+    "normalised": moe_config(
+        12, 3, 3, 2, "group_limited_greedy", normalize_weights=True, routed_scale=5.0
+    ),
+    "normalised_greedy": moe_config(8, 2, 1, 1, "greedy", normalize_weights=True),
+    "top_1": moe_config(6, 1, 2, 1, "group_limited_greedy"),
+    "all_of_a_group": moe_config(8, 4, 2, 1, "group_limited_greedy"),
+    "one_expert_a_group": moe_config(5, 3, 5, 3, "group_limited_greedy"),
+}
+
+
+def affinities(config, rng, batch=3, length=17, spread=2.0):
+    return oracle.softmax(spread * rng.standard_normal((batch, length, config.num_experts)))
+
+
+def padding_mask(batch, length):
+    """Sequences of different lengths; the last one is complete."""
+    lengths = np.linspace(length // 3, length, batch).astype(int)
+    return np.arange(length) < lengths[:, None]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", CASES)
+def test_router_is_the_oracles(name, rng):
+    config, hidden = CASES[name], 24
+    options = LayerOptions.of(SMALL, ShardingRules(), Kernels())
+    router = Router(config, hidden, options, nnx.Rngs(0))
+    x, weight = (
+        rng.standard_normal((2, 13, hidden)),
+        rng.standard_normal((hidden, config.num_experts)),
+    )
+    router.weight[...] = jnp.asarray(weight, jnp.float32)
+    routing, stats = run_router(router, jnp.asarray(x, jnp.float32), None, dropping=None)
+    everything = np.ones((2, 13), bool)
+    routed = [oracle.route(sequence, weight, config) for sequence in x]
+    scores, indices, gates = map(np.stack, zip(*routed, strict=True))
+    np.testing.assert_array_equal(routing.indices_BTK, indices)
+    np.testing.assert_allclose(routing.weights_BTK, gates, rtol=1e-4, atol=1e-7)
+    losses = oracle.balance_losses(scores, indices, everything, config)
+    np.testing.assert_allclose([stats.expert, stats.device, stats.communication], losses, rtol=1e-5)
+    np.testing.assert_array_equal(
+        stats.load_E, np.bincount(indices.ravel(), minlength=config.num_experts)
+    )
+    assert stats.dropped == 0
+
+
+def test_scale_or_normalisation_but_not_both(rng):
+    # Trap: routed_scaling_factor applied twice, or never; transformers ignores norm_topk_prob.
+    scaled = CASES["v2"]
+    scores = jnp.asarray(affinities(scaled, rng), jnp.float32)
+    weights, indices = choose(scores, scaled)
+    plain, same = choose(scores, replace(scaled, routed_scale=1.0))
+    np.testing.assert_array_equal(indices, same)
+    np.testing.assert_allclose(weights, 16 * plain, rtol=1e-6)
+    np.testing.assert_allclose(plain, np.take_along_axis(scores, indices, -1), rtol=1e-6)
+    normalised, _ = choose(scores, replace(scaled, normalize_weights=True))
+    np.testing.assert_allclose(normalised.sum(-1), 1, rtol=1e-6)
+
+
+def test_tokens_stay_within_their_groups(rng):
+    config = CASES["v2"]
+    _, indices = choose(jnp.asarray(affinities(config, rng, 4, 64), jnp.float32), config)
+    groups = np.asarray(indices) // (config.num_experts // config.num_groups)
+    counts = [len(set(token)) for token in groups.reshape(-1, config.top_k).tolist()]
+    assert max(counts) == config.top_groups
+    for token in np.asarray(indices).reshape(-1, config.top_k).tolist():
+        assert len(set(token)) == config.top_k
+
+
+def test_masked_groups_lose_to_any_affinity():
+    # Trap: masking groups with 0. Here the kept group's other experts have no affinity at all.
+    config = moe_config(6, 3, 2, 1, "group_limited_greedy")
+    scores = jnp.array([[[0.6, 0.0, 0.0, 0.2, 0.1, 0.1]]], jnp.float32)
+    _, indices = choose(scores, config)
+    assert sorted(np.asarray(indices)[0, 0].tolist()) == [0, 1, 2]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_balance_losses_are_the_papers(name, masked, rng):
+    config = CASES[name]
+    scores = affinities(config, rng)
+    mask = padding_mask(*scores.shape[:2]) if masked else np.ones(scores.shape[:2], bool)
+    _, indices = choose(jnp.asarray(scores, jnp.float32), config)
+    *losses, load = losses_of(jnp.asarray(scores, jnp.float32), indices, jnp.asarray(mask), config)
+    want = oracle.balance_losses(scores, np.asarray(indices), mask, config)
+    np.testing.assert_allclose(losses, want, rtol=1e-5)
+    chosen = np.asarray(indices)[mask].ravel()
+    np.testing.assert_array_equal(load, np.bincount(chosen, minlength=config.num_experts))
+
+
+def test_losses_are_per_sequence(rng):
+    """The batch's loss is the mean of its sequences', and not the loss of the joined batch."""
+    config = CASES["greedy_in_groups"]
+    scores = jnp.asarray(affinities(config, rng, 4, 16), jnp.float32)
+    _, indices = choose(scores, config)
+    mask = jnp.ones(scores.shape[:2], bool)
+
+    def losses(*arrays):
+        return np.array(losses_of(*arrays, config)[:3])
+
+    single = [losses(*(a[b : b + 1] for a in (scores, indices, mask))) for b in range(4)]
+    np.testing.assert_allclose(losses(scores, indices, mask), np.mean(single, axis=0), rtol=1e-6)
+    joined = losses(*(a.reshape(1, -1, *a.shape[2:]) for a in (scores, indices, mask)))
+    assert np.abs(losses(scores, indices, mask) - joined).min() > 1e-3
+
+
+def test_even_routing_has_loss_1():
+    config = moe_config(8, 2, 4, 2, "greedy")
+    tokens = np.arange(8)
+    indices = jnp.asarray(np.stack([tokens, (tokens + 2) % 8], axis=-1))[None]
+    scores = jnp.full((1, 8, 8), 1 / 8, jnp.float32)
+    losses = losses_of(scores, indices, jnp.ones((1, 8), bool), config)[:3]
+    np.testing.assert_allclose(losses, 1, rtol=1e-6)
+
+
+def test_affinities_are_a_single_softmax(rng):
+    # Trap: softmax applied twice before the balance loss, which would pull every P_i to 1 / E.
+    config = CASES["v2_lite"]
+    options = LayerOptions.of(SMALL, ShardingRules(), Kernels())
+    router = Router(config, 16, options, nnx.Rngs(0))
+    router.weight[...] = 8 * jnp.asarray(rng.standard_normal(router.weight.shape), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((1, 9, 16)), jnp.float32)
+    weights = run_router(router, x, None, dropping=None)[0].weights_BTK
+    scores = oracle.softmax(np.asarray(x[0] @ router.weight[...], np.float64))
+    np.testing.assert_allclose(weights[0, :, 0], scores.max(-1), rtol=1e-4)
+    assert scores.max(-1).min() > 0.3
+
+
+def test_balance_gradient_reaches_the_router_weight_through_the_mean_affinity(rng):
+    config = CASES["normalised"]
+    scores = jnp.asarray(affinities(config, rng, 2, 11), jnp.float32)
+    _, indices = choose(scores, config)
+    mask = np.ones((2, 11), bool)
+    gradient = jax.jit(jax.grad(lambda s: balance_losses(s, indices, mask, config)[0]))(scores)
+    chosen = np.asarray(indices)
+    for b in range(2):  # d loss / d s_it = f_i / T / batch
+        load = np.bincount(chosen[b].ravel(), minlength=config.num_experts)
+        f = load * config.num_experts / (config.top_k * 11)
+        np.testing.assert_allclose(gradient[b], np.tile(f / 11 / 2, (11, 1)), rtol=1e-5)
+
+
+DROPPING = {
+    "paper": TokenDropping(1.0, 0.1),
+    "nothing_exempt": TokenDropping(1.0, 0.0),
+    "tight": TokenDropping(0.5, 0.25),
+    "roomy": TokenDropping(4.0, 0.0),
+    "all_exempt": TokenDropping(0.1, 1.0),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropping", DROPPING)
+@pytest.mark.parametrize("name", ["v2", "greedy_in_groups", "normalised"])
+def test_dropping_is_the_papers(name, dropping, masked, rng):
+    config, option = CASES[name], DROPPING[dropping]
+    scores = affinities(config, rng, batch=8, length=9, spread=1.0)
+    mask = padding_mask(8, 9) if masked else np.ones((8, 9), bool)
+    _, indices = choose(jnp.asarray(scores, jnp.float32), config)
+    keep = keep_of(jnp.asarray(scores, jnp.float32), indices, jnp.asarray(mask), config, option)
+    exempt = set(range(round(option.undropped_fraction * 8)))
+    want = oracle.kept_assignments(
+        scores, np.asarray(indices), mask, exempt, config, option.capacity_factor
+    )
+    np.testing.assert_array_equal(np.asarray(keep)[mask], want[mask])
+
+
+def test_dropped_assignments_go_nowhere(rng):
+    config = CASES["greedy_in_groups"]
+    options = LayerOptions.of(SMALL, ShardingRules(), Kernels())
+    router = Router(config, 16, options, nnx.Rngs(0))
+    router.weight[...] = jnp.asarray(rng.standard_normal(router.weight.shape), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((4, 12, 16)), jnp.float32)
+    mask = jnp.asarray(padding_mask(4, 12))
+    free, stats_free = run_router(router, x, mask, dropping=None)
+    routing, stats = run_router(router, x, mask, dropping=TokenDropping(1.0, 0.25))
+    lost = np.asarray(routing.indices_BTK) == config.num_experts
+    assert lost[np.asarray(mask)].any()
+    assert not lost[0][np.asarray(mask[0])].any()  # a quarter of 4 sequences is exempt
+    np.testing.assert_array_equal(np.asarray(routing.weights_BTK)[lost], 0)
+    np.testing.assert_array_equal(
+        np.asarray(routing.weights_BTK)[~lost], np.asarray(free.weights_BTK)[~lost]
+    )
+    share = lost[np.asarray(mask)].mean()
+    assert float(stats.dropped) == pytest.approx(share, rel=1e-6)
+    # The losses and the load are of the router's wishes, before anything is dropped.
+    assert float(stats.expert) == float(stats_free.expert)
+    np.testing.assert_array_equal(stats.load_E, stats_free.load_E)
+
+
+def test_router_computes_in_float32_under_bfloat16(rng):
+    config = CASES["v2"]
+    options = LayerOptions.of(
+        replace(SMALL, dtype="bfloat16", param_dtype="float32"), ShardingRules(), Kernels()
+    )
+    router = Router(config, 64, options, nnx.Rngs(0))
+    router.weight[...] = jnp.asarray(rng.standard_normal(router.weight.shape), jnp.float32) / 8
+    x = jnp.asarray(rng.standard_normal((1, 50, 64)), jnp.bfloat16)
+    routing, _ = run_router(router, x, None, dropping=None)
+    assert routing.weights_BTK.dtype == jnp.float32
+    _, indices, gates = oracle.route(
+        np.asarray(x[0], np.float64), np.asarray(router.weight[...], np.float64), config
+    )
+    np.testing.assert_array_equal(routing.indices_BTK[0], indices)
+    np.testing.assert_allclose(routing.weights_BTK[0], gates, rtol=1e-5)

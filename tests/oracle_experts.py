@@ -5,6 +5,7 @@ import numpy as np
 
 def row_ranges(group_sizes: np.ndarray, offset: int, num_groups: int) -> list[slice]:
     """Rows of each of the groups [offset, offset + num_groups)."""
+    group_sizes = np.asarray(group_sizes)
     ends = np.cumsum(group_sizes)
     return [slice(ends[g] - group_sizes[g], ends[g]) for g in range(offset, offset + num_groups)]
 

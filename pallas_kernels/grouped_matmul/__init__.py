@@ -192,7 +192,9 @@ def _matmul_fwd(module, transpose_rhs, lhs_MK, rhs_GKN, group_sizes_G, group_off
 
 
 def _matmul_bwd(module, transpose_rhs, arrays, d_out_MN):  # type: ignore[no-untyped-def]
-    lhs_MK, rhs_GKN, group_sizes_G, group_offset = arrays
+    lhs_MK, rhs_GKN, *groups = arrays
+    # Inside a scan's backward pass a constant offset arrives as a NumPy scalar.
+    group_sizes_G, group_offset = map(jnp.asarray, groups)
     d_lhs_MK = module.matmul(
         d_out_MN, rhs_GKN, group_sizes_G, group_offset, transpose_rhs=not transpose_rhs
     )
@@ -223,6 +225,7 @@ def _swiglu_fwd(module, lhs_MK, gate_GKN, up_GKN, group_sizes_G, group_offset): 
 
 def _swiglu_bwd(module, residuals, d_hidden_MN):  # type: ignore[no-untyped-def]
     lhs_MK, gate_GKN, up_GKN, gate_MN, up_MN, *groups = residuals
+    groups = [jnp.asarray(x) for x in groups]
     gate, up = gate_MN.astype(jnp.float32), up_MN.astype(jnp.float32)
     d_hidden = d_hidden_MN.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate)

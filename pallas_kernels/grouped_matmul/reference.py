@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.grouped_matmul.weights import BlockScaledWeights, dequantise
 
 
-def _weights(rhs: Array | BlockScaledWeights, dtype: jnp.dtype) -> Array:
+def _weights(rhs: Array | BlockScaledWeights, dtype: DTypeLike) -> Array:
     if isinstance(rhs, BlockScaledWeights):
         return dequantise(rhs.values, rhs.scales, dtype)
     return rhs

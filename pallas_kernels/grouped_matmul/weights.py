@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 SCALE_BLOCK = 128
@@ -58,7 +59,7 @@ class BlockScaledWeights:
             )
 
 
-def dequantise(values: Array, scales: Array, dtype: jnp.dtype) -> Array:
+def dequantise(values: Array, scales: Array, dtype: DTypeLike) -> Array:
     """Multiply values by their blocks' scales.
 
     Args:
@@ -74,7 +75,7 @@ def dequantise(values: Array, scales: Array, dtype: jnp.dtype) -> Array:
     return (values.astype(jnp.float32) * scale[..., :num_k, :num_n]).astype(dtype)
 
 
-def block_scaled(weights: Float[Array, "G K N"], dtype: jnp.dtype) -> BlockScaledWeights:
+def block_scaled(weights: Float[Array, "G K N"], dtype: DTypeLike) -> BlockScaledWeights:
     """Quantise weights symmetrically, each 128 x 128 block by its own largest magnitude.
 
     Args:

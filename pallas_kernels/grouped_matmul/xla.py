@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.grouped_matmul.groups import group_of_tile, local_groups
 from pallas_kernels.grouped_matmul.weights import BlockScaledWeights, dequantise
@@ -24,7 +25,7 @@ def row_tile(num_rows: int, num_groups: int) -> int:
     return min(MAX_TILE, max(MIN_TILE, 2 ** math.ceil(math.log2(mean))))
 
 
-def _pick(rhs: Array | BlockScaledWeights, group: Array, dtype: jnp.dtype) -> Array:
+def _pick(rhs: Array | BlockScaledWeights, group: Array, dtype: DTypeLike) -> Array:
     """The matrix of one group."""
     if isinstance(rhs, BlockScaledWeights):
         return dequantise(_pick(rhs.values, group, dtype), _pick(rhs.scales, group, dtype), dtype)

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +54,19 @@ ODD_CASES = (
 class Inputs:
     """Random float32 arrays of a case, rows outside the held groups included."""
 
-    lhs: np.ndarray
-    rhs: np.ndarray
-    second_rhs: np.ndarray
-    d_out: np.ndarray
-    group_sizes: np.ndarray
+    lhs: Array
+    rhs: Array
+    second_rhs: Array
+    d_out: Array
+    group_sizes: Array
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """Draw the arrays of a case, scaled so that products are of order one."""
     rng = np.random.default_rng(seed)
 
-    def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
-        return (rng.standard_normal(shape) * scale).astype(np.float32)
+    def draw(*shape: int, scale: float = 1.0) -> Array:
+        return jnp.asarray(rng.standard_normal(shape) * scale, jnp.float32)
 
     weights = (case.held, case.width_in, case.width_out)
     return Inputs(
@@ -72,5 +74,5 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         rhs=draw(*weights, scale=case.width_in**-0.5),
         second_rhs=draw(*weights, scale=case.width_in**-0.5),
         d_out=draw(case.num_rows, case.width_out),
-        group_sizes=np.array(case.group_sizes, np.int32),
+        group_sizes=jnp.array(case.group_sizes, jnp.int32),
     )

@@ -1,0 +1,169 @@
+"""Python, as in a notebook: load a model, generate, train, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from dsjax.config import ModelConfig, TrainConfig
+from dsjax.config.load import load_train_config
+from dsjax.data.tokenizer import Tokenizer, load_tokenizer
+from dsjax.infer.generate import generate
+from dsjax.infer.sampler import Sampling
+from dsjax.kernels import Kernels, choose_kernels
+from dsjax.model import DeepSeekV2
+from dsjax.sharding import ShardingRules, inference_rules
+from dsjax.training.loop import FitResult, fit
+from dsjax.weights import Source, load_weights, locate, save_weights
+
+Message = dict[str, Any]
+
+
+class LanguageModel(DeepSeekV2):
+    """A model with its tokenizer: what `load` gives.
+
+    Attributes:
+        tokenizer: turns text into token ids and back, or None where none was found.
+        source: the folder that the model came from.
+    """
+
+    tokenizer: Tokenizer | None = None
+    source: Path | None = None
+
+    @classmethod
+    def of(cls, model: DeepSeekV2, tokenizer: Tokenizer | None, source: Path) -> LanguageModel:
+        """Gives a model its tokenizer; shares its arrays."""
+        options = model.options
+        made: LanguageModel = nnx.eval_shape(
+            lambda: cls(model.config, nnx.Rngs(0), rules=options.rules, kernels=options.kernels)
+        )
+        nnx.update(made, nnx.state(model))
+        made.tokenizer, made.source = tokenizer, source
+        return made
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | Sequence[Sequence[Message]],
+        *,
+        chat: bool = False,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Any:
+        """Continues a prompt, or several at once.
+
+        Args:
+            prompt: a text, a list of texts, or a list of conversations (lists of messages).
+            chat: whether a text is a user's message to which the answer is wanted.
+            max_tokens: tokens generated at most.
+            temperature: 0 takes the best token.
+            top_k: keep the best so many tokens; 0 keeps all.
+            top_p: keep the smallest set of best tokens with this probability.
+            seed: of the draws.
+            stop: strings that end a text.
+            on_text: called with a prompt's index and each new piece of its text.
+
+        Returns:
+            The generated text, or a list of them.
+
+        Raises:
+            ValueError: there is no tokenizer, or a prompt does not fit the context.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.source}: holds no tokenizer.json, so text cannot be generated")
+        prompts: Sequence[Any] = [prompt] if isinstance(prompt, str) else prompt
+        ids = [self._encode(self.tokenizer, one, chat) for one in prompts]
+        sampling = Sampling(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=tuple(stop),
+        )
+        texts = [g.text for g in generate(self, self.tokenizer, ids, sampling, on_text)]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    @staticmethod
+    def _encode(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: bool) -> list[int]:
+        if isinstance(prompt, str) and chat:
+            prompt = [{"role": "user", "content": prompt}]
+        if not isinstance(prompt, str):
+            prompt = tokenizer.apply_chat_template(prompt)
+        return tokenizer.encode_prompt(prompt)
+
+
+def load(
+    path_or_hub_name: str | Path,
+    dtype: Literal["bfloat16", "float32"] | None = "bfloat16",
+    mesh: jax.sharding.Mesh | None = None,
+) -> LanguageModel:
+    """Loads a model.
+
+    Args:
+        path_or_hub_name: a Hugging Face folder, a checkpoint of ours, a training run, or a name
+            on the Hugging Face Hub.
+        dtype: of parameters and computation; None keeps the stored one.
+        mesh: devices to divide the model over; None uses one.
+
+    Raises:
+        ValueError: there is no model there, or it is damaged; names the file.
+    """
+    source: Source = locate(path_or_hub_name)
+    rules = inference_rules(mesh)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    model = load_weights(
+        source.path, dtype=dtype, rules=rules, kernels=_kernels(device, source.config, dtype)
+    )
+    tokenizer = None if source.tokenizer is None else load_tokenizer(source.tokenizer)
+    return LanguageModel.of(model, tokenizer, source.path)
+
+
+def _kernels(device: jax.Device, config: ModelConfig, dtype: str | None) -> Kernels:
+    import dataclasses
+
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)  # type: ignore[arg-type]
+    return choose_kernels(device, config)
+
+
+def save(
+    model: DeepSeekV2,
+    path: str | Path,
+    *,
+    format: Literal["dsjax", "hf"] = "dsjax",
+    dtype: Literal["bfloat16", "float32"] | None = None,
+) -> None:
+    """Saves a model as a checkpoint of ours or as a Hugging Face folder.
+
+    Args:
+        model: the model.
+        path: a folder that does not exist yet.
+        format: which of the two.
+        dtype: of the tensors written; None keeps the model's.
+    """
+    source = getattr(model, "source", None)
+    save_weights(model, path, assets=source, format=format, dtype=dtype)
+
+
+def train(config: TrainConfig | str | Path, overrides: Sequence[str] = ()) -> FitResult:
+    """Trains a model, going on from where the run stopped if it was started before.
+
+    Args:
+        config: the run, or the file that holds it.
+        overrides: dotted fields such as "model.moe.top_k=2", for a file.
+    """
+    if not isinstance(config, TrainConfig):
+        config = load_train_config(config, overrides)
+    return fit(config)
+
+
+__all__ = ["LanguageModel", "ShardingRules", "load", "save", "train"]

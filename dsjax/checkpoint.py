@@ -1,0 +1,154 @@
+"""A run's checkpoints: saved while training goes on, restored onto any mesh."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from dsjax.config import CheckpointConfig, TrainConfig, from_json, to_json
+
+RUN_FILE = "run.json"
+STEPS_FOLDER = "checkpoints"
+
+
+class RunCheckpoints:
+    """The checkpoints of one run, `<run>/checkpoints/<step>`.
+
+    Each holds the checkpointables `params`, a nested dict with the same layout that converted
+    models have, and `optimizer`, and in its custom metadata the state of the data on every host.
+    A step is complete or not there: orbax writes to a temporary folder and renames it last.
+    """
+
+    def __init__(self, run: Path, config: CheckpointConfig):
+        training = ocp.training
+        kept: list[Any] = [training.preservation_policies.LatestN(config.keep_latest)]
+        if config.keep_every is not None:
+            kept.append(training.preservation_policies.EveryNSteps(config.keep_every))
+        self._folder = run / STEPS_FOLDER
+        self._checkpointer = training.Checkpointer(
+            self._folder,
+            preservation_policy=training.preservation_policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(
+        self, step: int, params: nnx.State, optimizer: dict[str, Any], data_state: dict[str, Any]
+    ) -> None:
+        """Starts saving a step; training may go on, and donate what was given, at once.
+
+        Args:
+            step: steps taken so far.
+            params: the model's parameters.
+            optimizer: everything else that training changes.
+            data_state: this host's place in its data.
+
+        Raises:
+            RuntimeError: this save or the one before it failed; names the folder.
+        """
+        if step == self.latest:
+            return
+        self.wait()
+        try:
+            self._checkpointer.save_checkpointables_async(
+                step,
+                {"params": nnx.to_pure_dict(params), "optimizer": optimizer},
+                force=True,
+                custom_metadata={"data": _gather_json(data_state)},
+            )
+        except OSError as error:
+            raise RuntimeError(f"{self._folder / str(step)}: not saved: {error}") from error
+
+    def wait(self) -> None:
+        """Waits until the last save is complete.
+
+        Raises:
+            RuntimeError: it failed, a full disk for instance; earlier steps are still there.
+        """
+        try:
+            self._checkpointer.wait()
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            first_line = str(error).splitlines()[0]
+            raise RuntimeError(f"{self._folder}: saving failed: {first_line}") from error
+
+    def restore(
+        self, step: int, params: nnx.State, optimizer: dict[str, Any]
+    ) -> tuple[nnx.State, dict[str, Any], list[dict[str, Any]]]:
+        """Loads a step into the given shapes, dtypes and shardings.
+
+        Args:
+            step: a complete step.
+            params: abstract parameters whose leaves carry concrete shardings.
+            optimizer: likewise, as `save` took it.
+
+        Returns:
+            The parameters, the optimizer's state, and every host's data state.
+
+        Raises:
+            ValueError: the checkpoint is of another config.
+        """
+        abstract = {"params": nnx.to_pure_dict(params), "optimizer": optimizer}
+        try:
+            loaded = self._checkpointer.load_checkpointables(step, abstract)
+        except (ValueError, KeyError) as error:
+            first_line = str(error).splitlines()[0]
+            raise ValueError(
+                f"{self._folder / str(step)}: does not fit this run's config: {first_line}"
+            ) from error
+        restored = jax.tree.map(lambda leaf: leaf, params)
+        nnx.replace_by_pure_dict(restored, loaded["params"])
+        metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        return restored, loaded["optimizer"], metadata["data"]
+
+    def __enter__(self) -> RunCheckpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+
+def write_run_file(run: Path, config: TrainConfig) -> None:
+    """Writes what the run is, for those who load its checkpoints without its config file."""
+    if jax.process_index() == 0:
+        temporary = run / (RUN_FILE + ".tmp")
+        temporary.write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(run / RUN_FILE)
+
+
+def read_run_file(run: Path) -> TrainConfig:
+    """Reads what `write_run_file` wrote."""
+    text = (run / RUN_FILE).read_text(encoding="utf-8")
+    return from_json(TrainConfig, json.loads(text), f"{run / RUN_FILE}: ")
+
+
+def _gather_json(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns every process's value, on every process."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(text.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:size]).decode()) for row, size in zip(rows, sizes, strict=True)]

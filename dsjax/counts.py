@@ -1,0 +1,69 @@
+"""Parameters, bytes and FLOPs of a model, counted from its own shapes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from flax import nnx
+
+from dsjax.cache import full_bytes_per_token, latent_bytes_per_token
+from dsjax.config import ModelConfig
+from dsjax.hf import hf_tensor_shapes
+from dsjax.model import abstract_model
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Returns all parameters and those that one token uses (shared ones and top-k experts)."""
+    _, state = abstract_model(config)
+    total = routed = 0
+    for path, variable in nnx.to_flat_state(state):
+        size = math.prod(variable.shape)
+        total += size
+        if path[0] == "moe_layers" and path[-2] == "feed_forward":
+            routed += size  # the experts' own matrices; router and shared lie a level deeper
+    if config.moe is None:
+        return total, total
+    unused = routed // config.moe.num_experts * (config.moe.num_experts - config.moe.top_k)
+    return total, total - unused
+
+
+def train_flops_per_token(config: ModelConfig, length: int) -> int:
+    """Returns the FLOPs of forward and backward per token of a training sequence.
+
+    Six per active matrix parameter (two forward, four backward; the embedding is a look-up), and
+    of causal attention the half that is not masked: 2 H T (192 + 128) / 2 forward and, with the
+    scores recomputed, 2 H T (3 * 192 + 2 * 128) / 2 backward. Recomputation of layers is not
+    counted: it is a choice, not the model's work.
+
+    Args:
+        config: the model.
+        length: tokens of a sequence.
+    """
+    attention = config.attention
+    _, active = count_parameters(config)
+    matrices = active - config.vocab_size * config.hidden_dim
+    qk = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+    attended = config.num_layers * attention.num_heads * length
+    return 6 * matrices + attended * (4 * qk + 3 * attention.v_head_dim)
+
+
+def describe(config: ModelConfig, length: int) -> dict[str, Any]:
+    """Returns the figures that `dsjax info` prints.
+
+    Args:
+        config: the model.
+        length: tokens of a training sequence, for the FLOPs.
+    """
+    total, active = count_parameters(config)
+    latent, full = latent_bytes_per_token(config), full_bytes_per_token(config)
+    return {
+        "parameters": total,
+        "active_parameters": active,
+        "hf_tensors": len(hf_tensor_shapes(config)),
+        "latent_cache_bytes_per_token": latent,
+        "full_cache_bytes_per_token": full,
+        "cache_saving": 1 - latent / full,
+        "train_length": length,
+        "train_flops_per_token": train_flops_per_token(config, length),
+    }

@@ -1,0 +1,1 @@
+"""Generation: sampling, batches of prompts, and text with stop strings."""

@@ -1,0 +1,151 @@
+"""Generating from a batch of prompts: one prefill, then a token a step from the latent cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsjax.cache import LatentCache, allocate_cache
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.infer.sampler import Sampling, SamplingArrays, sample
+from dsjax.infer.text import TextStream
+from dsjax.model import DeepSeekV2
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt gave.
+
+    Attributes:
+        text: the generated text, without end token and stop string.
+        tokens: the generated ids, the end token included.
+        finish: "stop" or "length".
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: str
+
+
+def generate(
+    model: DeepSeekV2,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling],
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Generation]:
+    """Continues prompts; each gets what it would get alone.
+
+    Args:
+        model: the model.
+        tokenizer: decodes tokens and knows the one that ends a text.
+        prompts: token ids, BOS included.
+        sampling: how, for all prompts or for each.
+        on_text: called with a prompt's index and each piece of text as soon as it is certain.
+
+    Raises:
+        ValueError: an empty prompt, or one that leaves no room in the model's context.
+    """
+    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    if len(samplings) != len(prompts):
+        raise ValueError(f"sampling: {len(samplings)} given for {len(prompts)} prompts")
+    if not prompts:
+        return []
+    limits = [_room(model, i, prompt, samplings[i]) for i, prompt in enumerate(prompts)]
+    streams = [
+        TextStream(tokenizer, s.stop, limit) for s, limit in zip(samplings, limits, strict=True)
+    ]
+    tokens: list[list[int]] = [[] for _ in prompts]
+
+    graphdef, state = nnx.split(model)
+    padded_BT, lengths_B = _pad(prompts)
+    # A sequence that has ended goes on being decoded with the others, so all need this much.
+    longest = int(lengths_B.max()) + max(limits)
+    cache = allocate_cache(model.config, len(prompts), _round_up(longest, 256))
+    arrays = SamplingArrays.of(samplings)
+    newest_B, cache = _prefill(
+        graphdef, state, jnp.asarray(padded_BT), jnp.asarray(lengths_B), cache, arrays
+    )
+    for index in range(max(limits)):
+        following_B = newest_B
+        if index + 1 < max(limits):
+            # The next step is under way before this step's tokens are looked at.
+            following_B, cache = _decode(
+                graphdef, state, newest_B, cache, arrays, jnp.int32(index + 1)
+            )
+        for i, token in enumerate(np.asarray(newest_B)):
+            if streams[i].finish is None:
+                tokens[i].append(int(token))
+                piece = streams[i].feed(int(token))
+                if piece and on_text is not None:
+                    on_text(i, piece)
+        if all(stream.finish is not None for stream in streams):
+            break
+        newest_B = following_B
+    return [
+        Generation(stream.text, tuple(ids), stream.finish or "length")
+        for stream, ids in zip(streams, tokens, strict=True)
+    ]
+
+
+def _room(model: DeepSeekV2, index: int, prompt: Sequence[int], sampling: Sampling) -> int:
+    """Returns how many tokens a prompt may get."""
+    if len(prompt) == 0:
+        raise ValueError(f"prompt {index}: is empty")
+    room = model.config.max_length - len(prompt)
+    if room < 1:
+        raise ValueError(
+            f"prompt {index}: its {len(prompt)} tokens leave no room in "
+            f"model.max_length={model.config.max_length}"
+        )
+    worst = max(prompt)
+    if worst >= model.config.vocab_size:
+        raise ValueError(
+            f"prompt {index}: token {worst} is outside model.vocab_size={model.config.vocab_size}"
+        )
+    return min(room, sampling.max_tokens)
+
+
+def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Pads prompts at the end, to a length that few compilations cover."""
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    padded_BT = np.zeros((len(prompts), _round_up(int(lengths_B.max()), 64)), np.int32)
+    for row, prompt in zip(padded_BT, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return padded_BT, lengths_B
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _prefill(
+    graphdef: nnx.GraphDef[DeepSeekV2],
+    state: nnx.State,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    cache: LatentCache,
+    sampling: SamplingArrays,
+) -> tuple[jax.Array, LatentCache]:
+    logits_BW, cache = nnx.merge(graphdef, state).prefill(tokens_BT, lengths_B, cache)
+    return sample(logits_BW, sampling, jnp.int32(0)), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _decode(
+    graphdef: nnx.GraphDef[DeepSeekV2],
+    state: nnx.State,
+    tokens_B: jax.Array,
+    cache: LatentCache,
+    sampling: SamplingArrays,
+    index: jax.Array,
+) -> tuple[jax.Array, LatentCache]:
+    logits_BTW, cache = nnx.merge(graphdef, state).decode(tokens_B[:, None], cache)
+    return sample(logits_BTW[:, -1], sampling, index), cache

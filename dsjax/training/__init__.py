@@ -1,0 +1,1 @@
+"""Training: schedules, the optimiser step, and the loop around them."""

@@ -1,0 +1,137 @@
+"""What a person sees of a run: figures per step, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dsjax.chips import peak_flops
+from dsjax.config import TrainConfig
+from dsjax.counts import train_flops_per_token
+from dsjax.training.schedule import Schedule
+from dsjax.training.step import SKIP_REASONS, StepReport
+
+
+class Throughput:
+    """Turns the time between reports into step time, tokens per second and MFU."""
+
+    def __init__(self, config: TrainConfig, schedule: Schedule):
+        self._schedule = schedule
+        self._flops_per_token = train_flops_per_token(config.model, config.data.length)
+        peak = peak_flops(jax.devices()[0])
+        self._peak = None if peak is None else peak * jax.device_count()
+        self._since: tuple[int, float] | None = None
+
+    def restart(self, step: int) -> None:
+        """Starts to count at a step; called behind compilation, evaluation and saves."""
+        self._since = (step, time.perf_counter())
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Returns the mean figures since the last call or restart."""
+        if self._since is None or self._since[0] >= step:
+            return {}
+        first, began = self._since
+        seconds = time.perf_counter() - began
+        self.restart(step)
+        tokens = self._schedule.tokens_before(step) - self._schedule.tokens_before(first)
+        figures = {"step_seconds": seconds / (step - first), "tokens_per_second": tokens / seconds}
+        if self._peak is not None:
+            figures["mfu"] = figures["tokens_per_second"] * self._flops_per_token / self._peak
+        return figures
+
+
+def step_figures(report: StepReport) -> dict[str, Any]:
+    """Returns a step's report as plain numbers, waiting for the step to end."""
+    report = jax.device_get(report)
+    loss = report.loss
+    figures: dict[str, Any] = {
+        "loss": float(loss.total),
+        "cross_entropy": float(loss.cross_entropy),
+        "z_loss": float(loss.z),
+        "balance_expert": float(loss.balance_expert),
+        "balance_device": float(loss.balance_device),
+        "balance_communication": float(loss.balance_communication),
+        "gradient_norm": float(report.gradient_norm),
+        "dropped_share": float(loss.dropped),
+        "skipped": SKIP_REASONS[int(report.skip_reason)],
+    }
+    if loss.load_LE.size:
+        share_LE = loss.load_LE / np.maximum(loss.load_LE.sum(-1, keepdims=True), 1)
+        # 1 is perfect balance; in each layer the busiest expert over the mean, worst layer first.
+        figures["load_imbalance"] = float((share_LE.max(-1) * share_LE.shape[-1]).max())
+        figures["expert_load"] = np.round(share_LE.astype(np.float64), 5).tolist()
+    return figures
+
+
+class Display:
+    """A progress bar on a terminal, plain lines in a log; silent on all processes but one."""
+
+    def __init__(self, num_steps: int, start: int):
+        self._shown = jax.process_index() == 0
+        self._num_steps = num_steps
+        console = Console(file=sys.stderr)
+        self._bar = None
+        if self._shown and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task("training", total=num_steps, completed=start)
+
+    def step(self, step: int, figures: dict[str, Any] | None) -> None:
+        """Shows that a step is done, with its figures where they were taken."""
+        if not self._shown:
+            return
+        text = "" if figures is None else _one_line(figures)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+            if text:
+                self._bar.update(self._task, description=text)
+        elif text:
+            self.say(f"step {step}/{self._num_steps} {text}")
+
+    def say(self, text: str) -> None:
+        """Shows a line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        elif self._shown:
+            print(text, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Display:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _one_line(figures: dict[str, Any]) -> str:
+    formats = {
+        "loss": "loss {:.4f}",
+        "gradient_norm": "norm {:.3f}",
+        "learning_rate": "lr {:.2e}",
+        "step_seconds": "{:.3f} s/step",
+        "tokens_per_second": "{:,.0f} tok/s",
+        "mfu": "mfu {:.1%}",
+    }
+    parts = [text.format(figures[name]) for name, text in formats.items() if name in figures]
+    if figures.get("skipped"):
+        parts.append(f"SKIPPED: {figures['skipped']}")
+    return " · ".join(parts)

@@ -1,0 +1,219 @@
+"""One optimiser step as a jitted function of state and batch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dsjax.config import GuardConfig, OptimizerConfig, TrainConfig
+from dsjax.losses import Batch, LossTerms, sum_cross_entropy, training_loss
+from dsjax.model import DeepSeekV2, param_shardings
+from dsjax.sharding import ShardingRules
+
+# Why a step was not applied: the index is what the step reports.
+SKIP_REASONS = (
+    "",
+    "the loss is not finite",
+    "the gradient norm is not finite",
+    "the loss spiked",
+    "the gradient norm spiked",
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Guard:
+    """Running means that spikes are judged by; float32 scalars but for the int32 counts."""
+
+    mean_loss: jax.Array
+    mean_norm: jax.Array
+    applied: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+        step: int32, steps taken, skipped ones included.
+        params: the model's parameters, in `param_dtype`.
+        moments: optax's state; Adam's moments are float32 whatever the parameters are.
+        guard: what the skipping of bad steps remembers.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    moments: Any
+    guard: Guard
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepReport:
+    """What a step says of itself; scalars replicated on all devices."""
+
+    loss: LossTerms
+    gradient_norm: jax.Array
+    skip_reason: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW without its learning rate: the host gives that to each step (§3.1.2)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=_is_decayed),
+    )
+
+
+def _is_decayed(params: nnx.State) -> Any:
+    """Marks what weight decay acts on: everything but the norms' gains."""
+    return jax.tree.map(
+        lambda variable: variable.get_metadata("dims") != ("norm",),
+        params,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+
+
+def init_train_state(config: TrainConfig, params: nnx.State) -> TrainState:
+    """Returns the state before the first step."""
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=count,
+        params=params,
+        moments=make_optimizer(config.optimizer).init(wide),
+        guard=Guard(zero, zero, count, count),
+    )
+
+
+def state_shardings(state: TrainState, config: TrainConfig, rules: ShardingRules) -> TrainState:
+    """Returns a tree of NamedShardings for a state: moments lie where their parameters do."""
+    params = param_shardings(state.params, rules)
+    replicated = rules.sharding()
+    moments = optax.tree_utils.tree_map_params(
+        make_optimizer(config.optimizer),
+        lambda _, sharding: sharding,
+        state.moments,
+        params,
+        transform_non_params=lambda _: replicated,
+    )
+    scalars = jax.tree.map(lambda _: replicated, (state.step, state.guard))
+    return TrainState(step=scalars[0], params=params, moments=moments, guard=scalars[1])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def train_step(
+    graphdef: nnx.GraphDef[DeepSeekV2],
+    config: TrainConfig,
+    state: TrainState,
+    batch: Batch,
+    learning_rate: jax.Array,
+) -> tuple[TrainState, StepReport]:
+    """Takes one step, or skips it where the loss or the gradient is bad.
+
+    Args:
+        graphdef: the model's graph; carries its sharding rules and kernels.
+        config: the run.
+        state: donated.
+        batch: tokens, targets, positions, segment_ids int32 [A, B, T] and weights float32
+            [A, B, T]: A slices whose gradients are added up.
+        learning_rate: float32 scalar.
+
+    Returns:
+        The next state, and what there is to report.
+    """
+    gradients, terms = _accumulate(graphdef, config, state.params, batch)
+    norm = optax.global_norm(gradients)
+    guard, skip_reason = _judge(config.guard, state.guard, terms.total, norm)
+    updates, moments = make_optimizer(config.optimizer).update(
+        gradients, state.moments, jax.tree.map(lambda p: p.astype(jnp.float32), state.params)
+    )
+    params = jax.tree.map(
+        lambda p, u: (p.astype(jnp.float32) - learning_rate * u).astype(p.dtype),
+        state.params,
+        updates,
+    )
+    # Chosen leaf by leaf rather than with a conditional, which would keep both copies alive.
+    applied = skip_reason == 0
+    params, moments = jax.tree.map(
+        lambda new, old: jnp.where(applied, new, old),
+        (params, moments),
+        (state.params, state.moments),
+    )
+    state = TrainState(state.step + 1, params, moments, guard)
+    return state, StepReport(terms, norm, skip_reason, guard.skipped_in_a_row)
+
+
+def _accumulate(
+    graphdef: nnx.GraphDef[DeepSeekV2], config: TrainConfig, params: nnx.State, batch: Batch
+) -> tuple[nnx.State, LossTerms]:
+    """Returns the gradient of the whole batch in float32, and its loss terms."""
+    total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1)
+    num_slices = batch["tokens"].shape[0]
+
+    def slice_gradient(one: Batch) -> tuple[nnx.State, LossTerms]:
+        def loss(params: nnx.State) -> tuple[jax.Array, LossTerms]:
+            model = nnx.merge(graphdef, params)
+            return training_loss(model, one, config.loss, total_weight, 1 / num_slices)
+
+        gradients, terms = jax.grad(loss, has_aux=True)(params)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), terms
+
+    if num_slices == 1:
+        return slice_gradient(jax.tree.map(lambda x: x[0], batch))
+    first = jax.eval_shape(slice_gradient, jax.tree.map(lambda x: x[0], batch))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+
+    def add(sums: Any, one: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, slice_gradient(one)), None
+
+    return jax.lax.scan(add, zeros, batch)[0]
+
+
+def _judge(
+    config: GuardConfig, guard: Guard, loss: jax.Array, norm: jax.Array
+) -> tuple[Guard, jax.Array]:
+    """Decides whether a step is bad, and updates the running means if it is not."""
+    warm = guard.applied >= config.warmup_steps
+    bad = jnp.stack(
+        [
+            ~jnp.isfinite(loss),
+            ~jnp.isfinite(norm),
+            warm & (loss > config.loss_spike * guard.mean_loss),
+            warm & (norm > config.norm_spike * guard.mean_norm),
+        ]
+    )
+    skip_reason = jnp.where(jnp.any(bad), jnp.argmax(bad) + 1, 0)
+    # Means over about the last 50 steps; the first steps count fully.
+    rate = jnp.maximum(1 / (guard.applied.astype(jnp.float32) + 1), 0.02)
+    applied = Guard(
+        mean_loss=guard.mean_loss + rate * (loss - guard.mean_loss),
+        mean_norm=guard.mean_norm + rate * (norm - guard.mean_norm),
+        applied=guard.applied + 1,
+        skipped_in_a_row=jnp.zeros_like(guard.skipped_in_a_row),
+    )
+    skipped = Guard(guard.mean_loss, guard.mean_norm, guard.applied, guard.skipped_in_a_row + 1)
+    chosen = jax.tree.map(lambda a, s: jnp.where(skip_reason == 0, a, s), applied, skipped)
+    return chosen, skip_reason
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def eval_step(
+    graphdef: nnx.GraphDef[DeepSeekV2], chunk: int, params: nnx.State, batch: Batch
+) -> jax.Array:
+    """Returns float32 [3]: nats, target tokens and document bytes, summed over a batch [B, T]."""
+    model = nnx.merge(graphdef, params)
+    hidden_BTD, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
+    nats, _ = sum_cross_entropy(model, hidden_BTD, batch["targets"], batch["weights"], chunk)
+    tokens, num_bytes = jnp.sum(batch["weights"]), jnp.sum(batch["num_bytes"])
+    return jnp.stack([nats, tokens, num_bytes.astype(jnp.float32)])

@@ -94,7 +94,7 @@ def make_inputs(shape: Shape):
 
 
 def seconds_per_call(step, first, *args, budget: float = 0.15) -> float:
-    """Returns the median time of a call of `step(i, previous, *args)` among many in a jitted loop."""
+    """Returns the median time of `step(i, previous, *args)`, one of many in a jitted loop."""
 
     @functools.partial(jax.jit, static_argnums=0)
     def repeat(count, first, *args):

@@ -498,9 +498,8 @@ def _attend(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    return kernel(
-        parts, lengths_B, page_table_BP, q_latent_BMC, q_rope_BMR, pages.latent, pages.rope
-    )
+    arguments = (parts, lengths_B, page_table_BP, q_latent_BMC, q_rope_BMR)
+    return tuple(kernel(*arguments, pages.latent, pages.rope))
 
 
 def _merge(

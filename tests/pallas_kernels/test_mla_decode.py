@@ -16,6 +16,7 @@ from pallas_kernels.mla_decode import (
     mla_decode,
     quantize_latents,
 )
+from pallas_kernels.mla_decode.hopper import plan_work
 from tests import oracle_decode
 from tests.oracle_decode import relative_error
 from tests.pallas_kernels.mla_decode_cases import CASES, ODD_CASES, Case
@@ -303,3 +304,103 @@ def test_append_errors_name_the_argument():
         append_latents(pages, latent, rope, table, zero[:1], zero)
     with pytest.raises(ValueError, match="num_tokens_B has dtype"):
         append_latents(pages, latent, rope, table, zero, zero.astype(jnp.float32))
+
+
+def walk(parts, pieces, lengths, capacity):
+    """Follows the plan as the Hopper kernel does; returns the number of units of each part."""
+    num_units = [max(1, -(-min(max(n, 0), capacity) // 128)) for n in lengths]
+    taken = [[] for _ in lengths]
+    slots = [[] for _ in lengths]
+    work = []
+    for part, (first, begin, last, end) in enumerate(parts.T):
+        work.append(0)
+        for b in range(first, last + 1):
+            units = range(begin if b == first else 0, end if b == last else num_units[b])
+            assert len(units) > 0
+            taken[b].extend(units)
+            slots[b].append(part + b)
+            work[-1] += len(units)
+    assert taken == [list(range(n)) for n in num_units]
+    for b, (first_slot, num_pieces) in enumerate(pieces.T):
+        assert slots[b] == list(range(first_slot, first_slot + num_pieces))
+    every_slot = [slot for each in slots for slot in each]
+    assert len(set(every_slot)) == len(every_slot)
+    assert max(every_slot) < parts.shape[1] + len(lengths)
+    return work
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 7, 66, 132])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        (1,),
+        (0, 0),
+        (131072,),
+        (8192,) * 9,
+        (1, 5000, 0, -7, 129, 128, 127),
+        tuple(range(0, 9000, 83)),
+    ],
+    ids=len,
+)
+def test_hopper_plan_covers_every_unit_once(lengths, num_parts):
+    plan = jax.jit(plan_work, static_argnums=(1, 2))
+    parts, pieces = plan(jnp.asarray(lengths), 131072, num_parts)
+    work = walk(np.asarray(parts), np.asarray(pieces), lengths, 131072)
+    assert max(work) <= -(-sum(work) // num_parts) + 1
+
+
+def lower_for_cuda(batch, num_tokens, num_heads, columns, page_size):
+    def struct(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    num_pages = batch * columns
+    rows = (batch, num_tokens, num_heads)
+    decode = functools.partial(mla_decode, scale=0.07, implementation="hopper")
+    traced = jax.jit(decode).trace(
+        struct(*rows, 512),
+        struct(*rows, 64),
+        LatentPages(struct(num_pages, page_size, 512), struct(num_pages, page_size, 64)),
+        struct(batch, columns, dtype=jnp.int32),
+        struct(batch, dtype=jnp.int32),
+    )
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(128, 1, 16, 128, 64), (128, 2, 128, 128, 64), (1, 3, 32, 1024, 128), (2, 4, 128, 3, 256)],
+    ids=["lite", "v2_two_queries", "odd_rows", "many_rows"],
+)
+def test_hopper_lowers_for_cuda(sizes):
+    """Shared memory, tensor core shapes and dtypes are checked here; two kernels come out."""
+    assert lower_for_cuda(*sizes).count("stablehlo.custom_call @mosaic_gpu") == 2
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (slice(2), lambda q: [x.astype(jnp.float32) for x in q], "q_latent_BTHC has dtype float32"),
+        (2, lambda p: dataclasses.replace(p, rope=p.rope.astype(jnp.float32)), "pages.rope has"),
+        (2, lambda p: LatentPages(p.latent[:, :48], p.rope[:, :48]), "pages has page_size 48"),
+        (slice(2), lambda q: [x[:, :, :3] for x in q], "q_latent_BTHC has 1 x 3 rows"),
+    ],
+)
+def test_hopper_errors_name_the_argument(index, change, message):
+    arguments = list(Case("bad", (20,)).draw(seed=17, dtype=jnp.bfloat16))
+    arguments[index] = change(arguments[index])
+    with pytest.raises(ValueError, match=message):
+        mla_decode(*arguments, scale=1.0, implementation="hopper")
+
+
+@pytest.mark.parametrize("dims", [(256, 64), (512, 32)])
+def test_hopper_takes_the_models_dims_only(dims):
+    arguments = Case("bad", (20,)).draw(seed=18, dtype=jnp.bfloat16, dims=dims)
+    with pytest.raises(ValueError, match=r"q_latent_BTHC has rank|q_rope_BTHR has"):
+        mla_decode(*arguments, scale=1.0, implementation="hopper")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_hopper_on_the_gpu(case):
+    check(case, case.draw(seed=19, dtype=jnp.bfloat16), "hopper", 5e-3)

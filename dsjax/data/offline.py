@@ -178,14 +178,13 @@ class _Job:
             seed=self.plan["seed"],
         )
         counts = dict.fromkeys(("num_rows", "num_tokens", "num_targets", "num_bytes"), 0)
-        writer = ShardWriter(self.rows_path(shard))
-        for row in rows:
-            writer.write(row)
-            counts["num_rows"] += 1
-            counts["num_tokens"] += int(np.count_nonzero(row["segment_ids"]))
-            counts["num_targets"] += int(row["weights"].sum())
-            counts["num_bytes"] += int(row["num_bytes"])
-        writer.finish()
+        with ShardWriter(self.rows_path(shard)) as writer:
+            for row in rows:
+                writer.write(row)
+                counts["num_rows"] += 1
+                counts["num_tokens"] += int(np.count_nonzero(row["segment_ids"]))
+                counts["num_targets"] += int(row["weights"].sum())
+                counts["num_bytes"] += int(row["num_bytes"])
         counts["num_documents"] = documents.num_documents
         counts["num_replaced"] = documents.num_replaced
         write_json(self.counts_path(shard), {"file": self.rows_path(shard).name, **counts})
@@ -245,11 +244,13 @@ def _prepare(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     complete = (folder / MANIFEST).exists()
     if complete:
         found = read_manifest(folder)
-    elif (folder / PLAN).exists():
+    elif any(folder.glob("rows-*.json")):
         found = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    elif any(folder.iterdir()):
+    elif any(folder.iterdir()) and not (folder / PLAN).exists():
         raise ValueError(f"destination={str(folder)!r} must be empty or a packed dataset")
-    else:
+    else:  # empty, or an earlier run finished no shard: there is nothing to lose
+        for leftover in folder.glob("rows-*"):
+            leftover.unlink()
         write_json(folder / PLAN, plan)
         return None
     for name, value in plan.items():

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +93,10 @@ def decode_row(record: bytes, length: int) -> Row:
 
 
 class ShardWriter:
-    """Writes one shard under a temporary name; it gets its own name when it is whole."""
+    """Writes one shard under a temporary name; it gets its own when the `with` block ends well.
+
+    Nothing is left of one that does not: not of a full disk (OSError), nor of a bad document.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -105,28 +106,24 @@ class ShardWriter:
 
     def write(self, row: Row) -> None:
         """Appends a row."""
-        with self._naming_failures():
-            self._writer.write(encode_row(row))
+        self._writer.write(encode_row(row))
 
-    def finish(self) -> None:
-        """Closes the shard, flushes it to the disk and gives it its name.
+    def __enter__(self) -> ShardWriter:
+        return self
 
-        Raises:
-            OSError: when the disk does not take it; nothing of it is left then.
-        """
-        with self._naming_failures():
-            self._writer.close()
-            with self._temporary.open("rb+") as stream:
-                os.fsync(stream.fileno())
-            self._temporary.rename(self._path)
-
-    @contextmanager
-    def _naming_failures(self) -> Iterator[None]:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         try:
-            yield
-        except (RuntimeError, OSError) as error:  # the writer reports a full disk as the former
+            self._writer.close()
+            if error is None:
+                with self._temporary.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+                self._temporary.rename(self._path)
+        except (RuntimeError, OSError) as failure:  # the writer reports a full disk as the former
+            raise OSError(f"{self._path}: shard cannot be written: {failure}") from None
+        finally:
             self._temporary.unlink(missing_ok=True)
-            raise OSError(f"{self._path}: shard cannot be written: {error}") from None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

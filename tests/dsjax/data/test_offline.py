@@ -80,6 +80,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
     source = write_corpus(tmp_path / "corpus", random_texts(2400, 400, 2), 400)
     script, out = tmp_path / "killed.py", tmp_path / "out"
@@ -182,8 +183,18 @@ def test_a_bad_document_ends_the_run_and_is_named(tmp_path: Path, num_workers: i
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"part-000025.jsonl:2: not JSON"):
         pack([source], out, tokenizer="bytes", length=8, num_shards=3, num_workers=num_workers)
+    finished = [shard for shard in range(3) if (out / f"rows-{shard:05d}-of-00003.json").exists()]
+    assert len(list(out.iterdir())) == 1 + 2 * len(finished)  # the plan, two files a shard
     assert not (out / "dataset.json").exists()
     assert multiprocessing.active_children() == []
+
+
+def test_a_run_that_finished_no_shard_may_change_its_settings(tmp_path: Path) -> None:
+    source = write_corpus(tmp_path / "corpus", ["much too long"])
+    settings = {"tokenizer": "bytes", "length": 8}
+    with pytest.raises(ValueError, match="document of 15 tokens is longer than a row, length=8"):
+        pack([source], tmp_path / "out", long_documents="error", **settings)
+    assert pack([source], tmp_path / "out", **settings)["num_rows"] == 2
 
 
 def test_bad_settings_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""The small files of a model: config.json, tokenizer, chat template, as they came.
+
+A checkpoint of ours and a run keep them in the folder `hf`, byte for byte, so that a Hugging Face
+folder made from it has them again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from dsjax.config.load import read_json
+from dsjax.safetensors_io import INDEX_NAME
+
+ASSETS = "hf"
+TOKENIZER_FILE = "tokenizer.json"
+
+Assets = Mapping[str, Path]
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+# Files that describe the tokenizer; they go together.
+_TOKENIZER_PREFIXES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab")
+# Files that describe the weights beside them, so that other weights need their own.
+_WEIGHT_FILES = ("config.json", INDEX_NAME)
+
+
+def small_files(folder: Path) -> dict[str, Path]:
+    """Returns the files of a folder that are no weights, by name; none of a missing folder."""
+    if not folder.is_dir():
+        return {}
+    return {
+        file.name: file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES)
+    }
+
+
+def copy_files(assets: Assets, folder: Path) -> None:
+    """Copies files into a folder, each at once or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, file in assets.items():
+        draft = folder / f".{name}.draft"
+        shutil.copyfile(file, draft)
+        draft.replace(folder / name)
+
+
+def save_assets(tokenizer: str, assets: Assets, run: Path) -> None:
+    """Gives a run the files that a Hugging Face checkpoint made from it will need.
+
+    Args:
+        tokenizer: "bytes", the path of a `tokenizer.json`, or of a folder that holds one.
+        assets: files of the model that the run starts from.
+        run: the run's folder; the files go to its folder `hf`.
+    """
+    kept = {
+        name: file
+        for name, file in assets.items()
+        if name not in _WEIGHT_FILES and not name.startswith(_TOKENIZER_PREFIXES)
+    }
+    if tokenizer == "bytes":
+        copy_files(kept, run / ASSETS)
+        write_byte_tokenizer(run / ASSETS)
+        return
+    path = Path(tokenizer).expanduser()
+    folder = path if path.is_dir() else path.parent
+    for name, file in small_files(folder).items():
+        if name.startswith(_TOKENIZER_PREFIXES):
+            kept[name] = file
+    if path.is_file():
+        kept[TOKENIZER_FILE] = path
+    copy_files(kept, run / ASSETS)
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """Writes the tokenizer "bytes" as files: the 256 bytes, BOS 256 and EOS 257.
+
+    Other software reads them, and `load_tokenizer` gives the same ids for them.
+    """
+    bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
+    spelling = _byte_spelling()
+    bytes_only = tokenizers.Tokenizer(models.BPE({spelling[b]: b for b in range(256)}, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    bytes_only.add_special_tokens(
+        [tokenizers.AddedToken(token, normalized=False) for token in (bos, eos)]
+    )
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": eos,
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    (folder / TOKENIZER_FILE).write_text(bytes_only.to_str(pretty=True), encoding="utf-8")
+
+
+def special_ids(assets: Assets) -> tuple[int | None, int | None]:
+    """Returns the ids that begin and end a document, as far as the files say.
+
+    The tokenizer's own files come first, then `generation_config.json` and `config.json`.
+    """
+    found: list[int | None] = []
+    vocab = _vocabulary(assets)
+    for key in ("bos_token", "eos_token"):
+        token = _json(assets, "tokenizer_config.json").get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        value = vocab.get(token) if isinstance(token, str) else None
+        for name in ("generation_config.json", "config.json"):
+            if value is None:
+                given = _json(assets, name).get(f"{key}_id")
+                value = given if isinstance(given, int) else None
+        found.append(value)
+    return found[0], found[1]
+
+
+def _vocabulary(assets: Assets) -> dict[str, int]:
+    content = _json(assets, TOKENIZER_FILE)
+    model = content.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+    return (dict(vocab) if isinstance(vocab, dict) else {}) | added
+
+
+def _json(assets: Assets, name: str) -> dict[str, Any]:
+    return read_json(assets[name]) if name in assets else {}
+
+
+def _byte_spelling() -> list[str]:
+    """Returns the printable character by which byte-level BPE spells each byte."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

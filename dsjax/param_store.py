@@ -1,0 +1,206 @@
+"""The parameters of an orbax checkpoint as arrays on disk, read and written in windows.
+
+orbax itself saves and restores whole trees, which for a stacked array of 148 GB is too much at
+once. So a new store's skeleton (its metadata) is written by orbax, from arrays of one number, and
+the arrays behind it by tensorstore, which orbax uses too; orbax loads the result like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from orbax.checkpoint import v1 as ocp
+
+ITEM = "params"
+
+Path = tuple[str, ...]
+
+# A chunk holds one tensor, or rows of it where it is larger than this.
+_MAX_CHUNK_BYTES = 64 << 20
+_CACHE_BYTES = 256 << 20
+
+
+class ParamStore:
+    """The arrays of the checkpointable "params" in one orbax checkpoint.
+
+    Attributes:
+        directory: the checkpoint, which holds the folder "params".
+        arrays: a tensorstore of each parameter, by path.
+    """
+
+    def __init__(self, directory: FilePath, arrays: Mapping[Path, ts.TensorStore]):
+        self.directory = directory
+        self.arrays = arrays
+
+    @classmethod
+    def open(cls, directory: FilePath) -> ParamStore:
+        """Opens the parameters that orbax, or `create`, wrote.
+
+        Raises:
+            ValueError: the folder holds no such parameters, or one of them cannot be opened.
+        """
+        folder = (directory / ITEM).absolute()
+        try:
+            metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
+            keys = [
+                tuple(str(part["key"]) for part in entry["key_metadata"])
+                for entry in metadata["tree_metadata"].values()
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / '_METADATA'}: no orbax parameters: {error!r}") from None
+        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+        # Where zeros are stored like any other value, a chunk that is absent was lost.
+        complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
+        context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+        arrays = {}
+        for path in keys:
+            name = ".".join(path)
+            if metadata.get("use_ocdbt"):
+                base = {"driver": "file", "path": f"{folder}/"}
+                kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+            else:
+                kvstore = {"driver": "file", "path": f"{folder / name}/"}
+            spec = {
+                "driver": driver,
+                "kvstore": kvstore,
+                "fill_missing_data_reads": not complete,
+            }
+            try:
+                arrays[path] = ts.open(spec, open=True, context=context).result()
+            except ValueError as error:
+                raise ValueError(f"{folder}: parameter {name}: {one_line(error)}") from None
+        return cls(directory, arrays)
+
+    @classmethod
+    def create(
+        cls,
+        directory: FilePath,
+        params: Mapping[Path, tuple[tuple[int, ...], np.dtype]],
+        num_stacked: Mapping[Path, int],
+    ) -> ParamStore:
+        """Creates the parameters of a new checkpoint, or opens those an earlier call created.
+
+        Args:
+            directory: the checkpoint; does not exist, or was made by this with the same params.
+            params: shape and type of each parameter, by path.
+            num_stacked: leading dims of each that count layers and experts: a chunk spans none.
+        """
+        if not (directory / ITEM / "_METADATA").exists():
+            _write_skeleton(directory, params)
+        arrays = {}
+        for path, (shape, dtype) in params.items():
+            folder = (directory / ITEM / ".".join(path)).absolute()
+            chunk = chunk_shape(shape, dtype, num_stacked[path])
+            spec = {
+                "driver": "zarr3",
+                "kvstore": {"driver": "file", "path": f"{folder}/"},
+                "metadata": {
+                    "shape": list(shape),
+                    "chunk_grid": {
+                        "name": "regular",
+                        "configuration": {"chunk_shape": list(chunk)},
+                    },
+                    "chunk_key_encoding": {"name": "default"},
+                    "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+                    "data_type": dtype.name,
+                    "fill_value": 0.0,
+                },
+                "store_data_equal_to_fill_value": True,
+            }
+            arrays[path] = ts.open(spec, open=True, create=True).result()
+        return cls(directory, arrays)
+
+    def shape(self, path: Path) -> tuple[int, ...]:
+        """Returns the shape of a parameter."""
+        return tuple(self.arrays[path].shape)
+
+    def dtype(self, path: Path) -> np.dtype:
+        """Returns the stored type of a parameter."""
+        return jnp.dtype(self.arrays[path].dtype.numpy_dtype)
+
+    def read(self, path: Path, window: tuple[slice | int, ...]) -> np.ndarray:
+        """Reads a window of a parameter.
+
+        Raises:
+            ValueError: the data are damaged; names the folder and the parameter.
+        """
+        try:
+            return self.arrays[path][window].read().result()
+        except ValueError as error:
+            name = ".".join(path)
+            raise ValueError(
+                f"{self.directory / ITEM}: parameter {name}: {one_line(error)}"
+            ) from None
+
+    def write(self, path: Path, window: tuple[slice | int, ...], values: np.ndarray) -> ts.Future:
+        """Begins to write a window; the future is done when it is on the disk."""
+        return self.arrays[path][window].write(values).commit
+
+
+def chunk_shape(shape: tuple[int, ...], dtype: np.dtype, num_stacked: int) -> tuple[int, ...]:
+    """Returns the chunk that holds one tensor, cut along its first dim where it is large."""
+    inner = shape[num_stacked:]
+    rows = max(1, _MAX_CHUNK_BYTES // (math.prod(inner[1:]) * dtype.itemsize))
+    return (1,) * num_stacked + (min(inner[0], rows), *inner[1:])
+
+
+def one_line(error: Exception) -> str:
+    """Returns a library's message without line breaks and source locations."""
+    return re.sub(r"\s*\[(source locations|tensorstore_spec)=.*", "", str(error), flags=re.DOTALL)
+
+
+def save_arrays(
+    directory: FilePath, params: Mapping[str, Any], dtype: np.dtype | None = None
+) -> None:
+    """Saves parameters that are in memory, each process its own shards.
+
+    Args:
+        directory: the new checkpoint.
+        params: nested dict of jax arrays.
+        dtype: stored type; None keeps each array's.
+    """
+    context = ocp.Context()
+    storage = ocp.options.ArrayOptions.Saving.StorageOptions
+
+    def cut(_: Any, array: jax.Array) -> Any:
+        # Along layers and experts first, so that one of them can be read alone.
+        axes = tuple(range(min(array.ndim - 2, 2))) or None
+        return storage(chunk_byte_size=_MAX_CHUNK_BYTES, shard_axes=axes, dtype=dtype)
+
+    context.array.saving.scoped_storage_options_creator = cut
+    with context:
+        ocp.save_checkpointables(directory.absolute(), {ITEM: params})
+
+
+def _write_skeleton(
+    directory: FilePath, params: Mapping[Path, tuple[tuple[int, ...], np.dtype]]
+) -> None:
+    """Makes a checkpoint with everything but the arrays, at once."""
+    tree: dict[str, Any] = {}
+    for path, (_, dtype) in params.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = np.zeros((1,), dtype)
+    draft = directory.absolute().with_name(directory.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt = False  # one file a chunk, so that a finished one stays finished
+    saving.array_metadata_store = None  # would record the placeholders' shapes
+    saving.enable_write_sharding_file = False
+    with context:
+        ocp.save_checkpointables(draft, {ITEM: tree})
+    for path in params:
+        shutil.rmtree(draft / ITEM / ".".join(path))
+    draft.rename(directory)

@@ -1,0 +1,238 @@
+"""Where weights come from: a Hugging Face folder, a model checkpoint, a run or one of its steps.
+
+All of them answer the same questions (`WeightSource`), a window of one parameter at a time, so
+loading and conversion do not know which they have before them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path as FilePath
+from typing import Any, Literal, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.assets import ASSETS, Assets, small_files
+from dsjax.config import ModelConfig, TrainConfig, from_json, to_json
+from dsjax.config.huggingface import from_hf_config
+from dsjax.config.load import read_json
+from dsjax.hf import HFTable, Path, hf_table, is_ignored
+from dsjax.param_store import ITEM, ParamStore
+from dsjax.safetensors_io import SafetensorsFolder, float_dtype
+
+MANIFEST = "dsjax.json"  # its presence says that a model checkpoint is complete
+FORMAT = 1
+RUN_FILE = "run.json"
+
+
+class WeightSource(Protocol):
+    """A model's weights on disk.
+
+    Attributes:
+        where: the path, for messages.
+        config: what the model is; its param_dtype is the widest stored type.
+        table: the tensors and parameters that the config asks for, all known to be there.
+        assets: small files that belong to the model, by name.
+    """
+
+    where: FilePath
+    config: ModelConfig
+    table: HFTable
+    assets: Assets
+
+    def dtype(self, path: Path) -> np.dtype:
+        """Returns the stored type of a parameter."""
+        ...
+
+    def read(self, path: Path, window: tuple[slice, ...]) -> np.ndarray:
+        """Reads a window of a parameter; each slice has start and stop."""
+        ...
+
+
+class HFSource:
+    """A folder with `config.json` and safetensors files.
+
+    Attributes:
+        folder: its files.
+    """
+
+    def __init__(self, where: FilePath, config: ModelConfig, assets: Assets):
+        """Checks every header against the config.
+
+        Raises:
+            ValueError: damaged, missing, unknown or misshapen tensors; names file and tensor.
+        """
+        self.where = where
+        self.assets = assets
+        self.table = hf_table(config)
+        self.folder = SafetensorsFolder(where)
+        self.table.check_names(self.folder.tensors, str(where))
+        self._dtypes: dict[Path, np.dtype] = {}
+        for name, (_, stored) in self.folder.tensors.items():
+            if not is_ignored(name):
+                self._check(name, stored.shape, float_dtype(stored.dtype, self._describe(name)))
+        self.config = with_param_dtype(config, self._dtypes.values())
+
+    def _describe(self, name: str) -> str:
+        return self.folder.describe(name)
+
+    def _check(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        expected = self.table.tensors[name].shape
+        if shape != expected:
+            raise ValueError(
+                f"{self._describe(name)}: shape {list(shape)} must be {list(expected)}"
+            )
+        for part in self.table.tensors[name].parts:
+            first = self._dtypes.setdefault(part.path, dtype)
+            if dtype != first:
+                raise ValueError(
+                    f"{self._describe(name)}: dtype {dtype} differs from the {first} of the other "
+                    f"tensors of {'.'.join(part.path)}"
+                )
+
+    def dtype(self, path: Path) -> np.dtype:
+        """Returns the stored type of a parameter."""
+        return self._dtypes[path]
+
+    def read(self, path: Path, window: tuple[slice, ...]) -> np.ndarray:
+        """Reads a window of a parameter."""
+        return self.table.params[path].read(window, self.folder.read)
+
+
+class CheckpointSource:
+    """The parameters of an orbax checkpoint, of a model or of a step of a run."""
+
+    def __init__(self, where: FilePath, config: ModelConfig, assets: Assets):
+        """Opens the parameters and checks them against the config.
+
+        Raises:
+            ValueError: names every parameter that is missing, unknown or misshapen.
+        """
+        self.where = where
+        self.assets = assets
+        self.table = hf_table(config)
+        self.store = ParamStore.open(where)
+        faults = []
+        for path in self.table.params.keys() | self.store.arrays.keys():
+            name = ".".join(path)
+            if path not in self.store.arrays:
+                faults.append(f"parameter {name} is missing")
+            elif path not in self.table.params:
+                faults.append(f"parameter {name} is not of this model")
+            elif self.store.shape(path) != self.table.params[path].shape:
+                faults.append(
+                    f"parameter {name}: shape {list(self.store.shape(path))} must be "
+                    f"{list(self.table.params[path].shape)}"
+                )
+            elif self.store.dtype(path) not in (jnp.float32, jnp.bfloat16):
+                faults.append(
+                    f"parameter {name}: dtype {self.store.dtype(path)} must be float32 or bfloat16"
+                )
+        if faults:
+            raise ValueError(f"{where / ITEM}: {'; '.join(sorted(faults))}")
+        self.config = with_param_dtype(config, (self.dtype(path) for path in self.table.params))
+
+    def dtype(self, path: Path) -> np.dtype:
+        """Returns the stored type of a parameter."""
+        return self.store.dtype(path)
+
+    def read(self, path: Path, window: tuple[slice, ...]) -> np.ndarray:
+        """Reads a window of a parameter."""
+        return self.store.read(path, window)
+
+
+Kind = Literal["hf", "model", "step"]
+
+
+def find_kind(where: FilePath) -> tuple[Kind, FilePath, FilePath]:
+    """Finds out by looking what lies at a path.
+
+    Args:
+        where: a Hugging Face folder, a model checkpoint, the folder of a run (its latest step)
+            or one step of a run.
+
+    Returns:
+        What it is, the folder with the weights, and the folder that says what they are.
+
+    Raises:
+        FileNotFoundError: there is nothing there.
+        ValueError: it is none of these.
+    """
+    if not where.exists():
+        raise FileNotFoundError(f"{where}: no such checkpoint")
+    if (where / MANIFEST).is_file():
+        return "model", where, where
+    if (where / RUN_FILE).is_file():
+        return "step", latest_step(where), where
+    run = where.absolute().parent.parent
+    if (where / ITEM).is_dir() and (run / RUN_FILE).is_file():
+        return "step", where, run
+    if (where / "config.json").is_file():
+        return "hf", where, where
+    raise ValueError(
+        f"{where}: neither a Hugging Face folder (config.json), nor a model checkpoint "
+        f"({MANIFEST}), nor a run ({RUN_FILE}) or one of its steps"
+    )
+
+
+def describe(where: FilePath) -> tuple[ModelConfig, Assets]:
+    """Reads what a model is and finds its small files, without a look at its weights.
+
+    Raises:
+        FileNotFoundError: there is nothing there.
+        ValueError: it is no model, or its description is damaged; names the file.
+    """
+    kind, _, folder = find_kind(where)
+    if kind == "hf":
+        return from_hf_config(read_json(folder / "config.json")), small_files(folder)
+    if kind == "step":
+        content = read_json(folder / RUN_FILE)
+        config = from_json(TrainConfig, content, f"{folder / RUN_FILE}: ").model
+        return config, small_files(folder / ASSETS)
+    content = read_json(folder / MANIFEST)
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / MANIFEST}: format={content.get('format')!r}: this version reads {FORMAT}"
+        )
+    config = from_json(ModelConfig, content.get("model", {}), f"{folder / MANIFEST}: model.")
+    return config, small_files(folder / ASSETS)
+
+
+def open_source(where: FilePath) -> HFSource | CheckpointSource:
+    """Opens the weights at a path and checks all that can be checked without reading them.
+
+    Raises:
+        FileNotFoundError: there is nothing there.
+        ValueError: it is no model, or damaged; names file and tensor.
+    """
+    kind, weights, _ = find_kind(where)
+    config, assets = describe(where)
+    if kind == "hf":
+        return HFSource(weights, config, assets)
+    return CheckpointSource(weights, config, assets)
+
+
+def latest_step(run: FilePath) -> FilePath:
+    """Returns the folder of a run's latest complete step."""
+    folder = run / "checkpoints"
+    steps = [
+        step
+        for step in (folder.iterdir() if folder.is_dir() else ())
+        if re.fullmatch(r"\d+", step.name) and (step / ITEM / "_METADATA").is_file()
+    ]
+    if not steps:
+        raise ValueError(f"{folder}: holds no complete step")
+    return max(steps, key=lambda step: int(step.name))
+
+
+def manifest(config: ModelConfig) -> dict[str, Any]:
+    """Returns what `dsjax.json` holds."""
+    return {"format": FORMAT, "model": to_json(config), "dtype": config.param_dtype}
+
+
+def with_param_dtype(config: ModelConfig, dtypes: Any) -> ModelConfig:
+    """Returns the config with the widest of the stored types."""
+    wide = any(dtype == jnp.float32 for dtype in dtypes)
+    return dataclasses.replace(config, param_dtype="float32" if wide else "bfloat16")

@@ -1,0 +1,308 @@
+"""Weights in and out of memory, whatever they lie in.
+
+What a path holds is found out by looking: a Hugging Face folder (`config.json` and safetensors
+files), a model checkpoint of ours (`dsjax.json`, the folder `params` that orbax reads, and `hf`
+with the small files), a training run or one of its steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from dsjax import assets as asset_files
+from dsjax.assets import ASSETS, TOKENIZER_FILE, Assets
+from dsjax.config import ModelConfig
+from dsjax.config.model import DType
+from dsjax.hf import Path, hf_table
+from dsjax.hf_export import INDEX_NAME, config_json, create_file, plan_shards, read_tensor
+from dsjax.hf_export import write_tensor as write_hf_tensor
+from dsjax.kernels import Kernels, choose_kernels
+from dsjax.model import DeepSeekV2, abstract_model, param_shardings
+from dsjax.param_store import save_arrays
+from dsjax.sharding import ShardingRules
+from dsjax.weight_sources import MANIFEST, WeightSource, describe, manifest, open_source
+
+# A repository of the Hub: "deepseek-ai/DeepSeek-V2-Lite".
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk, before any weight is read.
+
+    Attributes:
+        path: where it lies; of a Hub name, the local copy.
+        config: what it is.
+        assets: its small files, by name.
+        tokenizer: what `load_tokenizer` takes, or None where there is none.
+    """
+
+    path: FilePath
+    config: ModelConfig
+    assets: Assets
+    tokenizer: str | None
+
+
+def locate(path_or_hub_name: str | FilePath) -> Source:
+    """Finds a model, and downloads it where a Hub name is given.
+
+    Args:
+        path_or_hub_name: a Hugging Face folder, a checkpoint of ours, a training run or one of
+            its steps, or a name on the Hugging Face Hub.
+
+    Raises:
+        ValueError: it is none of these.
+        FileNotFoundError: there is nothing there.
+    """
+    path = _local_path(path_or_hub_name)
+    config, assets = describe(path)
+    tokenizer = str(assets[TOKENIZER_FILE]) if TOKENIZER_FILE in assets else None
+    return Source(path, config, assets, tokenizer)
+
+
+def load_weights(
+    path_or_hub_name: str | FilePath,
+    *,
+    dtype: str | None = None,
+    rules: ShardingRules | None = None,
+    kernels: Kernels | None = None,
+) -> DeepSeekV2:
+    """Loads a model, each device its own shards and no host the whole.
+
+    Args:
+        path_or_hub_name: see `locate`.
+        dtype: of parameters and computation, "bfloat16" or "float32"; None keeps the stored
+            parameters, and the computation that the checkpoint names (bfloat16 for one of
+            Hugging Face).
+        rules: where arrays live; None puts them on the default device.
+        kernels: implementations; None chooses them for the devices.
+
+    Raises:
+        ValueError: damaged or unsuitable weights; names file and tensor.
+        FileNotFoundError: there is nothing there.
+    """
+    source = open_source(_local_path(path_or_hub_name))
+    config = source.config
+    if dtype is not None:
+        name = cast(DType, _checked_dtype(dtype))
+        config = replace(config, dtype=name, param_dtype=name)
+    rules = rules or ShardingRules()
+    if kernels is None:
+        devices = jax.devices() if rules.mesh is None else rules.mesh.devices.flat
+        kernels = choose_kernels(devices[0], config)
+    graphdef, abstract = abstract_model(config, rules, kernels)
+    shardings: dict[Any, jax.sharding.Sharding] = {}
+    if rules.mesh is not None:
+        flat_shardings = nnx.to_flat_state(param_shardings(abstract, rules))
+        shardings = {path: variable.get_raw_value() for path, variable in flat_shardings}
+    loaded = []
+    for path, variable in nnx.to_flat_state(abstract):
+        array = _load_array(
+            source,
+            tuple(map(str, path)),
+            tuple(variable.shape),
+            jnp.dtype(config.param_dtype),
+            shardings.get(path),
+        )
+        loaded.append((path, variable.replace(array)))
+    return nnx.merge(graphdef, nnx.from_flat_state(loaded))
+
+
+def save_weights(
+    model: DeepSeekV2,
+    path: str | FilePath,
+    *,
+    assets: str | FilePath | None = None,
+    format: Literal["dsjax", "hf"] = "dsjax",
+    dtype: str | None = None,
+) -> None:
+    """Saves a model as a checkpoint of ours or as a Hugging Face folder.
+
+    Args:
+        model: the model; of one that is divided over processes, each of them calls this.
+        path: a folder that does not exist yet; it appears once it is complete.
+        assets: where the model came from, whose tokenizer and other small files go along.
+        format: "dsjax" or "hf".
+        dtype: of the tensors written; None keeps the model's.
+
+    Raises:
+        FileExistsError: there is something at `path`.
+        ValueError: a format or dtype that is not one.
+    """
+    path = FilePath(path)
+    if format not in ("dsjax", "hf"):
+        raise ValueError(f"format={format!r}: must be dsjax or hf")
+    if path.exists():
+        raise FileExistsError(f"{path}: exists already")
+    stored = None if dtype is None else jnp.dtype(_checked_dtype(dtype))
+    config = model.config
+    if stored is not None:
+        config = replace(config, param_dtype=cast(DType, stored.name))
+    files = {} if assets is None else describe(_local_path(assets))[1]
+    files = {name: file for name, file in files.items() if name != INDEX_NAME}
+    draft = path.with_name(path.name + ".partial")
+    if jax.process_index() == 0:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.parent.mkdir(parents=True, exist_ok=True)
+    _wait_for_all("cleared")
+    if format == "hf":
+        _save_hf(model, config, draft, files)
+    else:
+        save_arrays(draft, nnx.to_pure_dict(nnx.state(model)), stored)
+        if jax.process_index() == 0:
+            asset_files.copy_files(files, draft / ASSETS)
+            text = json.dumps(manifest(config), indent=2) + "\n"
+            (draft / MANIFEST).write_text(text, encoding="utf-8")
+    if jax.process_index() == 0:
+        draft.rename(path)
+    _wait_for_all("saved")
+
+
+def save_assets(tokenizer: str, init_from: str, run: FilePath) -> None:
+    """Gives a run's folder the small files that its checkpoints need to be used elsewhere.
+
+    Args:
+        tokenizer: the run's tokenizer, as `load_tokenizer` takes it.
+        init_from: the model that the run starts from, or "".
+        run: the run's folder.
+    """
+    files = describe(_local_path(init_from))[1] if init_from else {}
+    asset_files.save_assets(tokenizer, files, run)
+
+
+def _save_hf(model: DeepSeekV2, config: ModelConfig, folder: FilePath, files: Assets) -> None:
+    table = hf_table(config)
+    params = {tuple(map(str, p)): v for p, v in nnx.to_flat_state(nnx.state(model))}
+    dtype = jnp.dtype(config.param_dtype)
+
+    def read(path: Path, window: tuple[slice, ...]) -> np.ndarray:
+        index = tuple(w.start for w in window[: table.params[path].num_stacked])
+        return _fetch(params[path][...], index).astype(dtype, copy=False)
+
+    plan = plan_shards(table, lambda path: dtype)
+    first = jax.process_index() == 0
+    if first:
+        asset_files.copy_files(files, folder)
+    for name, header in plan.headers.items():
+        if first:
+            create_file(folder / name, header)
+        for tensor in header.tensors:
+            values = read_tensor(table, tensor, read)
+            if first:
+                write_hf_tensor(folder / name, header, tensor, values)
+    if first:
+        if plan.index is not None:
+            (folder / INDEX_NAME).write_bytes(plan.index)
+        (folder / "config.json").write_bytes(config_json(config, dtype.name, files))
+
+
+@jax.jit
+def _take(array: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    return array[index]
+
+
+def _fetch(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """Brings one layer or expert to the host."""
+    if index:
+        array = _take(array, tuple(jnp.int32(i) for i in index))
+    if not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _load_array(
+    source: WeightSource,
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
+    fill = functools.partial(_fill, functools.partial(source.read, path), dtype=dtype)
+    if sharding is None:
+        return fill(tuple(slice(0, size) for size in shape), device=None)
+    # Devices that hold copies of the same shard share one reading of it.
+    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        bounds = tuple(i.indices(size)[:2] for i, size in zip(index, shape, strict=True))
+        devices_of.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in devices_of.items():
+        shard = fill(tuple(slice(*pair) for pair in bounds), device=devices[0])
+        shards += [shard] + [jax.device_put(shard, device) for device in devices[1:]]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _fill(
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    window: tuple[slice, ...],
+    *,
+    dtype: np.dtype,
+    device: jax.Device | None,
+) -> jax.Array:
+    """Reads a window onto a device; of a stacked parameter one layer at a time."""
+    shape = tuple(w.stop - w.start for w in window)
+    if len(shape) < 3 or shape[0] == 1:
+        return jax.device_put(read(window).astype(dtype, copy=False), device)
+    out = jnp.zeros(shape, dtype, device=device)
+    for layer in range(shape[0]):
+        start = window[0].start + layer
+        piece = read((slice(start, start + 1), *window[1:])).astype(dtype, copy=False)
+        out = _set_layer(out, jax.device_put(piece, device), layer)
+        out.block_until_ready()  # so that only one layer at a time is on the host
+    return out
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(out: jax.Array, piece: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(out, piece, layer, axis=0)
+
+
+def _local_path(path_or_hub_name: str | FilePath) -> FilePath:
+    path = FilePath(path_or_hub_name).expanduser()
+    name = str(path_or_hub_name)
+    if path.exists():
+        return path
+    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
+        raise FileNotFoundError(f"{path}: no such folder, and no name on the Hugging Face Hub")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return FilePath(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{name}: no such folder, and not to be had from the Hugging Face Hub: {first_line}"
+        ) from None
+
+
+def _checked_dtype(dtype: Any) -> str:
+    name = jnp.dtype(dtype).name
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"dtype={name!r}: must be float32 or bfloat16 (float16 overflows on DeepSeek-V2)"
+        )
+    return name
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"dsjax.weights {what}")

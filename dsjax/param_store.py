@@ -8,6 +8,7 @@ the arrays behind it by tensorstore, which orbax uses too; orbax loads the resul
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -199,8 +200,14 @@ def _write_skeleton(
     saving.use_ocdbt = False  # one file a chunk, so that a finished one stays finished
     saving.array_metadata_store = None  # would record the placeholders' shapes
     saving.enable_write_sharding_file = False
-    with context:
-        ocp.save_checkpointables(draft, {ITEM: tree})
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # orbax warns that there is nothing to merge, as is meant here
+    try:
+        with context:
+            ocp.save_checkpointables(draft, {ITEM: tree})
+    finally:
+        log.setLevel(level)
     for path in params:
         shutil.rmtree(draft / ITEM / ".".join(path))
     draft.rename(directory)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path as FilePath
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +18,7 @@ from dsjax.assets import ASSETS, Assets, small_files
 from dsjax.config import ModelConfig, TrainConfig, from_json, to_json
 from dsjax.config.huggingface import from_hf_config
 from dsjax.config.load import read_json
+from dsjax.config.model import DType
 from dsjax.hf import HFTable, Path, hf_table, is_ignored
 from dsjax.param_store import ITEM, ParamStore
 from dsjax.safetensors_io import SafetensorsFolder, float_dtype
@@ -25,6 +26,9 @@ from dsjax.safetensors_io import SafetensorsFolder, float_dtype
 MANIFEST = "dsjax.json"  # its presence says that a model checkpoint is complete
 FORMAT = 1
 RUN_FILE = "run.json"
+
+# A repository of the Hub: "deepseek-ai/DeepSeek-V2-Lite".
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class WeightSource(Protocol):
@@ -143,6 +147,34 @@ class CheckpointSource:
         return self.store.read(path, window)
 
 
+def resolve(path_or_hub_name: str | FilePath) -> FilePath:
+    """Returns a path as it is, and of a Hub name the folder it was downloaded to.
+
+    Raises:
+        FileNotFoundError: it is neither, or the Hub does not give it.
+    """
+    path = FilePath(path_or_hub_name).expanduser()
+    name = str(path_or_hub_name)
+    if path.exists():
+        return path
+    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
+        raise FileNotFoundError(f"{path}: no such folder, and no name on the Hugging Face Hub")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return FilePath(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{name}: no such folder, and not to be had from the Hugging Face Hub: {first_line}"
+        ) from None
+
+
 Kind = Literal["hf", "model", "step"]
 
 
@@ -225,6 +257,20 @@ def latest_step(run: FilePath) -> FilePath:
     if not steps:
         raise ValueError(f"{folder}: holds no complete step")
     return max(steps, key=lambda step: int(step.name))
+
+
+def weight_dtype(dtype: Any) -> DType:
+    """Returns the name of a type that weights may have.
+
+    Raises:
+        ValueError: it is another, float16 above all.
+    """
+    name = jnp.dtype(dtype).name
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"dtype={name!r}: must be float32 or bfloat16 (float16 overflows on DeepSeek-V2)"
+        )
+    return cast(DType, name)
 
 
 def manifest(config: ModelConfig) -> dict[str, Any]:

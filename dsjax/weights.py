@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,6 @@ from jax.experimental import multihost_utils
 from dsjax import assets as asset_files
 from dsjax.assets import ASSETS, TOKENIZER_FILE, Assets
 from dsjax.config import ModelConfig
-from dsjax.config.model import DType
 from dsjax.hf import Path, hf_table
 from dsjax.hf_export import INDEX_NAME, config_json, create_file, plan_shards, read_tensor
 from dsjax.hf_export import write_tensor as write_hf_tensor
@@ -33,10 +31,15 @@ from dsjax.kernels import Kernels, choose_kernels
 from dsjax.model import DeepSeekV2, abstract_model, param_shardings
 from dsjax.param_store import save_arrays
 from dsjax.sharding import ShardingRules
-from dsjax.weight_sources import MANIFEST, WeightSource, describe, manifest, open_source
-
-# A repository of the Hub: "deepseek-ai/DeepSeek-V2-Lite".
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+from dsjax.weight_sources import (
+    MANIFEST,
+    WeightSource,
+    describe,
+    manifest,
+    open_source,
+    resolve,
+    weight_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def locate(path_or_hub_name: str | FilePath) -> Source:
         ValueError: it is none of these.
         FileNotFoundError: there is nothing there.
     """
-    path = _local_path(path_or_hub_name)
+    path = resolve(path_or_hub_name)
     config, assets = describe(path)
     tokenizer = str(assets[TOKENIZER_FILE]) if TOKENIZER_FILE in assets else None
     return Source(path, config, assets, tokenizer)
@@ -94,10 +97,10 @@ def load_weights(
         ValueError: damaged or unsuitable weights; names file and tensor.
         FileNotFoundError: there is nothing there.
     """
-    source = open_source(_local_path(path_or_hub_name))
+    source = open_source(resolve(path_or_hub_name))
     config = source.config
     if dtype is not None:
-        name = cast(DType, _checked_dtype(dtype))
+        name = weight_dtype(dtype)
         config = replace(config, dtype=name, param_dtype=name)
     rules = rules or ShardingRules()
     if kernels is None:
@@ -147,11 +150,11 @@ def save_weights(
         raise ValueError(f"format={format!r}: must be dsjax or hf")
     if path.exists():
         raise FileExistsError(f"{path}: exists already")
-    stored = None if dtype is None else jnp.dtype(_checked_dtype(dtype))
+    stored = None if dtype is None else jnp.dtype(weight_dtype(dtype))
     config = model.config
     if stored is not None:
-        config = replace(config, param_dtype=cast(DType, stored.name))
-    files = {} if assets is None else describe(_local_path(assets))[1]
+        config = replace(config, param_dtype=weight_dtype(stored))
+    files = {} if assets is None else describe(resolve(assets))[1]
     files = {name: file for name, file in files.items() if name != INDEX_NAME}
     draft = path.with_name(path.name + ".partial")
     if jax.process_index() == 0:
@@ -179,7 +182,7 @@ def save_assets(tokenizer: str, init_from: str, run: FilePath) -> None:
         init_from: the model that the run starts from, or "".
         run: the run's folder.
     """
-    files = describe(_local_path(init_from))[1] if init_from else {}
+    files = describe(resolve(init_from))[1] if init_from else {}
     asset_files.save_assets(tokenizer, files, run)
 
 
@@ -269,38 +272,6 @@ def _fill(
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_layer(out: jax.Array, piece: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(out, piece, layer, axis=0)
-
-
-def _local_path(path_or_hub_name: str | FilePath) -> FilePath:
-    path = FilePath(path_or_hub_name).expanduser()
-    name = str(path_or_hub_name)
-    if path.exists():
-        return path
-    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
-        raise FileNotFoundError(f"{path}: no such folder, and no name on the Hugging Face Hub")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return FilePath(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{name}: no such folder, and not to be had from the Hugging Face Hub: {first_line}"
-        ) from None
-
-
-def _checked_dtype(dtype: Any) -> str:
-    name = jnp.dtype(dtype).name
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(
-            f"dtype={name!r}: must be float32 or bfloat16 (float16 overflows on DeepSeek-V2)"
-        )
-    return name
 
 
 def _wait_for_all(what: str) -> None:

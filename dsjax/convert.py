@@ -1,0 +1,295 @@
+"""Conversion between Hugging Face folders and checkpoints of ours, tensor by tensor.
+
+Which way is found out by looking at the source. Every header is checked before anything is
+written. The work goes on in `DST.partial`, with a journal of the tensors that are safely on the
+disk, so that a run after a kill or a full disk goes on where the last one stopped; DST appears, by
+a rename, when all is done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.assets import ASSETS, copy_files
+from dsjax.hf import HFTensor, Path
+from dsjax.hf_export import (
+    HEADERS_FILE,
+    INDEX_NAME,
+    config_json,
+    create_file,
+    pack_headers,
+    plan_shards,
+    read_tensor,
+    unpack_headers,
+    write_tensor,
+)
+from dsjax.param_store import ITEM, ParamStore, one_line
+from dsjax.progress import ByteProgress
+from dsjax.weight_sources import (
+    MANIFEST,
+    RUN_FILE,
+    CheckpointSource,
+    HFSource,
+    manifest,
+    open_source,
+    resolve,
+    weight_dtype,
+    with_param_dtype,
+)
+
+_WORKERS = 4
+# What is redone after a kill at most: so many bytes between two entries of the journal.
+_COMMIT_BYTES = 256 << 20
+
+DTypeOf = Callable[[Path], np.dtype]
+
+
+def convert(
+    src: str | FilePath,
+    dst: str | FilePath,
+    *,
+    dtype: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Converts a checkpoint.
+
+    Args:
+        src: a Hugging Face folder or Hub name, which becomes a checkpoint of ours; or a checkpoint
+            of ours, a training run or one of its steps, which becomes a Hugging Face folder.
+        dst: a folder that does not exist yet.
+        dtype: of the tensors written, "bfloat16" or "float32"; None keeps them bit by bit.
+        progress: whether to show how far it is, as a bar on a terminal and as lines in a log.
+
+    Raises:
+        FileExistsError: there is something at `dst`.
+        ValueError: the source is damaged or no checkpoint; names file and tensor.
+        OSError: a file cannot be written, on a full disk for instance; names it. Run again to
+            go on.
+    """
+    dst = FilePath(dst)
+    if dst.exists():
+        raise FileExistsError(f"{dst}: exists already")
+    stored = None if dtype is None else jnp.dtype(weight_dtype(dtype))
+    source = open_source(resolve(src))
+
+    def dtype_of(path: Path) -> np.dtype:
+        return source.dtype(path) if stored is None else stored
+
+    work = dst.with_name(dst.name + ".partial")
+    work.mkdir(parents=True, exist_ok=True)
+    out = work / "out"
+    identity = _identity(source) | {"dtype": dtype}
+    with _Journal(work, identity) as journal:
+        if isinstance(source, HFSource):
+            _to_checkpoint(source, out, dtype_of, journal, progress)
+        else:
+            _to_hf(source, out, dtype_of, journal, progress)
+        out.rename(dst)
+        shutil.rmtree(work)
+
+
+def _to_checkpoint(
+    source: HFSource, out: FilePath, dtype_of: DTypeOf, journal: _Journal, progress: bool
+) -> None:
+    table = source.table
+    store = ParamStore.create(
+        out,
+        {path: (param.shape, dtype_of(path)) for path, param in table.params.items()},
+        {path: param.num_stacked for path, param in table.params.items()},
+    )
+
+    def write(tensor: HFTensor) -> None:
+        values = source.folder.read(tensor.name, 0, int(np.prod(tensor.shape)))
+        for part in tensor.parts:
+            window = tuple(slice(0, size) for size in tensor.part_shape(part))
+            piece = tensor.read_part(part, window, lambda _, start, stop: values[start:stop])
+            piece = piece.astype(dtype_of(part.path), copy=False)
+            try:
+                store.write(part.path, part.index, piece).result()
+            except ValueError as error:
+                file = out / ITEM / ".".join(part.path)
+                raise OSError(f"{file}: cannot be written: {one_line(error)}") from None
+
+    # tensorstore syncs each chunk that it commits, so nothing is left to sync here.
+    order = [table.tensors[name] for name in source.folder.tensors if name in table.tensors]
+    _run(order, dtype_of, write, lambda _: None, journal, progress)
+    source.folder.close()
+    copy_files(source.assets, out / ASSETS)
+    _write(out / HEADERS_FILE, pack_headers(source.folder.headers).encode())
+    config = with_param_dtype(source.config, (dtype_of(path) for path in table.params))
+    _write(out / MANIFEST, (json.dumps(manifest(config), indent=2) + "\n").encode())
+
+
+def _to_hf(
+    source: CheckpointSource, out: FilePath, dtype_of: DTypeOf, journal: _Journal, progress: bool
+) -> None:
+    table, headers, index = source.table, None, None
+    if (source.where / HEADERS_FILE).is_file():
+        headers = unpack_headers(source.where / HEADERS_FILE)
+        if INDEX_NAME in source.assets:
+            index = source.assets[INDEX_NAME].read_bytes()
+    plan = plan_shards(table, dtype_of, original=headers, index=index)
+    out.mkdir(exist_ok=True)
+    for name, header in plan.headers.items():
+        create_file(out / name, header)
+    place = {tensor: name for name, header in plan.headers.items() for tensor in header.tensors}
+
+    def read(path: Path, window: tuple[slice, ...]) -> np.ndarray:
+        return source.read(path, window).astype(dtype_of(path), copy=False)
+
+    def write(tensor: HFTensor) -> None:
+        name = place[tensor.name]
+        values = read_tensor(table, tensor.name, read)
+        write_tensor(out / name, plan.headers[name], tensor.name, values)
+
+    def sync(tensors: list[HFTensor]) -> None:
+        for name in {place[tensor.name] for tensor in tensors}:
+            _sync(out / name)
+
+    _run([table.tensors[name] for name in place], dtype_of, write, sync, journal, progress)
+    assets = {name: file for name, file in source.assets.items() if name != INDEX_NAME}
+    copy_files(assets, out)
+    if plan.index is not None:
+        _write(out / INDEX_NAME, plan.index)
+    config = with_param_dtype(source.config, (dtype_of(path) for path in table.params))
+    _write(out / "config.json", config_json(config, config.param_dtype, source.assets))
+
+
+def _run(
+    tensors: list[HFTensor],
+    dtype_of: DTypeOf,
+    write: Callable[[HFTensor], None],
+    sync: Callable[[list[HFTensor]], None],
+    journal: _Journal,
+    progress: bool,
+) -> None:
+    """Writes every tensor that the journal does not hold yet, a few at a time."""
+    sizes = {
+        tensor.name: int(np.prod(tensor.shape)) * dtype_of(tensor.parts[0].path).itemsize
+        for tensor in tensors
+    }
+    finished = sum(size for name, size in sizes.items() if name in journal.done)
+    left = [tensor for tensor in tensors if tensor.name not in journal.done]
+    with (
+        ByteProgress("converting", sum(sizes.values()), finished, shown=progress) as shown,
+        ThreadPoolExecutor(_WORKERS) as pool,
+    ):
+        for batch in _batches(left, sizes):
+            # Consumed in order, so the first error ends the batch; the others of it finish.
+            for tensor, _ in zip(batch, pool.map(write, batch), strict=True):
+                shown.advance(sizes[tensor.name])
+            sync(batch)
+            journal.add([tensor.name for tensor in batch])
+
+
+def _batches(tensors: list[HFTensor], sizes: Mapping[str, int]) -> Iterator[list[HFTensor]]:
+    batch: list[HFTensor] = []
+    filled = 0
+    for tensor in tensors:
+        batch.append(tensor)
+        filled += sizes[tensor.name]
+        if filled >= _COMMIT_BYTES:
+            yield batch
+            batch, filled = [], 0
+    if batch:
+        yield batch
+
+
+class _Journal:
+    """Which tensors are safely on the disk, one a line behind a line that says of what.
+
+    Attributes:
+        done: their names.
+    """
+
+    def __init__(self, work: FilePath, identity: Mapping[str, Any]):
+        """Opens the journal of a work folder, or begins one.
+
+        Raises:
+            ValueError: it is of another conversion.
+            BlockingIOError: another process is at work there.
+        """
+        path = work / "journal"
+        self._file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise BlockingIOError(f"{work}: another process converts there") from None
+        self._file.seek(0)
+        text = self._file.read()
+        complete = text[: text.rfind("\n") + 1]  # a line that a kill cut short does not count
+        self._file.truncate(len(complete.encode()))
+        head, *names = complete.splitlines() or [""]
+        expected = json.dumps(identity, sort_keys=True)
+        if head and head != expected:
+            self._file.close()
+            raise ValueError(
+                f"{work}: holds the unfinished conversion of something else, or of this source "
+                "before it changed; remove it to begin anew"
+            )
+        self.done = set(names)
+        if not head:
+            self._append([expected])
+
+    def add(self, names: list[str]) -> None:
+        """Notes that tensors are finished."""
+        self.done |= set(names)
+        self._append(names)
+
+    def _append(self, lines: list[str]) -> None:
+        self._file.write("".join(line + "\n" for line in lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> _Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _identity(source: HFSource | CheckpointSource) -> dict[str, Any]:
+    """Returns what tells a source from another, or from itself after a change."""
+    files = [
+        source.where / name
+        for name in ("config.json", MANIFEST, f"{ITEM}/_METADATA", f"../../{RUN_FILE}")
+    ]
+    texts = [file for file in files if file.is_file()]
+    identity: dict[str, Any] = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in texts
+    }
+    if isinstance(source, HFSource):
+        files = [source.where / name for name in source.folder.headers]
+    else:
+        files = texts
+    stats = [(file.name, file.stat()) for file in files]
+    identity["files"] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return identity
+
+
+def _write(path: FilePath, content: bytes) -> None:
+    """Writes a small file at once or not at all."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_bytes(content)
+    _sync(draft)
+    draft.replace(path)
+
+
+def _sync(path: FilePath) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

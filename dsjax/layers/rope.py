@@ -32,9 +32,13 @@ def inverse_frequencies(config: AttentionConfig) -> np.ndarray:
     on at every length, as in the released checkpoints' own code.
     """
     dim, theta, yarn = config.qk_rope_head_dim, config.rope_theta, config.yarn
-    frequencies = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    # Rounded to float32 where the released code rounds: thousands of positions later, one unit in
+    # the last place of a frequency shows in the logits.
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    wavelengths = (theta ** exponents.astype(np.float64)).astype(np.float32)
+    frequencies = 1 / wavelengths
     if yarn is None:
-        return frequencies.astype(np.float32)
+        return frequencies
 
     def find_dim(rotations: float) -> float:
         turns = yarn.original_length / (rotations * 2 * math.pi)
@@ -42,9 +46,9 @@ def inverse_frequencies(config: AttentionConfig) -> np.ndarray:
 
     low = max(math.floor(find_dim(yarn.beta_fast)), 0)
     high = min(math.ceil(find_dim(yarn.beta_slow)), dim - 1)
-    width = max(high - low, 0.001)
-    ramp = np.clip((np.arange(dim // 2) - low) / width, 0, 1)
-    return (frequencies / yarn.factor * ramp + frequencies * (1 - ramp)).astype(np.float32)
+    width = np.float32(max(high - low, 0.001))
+    kept = 1 - np.clip((np.arange(dim // 2, dtype=np.float32) - low) / width, 0, 1)
+    return 1 / (np.float32(yarn.factor) * wavelengths) * (1 - kept) + frequencies * kept
 
 
 def rope_angles(positions_BT: jax.Array, config: AttentionConfig) -> tuple[jax.Array, jax.Array]:

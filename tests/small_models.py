@@ -3,11 +3,14 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from dsjax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
-from dsjax.model import DeepSeekV2, create_model
+from dsjax.kernels import Kernels
+from dsjax.model import DeepSeekV2, abstract_model, param_shardings
+from dsjax.sharding import ShardingRules
 
 # Every feature of V2. The widths differ from one another, so that no mix-up fits by chance.
 SMALL = ModelConfig(
@@ -48,27 +51,30 @@ SMALL_LITE = replace(
 )
 
 
-def randomize(model: DeepSeekV2, seed: int) -> DeepSeekV2:
-    """Returns the model with weights that keep activations near 1, and random norms."""
+def random_model(
+    config: ModelConfig,
+    seed: int = 0,
+    rules: ShardingRules | None = None,
+    kernels: Kernels | None = None,
+) -> DeepSeekV2:
+    """Makes a model whose activations stay near 1, with random norms; the same on every mesh."""
     rng = np.random.default_rng(seed)
-    graph, state = nnx.split(model)
+    graph, state = abstract_model(config, rules, kernels)
+    on_mesh = rules is not None and rules.mesh is not None
+    shardings = dict(nnx.to_flat_state(param_shardings(state, rules))) if on_mesh else {}
     leaves = []
     for path, variable in nnx.to_flat_state(state):
         dims = variable.get_metadata("dims")
-        if path[-1] == "weight" and dims == ("norm",):
+        if dims == ("norm",):
             values = rng.uniform(0.5, 1.5, variable.shape)
         else:
             fan_in = 1 if path == ("embed",) else _fan_in(dims, variable.shape)
             gain = 2.0 if "router" in path else 1.3
             values = rng.standard_normal(variable.shape) * gain / np.sqrt(fan_in)
-        array = jax.device_put(values.astype(variable.dtype), variable[...].sharding)
+        sharding = shardings[path].get_value() if on_mesh else None
+        array = jax.device_put(jnp.asarray(values, variable.dtype), sharding)
         leaves.append((path, variable.replace(array)))
     return nnx.merge(graph, nnx.from_flat_state(leaves))
-
-
-def random_model(config: ModelConfig, seed: int = 0, rules=None, kernels=None) -> DeepSeekV2:
-    """Creates a model with such weights; the same for every mesh."""
-    return randomize(create_model(config, seed, rules, kernels), seed)
 
 
 def _fan_in(dims: tuple[str, ...], shape: tuple[int, ...]) -> int:

@@ -10,12 +10,14 @@ class HopperTiles:
     Attributes:
         num_sms: streaming multiprocessors of the chip: one thread block runs on each.
         merge_rows: query rows that a thread block of the merge kernel takes, where there are many.
-        merge_pieces: partial results that it loads at a time.
+        merge_pieces: partial results that it loads at a time then.
+        merge_pieces_of_few: partial results that it loads at a time where there are few rows.
     """
 
     num_sms: int = 132
     merge_rows: int = 8
-    merge_pieces: int = 8
+    merge_pieces: int = 4
+    merge_pieces_of_few: int = 33
 
 
 # The SXM parts of both have 132 multiprocessors.
@@ -28,3 +30,27 @@ def hopper_tiles(chip: str = "NVIDIA H200") -> HopperTiles:
         if chip.startswith(name):
             return tiles
     raise ValueError(f"chip is {chip!r}; there are tiles for {tuple(HOPPER_TILES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuTile:
+    """How the TPU kernel cuts its work.
+
+    Attributes:
+        block_tokens: cached tokens of a block, which are attended to at once.
+        buffers: blocks held in VMEM; all but one are on their way.
+        splits: parts of a sequence, for chips of which two cores share a kernel.
+        min_split_blocks: blocks of the page table per part below which it is not worth it.
+    """
+
+    block_tokens: int
+    buffers: int
+    splits: int
+    min_split_blocks: int
+
+
+TPU = TpuTile(block_tokens=512, buffers=6, splits=2, min_split_blocks=4)
+TPU_MAX_ROWS = 512
+# int32 entries of the page table: half of the megabyte of scalar memory.
+TPU_MAX_TABLE = 131072
+TPU_VMEM_BYTES = 48 * 2**20

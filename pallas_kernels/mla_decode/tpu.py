@@ -1,0 +1,297 @@
+"""Absorbed decode over the paged latent cache as a Pallas kernel for TPUs (Mosaic).
+
+How it is laid out, and why:
+
+- All heads of all query tokens of a sequence are the rows of one matmul: the latent is fetched once
+  for them, and the kernel is bound by that read.
+- Pages are copied by hand, several blocks of pages ahead and across the sequences' borders, so that
+  the memory never waits for a sequence to begin. Pages past a sequence's end are not fetched.
+- Scores of a block are computed while the block before it is weighted and summed.
+- A chip whose two cores share a kernel (v5p) takes a part of every sequence on each core; the parts
+  are merged by their log-sum-exp.
+- The 64 rotary lanes of a page lie in memory as 128, so a token is read as 1,280 bytes of bfloat16
+  and not as 1,152. Scales of quantised latents are gathered outside; they apply to the scores and
+  to the weights, so the latents themselves are only widened.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.mla_decode import tiles
+from pallas_kernels.mla_decode.merge import merge_partial_attention
+from pallas_kernels.mla_decode.pages import LatentPages
+
+LANES = 128
+ROWS = 16  # Rows of a register of bfloat16.
+PAGE_ROWS = 32  # Rows of a register of 8-bit latents.
+MASKED = -1e30  # Finite: the difference of two of these is 0 and not NaN.
+LOG2_E = math.log2(math.e)
+
+
+def decode(
+    q_latent_BTHC: Array,
+    q_rope_BTHR: Array,
+    pages: LatentPages,
+    page_table_BP: Array,
+    lengths_B: Array,
+    *,
+    scale: float,
+    interpret: Any = False,
+) -> tuple[Array, Array]:
+    """Attends from the last tokens to the cached latents; the arguments are `mla_decode`'s."""
+    _check(q_latent_BTHC, pages, page_table_BP)
+    B, T, H, C = q_latent_BTHC.shape
+    R = q_rope_BTHR.shape[-1]
+    rows = -(-T * H // ROWS) * ROWS
+    table_tokens = page_table_BP.shape[1] * pages.page_size
+    tile = tiles.TPU
+    block_pages = max(1, min(tile.block_tokens // pages.page_size, page_table_BP.shape[1]))
+    splits = (
+        tile.splits
+        if tile.splits * tile.min_split_blocks * block_pages <= page_table_BP.shape[1]
+        else 1
+    )
+    geometry = _Geometry(B, T, H, page_table_BP.shape[1], pages.page_size, block_pages, splits)
+
+    def flat(q_BTHX: Array) -> Array:
+        q_BMX = q_BTHX.reshape(B, T * H, -1)
+        return jnp.pad(q_BMX, ((0, 0), (0, rows - T * H), (0, 0)))
+
+    operands = [flat(q_latent_BTHC), flat(q_rope_BTHR), pages.latent, pages.rope]
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    specs = [
+        pl.BlockSpec((1, rows, C), lambda s, b, *_: (b, 0, 0)),
+        pl.BlockSpec((1, rows, R), lambda s, b, *_: (b, 0, 0)),
+        anywhere,
+        anywhere,
+    ]
+    if pages.scale is not None:
+        padded = geometry.blocks * geometry.block_tokens
+        scale_BS = pages.scale[page_table_BP].reshape(B, 1, table_tokens)
+        operands.append(jnp.pad(scale_BS, ((0, 0), (0, 0), (0, padded - table_tokens))))
+        specs.append(pl.BlockSpec((1, 1, padded), lambda s, b, *_: (b, 0, 0)))
+    manual = jax.typeof(q_latent_BTHC).manual_axis_type
+    f32 = jnp.float32
+    out_XBMC, lse_XBM = pl.pallas_call(
+        functools.partial(_kernel, geometry=geometry, tile=tile, scale=scale),
+        out_shape=(
+            jax.ShapeDtypeStruct(
+                (splits, B, rows, C), q_latent_BTHC.dtype, manual_axis_type=manual
+            ),
+            jax.ShapeDtypeStruct((splits, B, 1, rows), f32, manual_axis_type=manual),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(splits, B),
+            in_specs=specs,
+            out_specs=(
+                pl.BlockSpec((1, 1, rows, C), lambda s, b, *_: (s, b, 0, 0)),
+                pl.BlockSpec((1, 1, 1, rows), lambda s, b, *_: (s, b, 0, 0)),
+            ),
+            scratch_shapes=[
+                pltpu.VMEM((tile.buffers, geometry.block_tokens, C), pages.latent.dtype),
+                pltpu.VMEM((tile.buffers, geometry.block_tokens, R), pages.rope.dtype),
+                pltpu.SemaphoreType.DMA((tile.buffers,)),
+                pltpu.SMEM((3,), jnp.int32),
+                pltpu.VMEM((rows, LANES), f32),
+                pltpu.VMEM((rows, LANES), f32),
+                pltpu.VMEM((rows, C), f32),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.TPU_VMEM_BYTES
+        ),
+        interpret=interpret,
+        name="mla_decode",
+    )(page_table_BP.reshape(-1), lengths_B, *operands)
+    out_XBTHC = out_XBMC[:, :, : T * H].reshape(splits, B, T, H, C)
+    lse_XBTH = lse_XBM[:, :, 0, : T * H].reshape(splits, B, T, H)
+    if splits == 1:
+        return out_XBTHC[0], lse_XBTH[0]
+    return merge_partial_attention(out_XBTHC, lse_XBTH)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Geometry:
+    """The sizes that the kernel's loops depend on."""
+
+    batch: int
+    num_tokens: int
+    num_heads: int
+    table_pages: int
+    page_size: int
+    block_pages: int
+    splits: int
+
+    @property
+    def block_tokens(self) -> int:
+        return self.block_pages * self.page_size
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in the page table of a sequence."""
+        return -(-self.table_pages // self.block_pages)
+
+    def split_blocks(self, length: Any, split: Any) -> tuple[Any, Any]:
+        """Returns the first block and the number of blocks, one at least, of a sequence's part."""
+        tokens = jnp.minimum(length, self.table_pages * self.page_size)
+        total = jnp.maximum(pl.cdiv(tokens, self.block_tokens), 1)
+        part = pl.cdiv(total, self.splits)
+        first = split * part
+        return first, jnp.clip(total - first, 1, part)
+
+
+def _kernel(
+    table_ref: Any,
+    lengths_ref: Any,
+    q_latent_ref: Any,
+    q_rope_ref: Any,
+    latent_hbm_ref: Any,
+    rope_hbm_ref: Any,
+    *refs: Any,
+    geometry: _Geometry,
+    tile: tiles.TpuTile,
+    scale: float,
+) -> None:
+    *scale_refs, out_ref, lse_ref, latent_ref, rope_ref, semaphores = refs[:-4]
+    cursor_ref, max_ref, sum_ref, acc_ref = refs[-4:]
+    split, batch = pl.program_id(0), pl.program_id(1)
+    block_tokens, page_size = geometry.block_tokens, geometry.page_size
+    num_tokens, num_heads = geometry.num_tokens, geometry.num_heads
+    rows = q_latent_ref.shape[1]
+    # The cursor: the sequence and its block to be fetched next, and blocks taken so far.
+    SEQUENCE, BLOCK, TAKEN = range(3)
+
+    def each_page(sequence: Any, block: Any, slot: Any, act: Any) -> None:
+        """Applies `act` to the copies that bring a block of a sequence into a slot."""
+        first_block, _ = geometry.split_blocks(lengths_ref[sequence], split)
+        first_page = (first_block + block) * geometry.block_pages
+        for p in range(geometry.block_pages):
+            page = first_page + p
+            needed = page * page_size < lengths_ref[sequence]
+
+            @pl.when(needed & (page < geometry.table_pages))
+            def _copy(page: Any = page, p: int = p) -> None:
+                index = table_ref[sequence * geometry.table_pages + page]
+                for source, target in ((latent_hbm_ref, latent_ref), (rope_hbm_ref, rope_ref)):
+                    part = target.at[slot, pl.ds(p * page_size, page_size)]
+                    act(pltpu.make_async_copy(source.at[index], part, semaphores.at[slot]))
+
+    def fetch_next(slot: Any) -> None:
+        sequence, block = cursor_ref[SEQUENCE], cursor_ref[BLOCK]
+
+        @pl.when(sequence < geometry.batch)
+        def _fetch() -> None:
+            each_page(sequence, block, slot, lambda copy: copy.start())
+            _, count = geometry.split_blocks(lengths_ref[sequence], split)
+            done = block + 1 == count
+            cursor_ref[SEQUENCE] = jnp.where(done, sequence + 1, sequence)
+            cursor_ref[BLOCK] = jnp.where(done, 0, block + 1)
+
+    @pl.when(batch == 0)
+    def _start() -> None:
+        for n in range(3):
+            cursor_ref[n] = 0
+        for slot in range(tile.buffers - 1):
+            fetch_next(slot)
+
+    max_ref[...] = jnp.full_like(max_ref, MASKED)
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+    length = lengths_ref[batch]
+    first_block, num_blocks = geometry.split_blocks(length, split)
+    q_latent_MC, q_rope_MR = q_latent_ref[0], q_rope_ref[0]
+    compute_dtype = q_latent_MC.dtype
+
+    def attend(block: Any, slot: Any, *, edge: bool) -> None:
+        first_token = (first_block + block) * block_tokens
+        latent_SC = latent_ref[slot].astype(compute_dtype)
+        rope_SR = rope_ref[slot].astype(compute_dtype)
+        if edge:
+            # Slots behind the end may hold anything, NaN too.
+            token_S1 = jax.lax.broadcasted_iota(jnp.int32, (block_tokens, 1), 0) + first_token
+            latent_SC = jnp.where(token_S1 < length, latent_SC, 0)
+            rope_SR = jnp.where(token_S1 < length, rope_SR, 0)
+        scores_MS = _dot(q_latent_MC, latent_SC, transposed=True)
+        for scale_ref in scale_refs:
+            key_scale_1S = scale_ref[0, :, pl.ds(first_token, block_tokens)]
+            scores_MS = scores_MS * key_scale_1S
+        scores_MS = scores_MS + _dot(q_rope_MR, rope_SR, transposed=True)
+        if edge:
+            row_M1 = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+            query_M1 = sum(
+                ((row_M1 >= t * num_heads).astype(jnp.int32) for t in range(1, num_tokens)),
+                jnp.zeros_like(row_M1),
+            )
+            token_MS = jax.lax.broadcasted_iota(jnp.int32, scores_MS.shape, 1) + first_token
+            visible_MS = token_MS <= length - num_tokens + query_M1
+            scores_MS = jnp.where(visible_MS, scores_MS, MASKED)
+        old_M1 = max_ref[:, :1]
+        new_M1 = jnp.maximum(old_M1, scores_MS.max(axis=1, keepdims=True))
+        weights_MS = jnp.exp2((scores_MS - new_M1) * (scale * LOG2_E))
+        decay_M1 = jnp.exp2((old_M1 - new_M1) * (scale * LOG2_E))
+        sum_M1 = sum_ref[:, :1] * decay_M1 + weights_MS.sum(axis=1, keepdims=True)
+        max_ref[...] = jnp.broadcast_to(new_M1, max_ref.shape)
+        sum_ref[...] = jnp.broadcast_to(sum_M1, sum_ref.shape)
+        for scale_ref in scale_refs:
+            weights_MS = weights_MS * scale_ref[0, :, pl.ds(first_token, block_tokens)]
+        acc_ref[...] = acc_ref[...] * decay_M1 + _dot(weights_MS.astype(compute_dtype), latent_SC)
+
+    @pl.loop(0, num_blocks)
+    def _block(block: Any) -> None:
+        taken = cursor_ref[TAKEN]
+        slot = jax.lax.rem(taken, tile.buffers)
+        fetch_next(jax.lax.rem(taken + tile.buffers - 1, tile.buffers))
+        each_page(batch, block, slot, lambda copy: copy.wait())
+        last_token = (first_block + block + 1) * block_tokens - 1
+        whole = last_token <= jnp.minimum(length - num_tokens, geometry.table_pages * page_size - 1)
+        pl.when(whole)(functools.partial(attend, block, slot, edge=False))
+        pl.when(~whole)(functools.partial(attend, block, slot, edge=True))
+        cursor_ref[TAKEN] = taken + 1
+
+    seen_ML = max_ref[...] > MASKED / 2
+    sum_ML = jnp.where(seen_ML, sum_ref[...], 1.0)
+    out_MC = jnp.where(seen_ML[:, :1], acc_ref[...] / sum_ML[:, :1], 0.0)
+    out_ref[0, 0] = out_MC.astype(out_ref.dtype)
+    lse_ML = jnp.where(seen_ML, max_ref[...] * scale + jnp.log(sum_ML), -jnp.inf)
+    lse_ref[0, 0] = lse_ML.T[:1]
+
+
+def _dot(lhs: Array, rhs: Array, *, transposed: bool = False) -> Array:
+    precision = jax.lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    return jax.lax.dot_general(
+        lhs, rhs, dims, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _check(q_latent_BTHC: Array, pages: LatentPages, page_table_BP: Array) -> None:
+    _, T, H, C = q_latent_BTHC.shape
+    if q_latent_BTHC.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(
+            f"q_latent_BTHC has dtype {q_latent_BTHC.dtype}; the kernel takes bfloat16 and float32"
+        )
+    if C % LANES:
+        raise ValueError(f"q_latent_BTHC has {C} latent dims; they must be a multiple of {LANES}")
+    if T * H > tiles.TPU_MAX_ROWS:
+        raise ValueError(
+            f"q_latent_BTHC has {T} tokens of {H} heads; their product must not exceed "
+            f"{tiles.TPU_MAX_ROWS}"
+        )
+    if pages.page_size % PAGE_ROWS:
+        raise ValueError(
+            f"pages.latent has pages of {pages.page_size}; they must be a multiple of {PAGE_ROWS}"
+        )
+    if page_table_BP.size > tiles.TPU_MAX_TABLE:
+        raise ValueError(
+            f"page_table_BP has {page_table_BP.size} entries; scalar memory takes "
+            f"{tiles.TPU_MAX_TABLE}"
+        )

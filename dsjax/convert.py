@@ -36,6 +36,7 @@ from dsjax.hf_export import (
 )
 from dsjax.param_store import ITEM, ParamStore, one_line
 from dsjax.progress import ByteProgress
+from dsjax.strided_copy import copy_strided
 from dsjax.weight_sources import (
     MANIFEST,
     RUN_FILE,
@@ -113,8 +114,10 @@ def _to_checkpoint(
         values = source.folder.read(tensor.name, 0, int(np.prod(tensor.shape)))
         for part in tensor.parts:
             window = tuple(slice(0, size) for size in tensor.part_shape(part))
-            piece = tensor.read_part(part, window, lambda _, start, stop: values[start:stop])
-            piece = piece.astype(dtype_of(part.path), copy=False)
+            source_piece = tensor.read_part(part, window, lambda _, i, j: values[i:j])
+            source_piece = source_piece.astype(dtype_of(part.path), copy=False)
+            piece = np.empty(source_piece.shape, source_piece.dtype)
+            copy_strided(piece, source_piece)
             try:
                 store.write(part.path, part.index, piece).result()
             except ValueError as error:
@@ -184,13 +187,20 @@ def _run(
     with (
         ByteProgress("converting", sum(sizes.values()), finished, shown=progress) as shown,
         ThreadPoolExecutor(_WORKERS) as pool,
+        ThreadPoolExecutor(1) as committer,
     ):
-        for batch in _batches(left, sizes):
-            # Consumed in order, so the first error ends the batch; the others of it finish.
-            for tensor, _ in zip(batch, pool.map(write, batch), strict=True):
-                shown.advance(sizes[tensor.name])
+
+        def commit(batch: list[HFTensor]) -> None:
             sync(batch)
             journal.add([tensor.name for tensor in batch])
+
+        committed = committer.submit(commit, [])
+        for batch in _batches(left, sizes):
+            for tensor, _ in zip(batch, pool.map(write, batch), strict=True):
+                shown.advance(sizes[tensor.name])
+            committed.result()  # while one batch goes to the disk, only the next is read
+            committed = committer.submit(commit, batch)
+        committed.result()
 
 
 def _batches(tensors: list[HFTensor], sizes: Mapping[str, int]) -> Iterator[list[HFTensor]]:

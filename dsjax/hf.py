@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from dsjax.config import ModelConfig
+from dsjax.strided_copy import copy_strided
 
 Path = tuple[str, ...]
 
@@ -170,7 +171,7 @@ class HFTensor:
         for part in self.parts:
             axis, taken = part.split
             target = out[(slice(None),) * axis + (taken,)].transpose(part.order)
-            target[...] = first if part is self.parts[0] else read(part)
+            copy_strided(target, first if part is self.parts[0] else read(part))
         return out.reshape(self.shape)
 
 
@@ -198,7 +199,8 @@ class Param:
             if out is None:
                 shape = tuple(w.stop - w.start for w in window)
                 out = np.empty(shape, piece.dtype)
-            out[tuple(i - w.start for i, w in zip(place, stacked, strict=True))] = piece
+            index = tuple(i - w.start for i, w in zip(place, stacked, strict=True))
+            copy_strided(out[index], piece)
         assert out is not None
         return out
 

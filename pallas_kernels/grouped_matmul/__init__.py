@@ -212,15 +212,31 @@ def _swiglu(module, lhs_MK, gate_GKN, up_GKN, group_sizes_G, group_offset):  # t
     return module.swiglu(lhs_MK, gate_GKN, up_GKN, group_sizes_G, group_offset)
 
 
+def _products(module, lhs_MK, gate_GKN, up_GKN, *groups):  # type: ignore[no-untyped-def]
+    """Hidden rows with the gate and up products: fused where the module can."""
+    if hasattr(module, "swiglu_products"):
+        return module.swiglu_products(lhs_MK, gate_GKN, up_GKN, *groups)
+    gate_MN = module.matmul(lhs_MK, gate_GKN, *groups, transpose_rhs=False)
+    up_MN = module.matmul(lhs_MK, up_GKN, *groups, transpose_rhs=False)
+    hidden_MN = jax.nn.silu(gate_MN.astype(jnp.float32)) * up_MN.astype(jnp.float32)
+    return hidden_MN.astype(lhs_MK.dtype), gate_MN, up_MN
+
+
+def _rows_gradient(module, d_gate_MN, d_up_MN, gate_GKN, up_GKN, *groups):  # type: ignore[no-untyped-def]
+    """d_gate gate^T + d_up up^T: fused where the module can."""
+    if hasattr(module, "swiglu_rows_gradient"):
+        return module.swiglu_rows_gradient(d_gate_MN, d_up_MN, gate_GKN, up_GKN, *groups)
+    through_gate_MK = module.matmul(d_gate_MN, gate_GKN, *groups, transpose_rhs=True)
+    return through_gate_MK + module.matmul(d_up_MN, up_GKN, *groups, transpose_rhs=True)
+
+
 def _swiglu_fwd(module, lhs_MK, gate_GKN, up_GKN, group_sizes_G, group_offset):  # type: ignore[no-untyped-def]
     _refuse_gradient("gate_GKN", gate_GKN)
     _refuse_gradient("up_GKN", up_GKN)
     groups = (group_sizes_G, group_offset)
-    # The backward needs both products, so they are made once here instead of again there.
-    gate_MN = module.matmul(lhs_MK, gate_GKN, *groups, transpose_rhs=False)
-    up_MN = module.matmul(lhs_MK, up_GKN, *groups, transpose_rhs=False)
-    hidden_MN = jax.nn.silu(gate_MN.astype(jnp.float32)) * up_MN.astype(jnp.float32)
-    return hidden_MN.astype(lhs_MK.dtype), (lhs_MK, gate_GKN, up_GKN, gate_MN, up_MN, *groups)
+    # The backward pass needs both products, so they are kept rather than made again there.
+    hidden_MN, gate_MN, up_MN = _products(module, lhs_MK, gate_GKN, up_GKN, *groups)
+    return hidden_MN, (lhs_MK, gate_GKN, up_GKN, gate_MN, up_MN, *groups)
 
 
 def _swiglu_bwd(module, residuals, d_hidden_MN):  # type: ignore[no-untyped-def]
@@ -232,8 +248,7 @@ def _swiglu_bwd(module, residuals, d_hidden_MN):  # type: ignore[no-untyped-def]
     d_up_MN = (d_hidden * gate * sigmoid).astype(lhs_MK.dtype)
     d_gate_MN = (d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))).astype(lhs_MK.dtype)
     num_groups = gate_GKN.shape[0]
-    d_lhs_MK = module.matmul(d_gate_MN, gate_GKN, *groups, transpose_rhs=True)
-    d_lhs_MK += module.matmul(d_up_MN, up_GKN, *groups, transpose_rhs=True)
+    d_lhs_MK = _rows_gradient(module, d_gate_MN, d_up_MN, gate_GKN, up_GKN, *groups)
     d_gate_GKN = module.weight_gradient(lhs_MK, d_gate_MN, *groups, num_groups)
     d_up_GKN = module.weight_gradient(lhs_MK, d_up_MN, *groups, num_groups)
     return d_lhs_MK, d_gate_GKN, d_up_GKN, None, None

@@ -254,3 +254,61 @@ def test_refuses_weights_that_do_not_fit():
             grouped_matmul(lhs, broken, sizes, implementation="xla")
     with pytest.raises(ValueError, match="dtype: int16 must be"):
         block_scaled(gate, jnp.int16)
+
+
+def lower_for_cuda(call, *shapes):
+    """The text of a program lowered for CUDA: Mosaic GPU has then checked shapes and memory."""
+    return jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def hopper_shapes(num_rows, width_in, width_out, num_groups):
+    bf16 = jnp.bfloat16
+    return (
+        jax.ShapeDtypeStruct((num_rows, width_in), bf16),
+        jax.ShapeDtypeStruct((num_groups, width_in, width_out), bf16),
+        jax.ShapeDtypeStruct((num_groups,), jnp.int32),
+    )
+
+
+# V2-Lite's experts in training and V2's in decoding, then rows that no tile divides.
+@pytest.mark.parametrize(
+    "sizes",
+    [(49152, 2048, 1408, 64), (48, 5120, 1536, 160), (1, 1536, 5120, 8), (323, 128, 192, 3)],
+)
+def test_hopper_lowers(sizes):
+    lhs, rhs, group_sizes = hopper_shapes(*sizes)
+
+    def run(lhs, gate, up, group_sizes):
+        out = grouped_matmul(lhs, gate, group_sizes, implementation="hopper")
+        return out, grouped_swiglu(lhs, gate, up, group_sizes, implementation="hopper")
+
+    # Products and SwiGLU, each one kernel.
+    assert lower_for_cuda(run, lhs, rhs, rhs, group_sizes).count("mosaic_gpu_v2") == 2
+
+
+def test_hopper_lowers_gradients():
+    lhs, rhs, group_sizes = hopper_shapes(4096, 2048, 1408, 64)
+
+    def loss(lhs, gate, up, group_sizes):
+        hidden = grouped_swiglu(lhs, gate, up, group_sizes, implementation="hopper")
+        down = jnp.swapaxes(up, 1, 2)
+        return grouped_matmul(hidden, down, group_sizes, implementation="hopper").sum()
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    # Forward 2; backward: rows and weights of the product, rows and two weights of SwiGLU.
+    assert lower_for_cuda(gradient, lhs, rhs, rhs, group_sizes).count("mosaic_gpu_v2") == 7
+
+
+@pytest.mark.parametrize(
+    ("lhs_dtype", "widths", "message"),
+    [
+        (jnp.float32, (128, 128), "lhs_MK: dtype float32 must be bfloat16"),
+        (jnp.bfloat16, (96, 128), r"lhs_MK: widths \(96,\) must be multiples of 64"),
+        (jnp.bfloat16, (128, 96), r"rhs_GKN: widths \(128, 96\) must be multiples of 64"),
+    ],
+)
+def test_hopper_refuses(lhs_dtype, widths, message):
+    lhs = jnp.ones((8, widths[0]), lhs_dtype)
+    rhs = jnp.ones((2, *widths), lhs_dtype)
+    with pytest.raises(ValueError, match=message):
+        grouped_matmul(lhs, rhs, jnp.array([4, 4]), implementation="hopper")

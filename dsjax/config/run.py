@@ -51,7 +51,7 @@ class DataConfig:
     tokenizer: str = "bytes"
     seed: int = 0
     num_workers: int = 0
-    num_packing_bins: int = 8
+    num_packing_bins: int = 32
     long_documents: Literal["split", "error", "truncate"] = "split"
 
     def __post_init__(self) -> None:

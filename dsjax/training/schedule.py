@@ -68,5 +68,5 @@ def _ramp(batch: BatchConfig) -> list[tuple[int, int | None]]:
     sizes = [slice_size * round(first + (last - first) * i / stages) for i in range(stages + 1)]
     ends: list[int | None] = [batch.ramp_tokens * (i + 1) // stages for i in range(stages)]
     # Stages that round to one size are one stage, which lasts as long as the last of them.
-    merged = {size: end for size, end in itertools.zip_longest(sizes, ends)}
+    merged = dict(itertools.zip_longest(sizes, ends))
     return list(merged.items())

@@ -1,0 +1,33 @@
+"""The quickstart: the tiny model on the running Python's own library, minutes on two CPU cores."""
+
+from dataclasses import replace
+
+from configs.models import tiny
+from dsjax.config import (
+    BalanceConfig,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    LossConfig,
+    OptimizerConfig,
+    SourceConfig,
+    TrainConfig,
+)
+
+config = TrainConfig(
+    directory="quickstart_output/run",
+    model=replace(tiny.config, vocab_size=4096, max_length=1024),
+    data=DataConfig(
+        sources=(SourceConfig("quickstart_output/packed/train"),),
+        eval_sources=(SourceConfig("quickstart_output/packed/held_out"),),
+        tokenizer="quickstart_output/tokenizer/tokenizer.json",
+        length=256,
+    ),
+    batch=BatchConfig(size=16),
+    num_steps=600,
+    optimizer=OptimizerConfig(peak_learning_rate=4e-3, warmup_steps=40, decay_at=(0.6, 0.85)),
+    loss=LossConfig(balance=BalanceConfig(expert=0.003, device=0.05, communication=0.02)),
+    checkpoint=CheckpointConfig(every=200),
+    log=LogConfig(every=10, eval_every=100, eval_rows=64),
+)

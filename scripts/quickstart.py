@@ -1,0 +1,157 @@
+"""The quickstart's steps: corpus, tokenizer, packing, training with a stop, export, text.
+
+Everything goes through what a user has: the `dsjax` command line, and Python for the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import lzma
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+from dsjax.data.tokenizer import train_tokenizer
+
+CONFIG = "configs/runs/quickstart.py"
+PROMPT = "    def __init__(self, "
+
+
+def main() -> None:
+    """Runs the steps one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("quickstart_output"))
+    parser.add_argument("--steps", type=int, default=600, help="optimiser steps")
+    parser.add_argument("--corpus-bytes", type=int, default=0, help="use only so much; 0 for all")
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    if output.exists():
+        shutil.rmtree(output)
+    began = time.perf_counter()
+
+    say("1. corpus: the source of this Python's standard library")
+    corpus = collect_corpus(output / "corpus", arguments.corpus_bytes)
+    for name, files in corpus.items():
+        print(f"   {name}: {len(files)} files, {sum(map(len, files)):,} bytes")
+    say("2. tokenizer: byte-level BPE")
+    texts = (data.decode("utf-8", errors="replace") for data in corpus["train"])
+    train_tokenizer(texts, 4096, output / "tokenizer" / "tokenizer.json")
+    say("3. packing documents into rows")
+    for name in corpus:
+        dsjax(
+            *("data", "pack", output / "corpus" / name, output / "packed" / name),
+            *("--length", 256, "--tokenizer", output / "tokenizer/tokenizer.json"),
+            *("--glob", "**/*.py"),
+        )
+    overrides = [
+        f"directory={output}/run",
+        f"data.sources.0.path={output}/packed/train",
+        f"data.eval_sources.0.path={output}/packed/held_out",
+        f"data.tokenizer={output}/tokenizer/tokenizer.json",
+        f"num_steps={arguments.steps}",
+    ]
+    run = output / "run"
+    say(f"4. training, until a SIGTERM at step {arguments.steps // 3}")
+    train_and_stop(overrides, run, arguments.steps // 3)
+    say("5. training again: it goes on where it stopped")
+    dsjax("train", CONFIG, *overrides)
+    say("6. held-out bits per byte")
+    report(run, output / "curve.png", corpus["held_out"])
+    say("7. conversion to Hugging Face")
+    dsjax("convert", run, output / "hf")
+    say("8. text from the Hugging Face checkpoint")
+    dsjax(
+        *("generate", output / "hf", "--prompt", PROMPT, "--dtype", "float32"),
+        *("--max-tokens", 120, "--temperature", 0.7, "--top-p", 0.95, "--seed", 1),
+    )
+    print(f"\ndone in {time.perf_counter() - began:.0f} s; everything is in {output}/")
+
+
+def say(text: str) -> None:
+    """Prints a step's heading."""
+    print(f"\n== {text}", flush=True)
+
+
+def dsjax(*arguments: object) -> None:
+    """Runs a dsjax command and stops where it fails."""
+    subprocess.run([sys.executable, "-m", "dsjax", *map(str, arguments)], check=True)
+
+
+def collect_corpus(folder: Path, max_bytes: int) -> dict[str, list[bytes]]:
+    """Copies the library's sources, one file in twenty of them to the held-out part."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+    corpus: dict[str, list[bytes]] = {"train": [], "held_out": []}
+    size = 0
+    for path in sorted(library.rglob("*.py")):
+        relative = path.relative_to(library)
+        if left_out & set(relative.parts):
+            continue
+        data = path.read_bytes()
+        if max_bytes and size + len(data) > max_bytes:
+            continue
+        # By hash of the name: the same files are held out on every machine.
+        number = int(hashlib.sha256(str(relative).encode()).hexdigest(), 16)
+        name = "held_out" if number % 20 == 0 else "train"
+        corpus[name].append(data)
+        size += len(data)
+        copy = folder / name / relative
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(data)
+    return corpus
+
+
+def train_and_stop(overrides: list[str], run: Path, step: int) -> None:
+    """Trains in another process, and ends it as a cluster would when it has done a step."""
+    process = subprocess.Popen([sys.executable, "-m", "dsjax", "train", CONFIG, *overrides])
+    while process.poll() is None and not any(row["step"] >= step for row in read_metrics(run)):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    if process.wait() != 0:
+        sys.exit(f"training ended with exit code {process.returncode}")
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """Reads the figures that training has written so far."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    # The last line may still be being written.
+    whole = path.read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def report(run: Path, picture: Path, held_out: list[bytes]) -> None:
+    """Prints held-out bits per byte beside what xz reaches on the same files, and plots both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    joined = b"".join(held_out)
+    xz = 8 * len(lzma.compress(joined, preset=9)) / len(joined)
+    rows = read_metrics(run)
+    evaluated = [(r["step"], r["eval_bits_per_byte"]) for r in rows if "eval_bits_per_byte" in r]
+    for step, value in evaluated:
+        print(f"   step {step:5}: {value:.3f} bits per byte")
+    print(f"   xz -9 on the same files: {xz:.3f}")
+    trained = [(r["step"], r["cross_entropy"]) for r in rows if "cross_entropy" in r]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot(*zip(*trained, strict=True))
+    left.set(title="training", xlabel="step", ylabel="cross entropy (nats per token)")
+    right.plot(*zip(*evaluated, strict=True), marker="o", label="held-out")
+    right.axhline(xz, color="gray", linestyle="--", label="xz -9")
+    right.set(title="held-out files", xlabel="step", ylabel="bits per byte")
+    right.legend()
+    figure.savefig(picture, dpi=120)
+    print(f"   plotted in {picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -93,25 +93,28 @@ def make_inputs(shape: Shape):
     return (q_latent, q_rope, pages, table.astype(jnp.int32), lengths), num_layers, per_layer
 
 
-def seconds_per_call(step, first, *args, budget: float = 0.15) -> float:
+def seconds_per_call(step, first, *args, budget: float = 0.1) -> float:
     """Returns the median time of `step(i, previous, *args)`, one of many in a jitted loop."""
+    steps = 20
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def repeat(count, first, *args):
-        return lax.fori_loop(0, count, lambda i, previous: step(i, previous, *args), first)
+    @jax.jit
+    def repeat(first, *args):
+        return lax.fori_loop(0, steps, lambda i, previous: step(i, previous, *args), first)
 
     def measure(count: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(repeat(count, first, *args))
-        return time.perf_counter() - start
+        out = first
+        for _ in range(count):
+            out = repeat(out, *args)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / count / steps
 
-    measure(3)
-    count = max(10, min(1000, int(budget / measure(3))))
-    measure(count)
-    return statistics.median(measure(count) for _ in range(3)) / count
+    measure(1)
+    count = max(2, min(100, int(budget / steps / measure(2))))
+    return statistics.median(measure(count) for _ in range(5))
 
 
-def time_decode(shape: Shape, implementation: str, budget: float = 0.15) -> float:
+def time_decode(shape: Shape, implementation: str, budget: float = 0.1) -> float:
     """Returns the seconds that one call of `mla_decode` takes."""
     inputs, num_layers, per_layer = make_inputs(shape)
 

@@ -28,7 +28,7 @@ ROWS = 64  # Rows of a tile: the M of a wgmma.
 KEYS = 64  # Keys of a block: one page of 64, or a part of a larger page.
 UNIT = 2 * KEYS  # Keys that the two warpgroups take in a step: the unit of work.
 KV_RANK, HALF, ROPE_DIM = 512, 256, 64
-COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
+COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
 LOG2E = math.log2(math.e)
 # A finite stand-in for -inf, so that the maximum of a row without keys can be subtracted.
 LOWEST = -1e30
@@ -56,12 +56,11 @@ def decode(
     q_rope_BMR = q_rope_BTHR.reshape(batch_size, num_rows, ROPE_DIM)
 
     tiles = hopper_tiles()
-    num_tiles = pl.cdiv(num_rows, ROWS)
-    num_parts = max(1, tiles.num_sms // num_tiles)
+    num_parts = max(1, tiles.num_sms // pl.cdiv(num_rows, ROWS))
     capacity = page_table_BP.shape[1] * pages.page_size
-    parts, pieces = plan_work(lengths_B, capacity, num_parts)
+    plan = plan_work(lengths_B, capacity, num_parts)
     outs = _attend(
-        parts,
+        plan,
         lengths_B,
         page_table_BP,
         q_latent_BMC,
@@ -71,18 +70,20 @@ def decode(
         num_tokens=num_tokens,
         num_parts=num_parts,
     )
-    out_BMC, lse_BM = _merge(*outs, pieces, tiles)
+    out_BMC, lse_BM = _merge(*outs, plan, num_rows, num_parts, tiles)
+    out_BMC, lse_BM = out_BMC[:, :num_rows], lse_BM[:, :num_rows]
     return out_BMC.reshape(q_latent_BTHC.shape), lse_BM.reshape(batch_size, num_tokens, num_heads)
 
 
 def plan_work(
     lengths_B: Int[Array, " B"], capacity: int, num_parts: int
-) -> tuple[Int[Array, "4 parts"], Int[Array, "2 B"]]:
-    """Cuts the units of all sequences, laid end to end, into equal consecutive parts.
+) -> tuple[Int[Array, " B+1"], Int[Array, " bounds"]]:
+    """Lays the units of all sequences end to end and finds where each part of the work begins.
 
-    A sequence has one unit per 128 keys and at least one, so that an empty one is written too. The
-    piece of sequence b that lies in part p has the slot p + b: along the walk through parts and
-    sequences these never repeat, and the pieces of one sequence are consecutive.
+    A sequence has one unit per 128 keys and at least one, so that an empty one is written too.
+    `part_bound` cuts the units into parts; the piece of sequence b that lies in part p has the slot
+    p + b: along the walk through parts and sequences these never repeat, and the pieces of one
+    sequence are consecutive.
 
     Args:
         lengths_B: tokens of each sequence.
@@ -90,41 +91,33 @@ def plan_work(
         num_parts: parts to cut.
 
     Returns:
-        (parts, pieces): for each part its first sequence, the first unit there, its last sequence
-        (before the first one in a part without work) and the end unit there; for each sequence the
-        slot of its first piece and the number of its pieces.
+        (starts, firsts): the number of units before each sequence, their total last; and the
+        sequence that each part's first unit lies in, last that of the end, the batch size.
     """
-    units_B = jnp.maximum(1, (jnp.clip(lengths_B, 0, capacity) + UNIT - 1) // UNIT)
-    sequence_B = jnp.arange(lengths_B.shape[0])
     # Sums over comparisons rather than cumsum and searchsorted: XLA fuses each into one kernel.
-    start_B = jnp.sum(units_B * (sequence_B < sequence_B[:, None]), axis=1)
-    total = jnp.sum(units_B)
-    # A part gets a unit or more while there are units, so a sequence's parts have no gaps.
+    batch_size = lengths_B.shape[0]
+    units_B = jnp.maximum(1, (jnp.clip(lengths_B, 0, capacity) + UNIT - 1) // UNIT)
+    before_SB = jnp.arange(batch_size) < jnp.arange(batch_size + 1)[:, None]
+    starts_S = jnp.sum(units_B * before_SB, axis=1, dtype=jnp.int32)
+    bounds_P = part_bound(jnp.arange(num_parts + 1), starts_S[-1], num_parts)
+    firsts_P = jnp.sum(starts_S[1:] <= bounds_P[:, None], axis=1, dtype=jnp.int32)
+    return starts_S, firsts_P
+
+
+def part_bound(part: Array, total: Array, num_parts: int) -> Array:
+    """Returns the first unit of a part: equal shares, and no empty part before a part with work."""
     num_used = jnp.minimum(num_parts, total)
+    return lax.div(jnp.minimum(part, num_used) * total, num_used)
 
-    def bound(part: Array) -> Array:
-        return jnp.minimum(part, num_used) * total // num_used
 
-    part_P = jnp.arange(num_parts)
-    begin_P, end_P = bound(part_P), bound(part_P + 1)
-    end_B = start_B + units_B
-    before_PB = end_B <= begin_P[:, None]
-    before_last_PB = end_B < end_P[:, None]
-    first_sequence_P = jnp.sum(before_PB, axis=1)
-    last_sequence_P = jnp.sum(before_last_PB, axis=1)
-    first_unit_P = begin_P - jnp.sum(units_B * before_PB, axis=1)
-    end_unit_P = end_P - jnp.sum(units_B * before_last_PB, axis=1)
-    last_sequence_P = jnp.where(begin_P < end_P, last_sequence_P, first_sequence_P - 1)
-    parts = jnp.stack([first_sequence_P, first_unit_P, last_sequence_P, end_unit_P])
-
-    first_part_B = jnp.sum(end_P <= start_B[:, None], axis=1)
-    last_part_B = jnp.sum(end_P < end_B[:, None], axis=1)
-    pieces = jnp.stack([first_part_B + sequence_B, last_part_B - first_part_B + 1])
-    return parts.astype(jnp.int32), pieces.astype(jnp.int32)
+def part_of(unit: Array, total: Array, num_parts: int) -> Array:
+    """Returns the part that a unit lies in, the inverse of `part_bound`."""
+    num_used = jnp.minimum(num_parts, total)
+    return lax.div((unit + 1) * num_used - 1, total)
 
 
 def _attend(
-    parts: Array,
+    plan: tuple[Array, Array],
     lengths_B: Array,
     page_table_BP: Array,
     q_latent_BMC: Array,
@@ -140,6 +133,8 @@ def _attend(
     num_heads = num_rows // num_tokens
     num_tiles = pl.cdiv(num_rows, ROWS)
     tile_rows = min(num_rows, ROWS)
+    # TMA does not keep the last tile's rows out of what follows them, so there is room for all.
+    padded_rows = num_tiles * tile_rows
     page_size = pages.page_size
     blocks_per_page = page_size // KEYS
     capacity = page_table_BP.shape[1] * page_size
@@ -147,8 +142,9 @@ def _attend(
     row_layout = plgpu.Layout.WGMMA.reduce(1)
 
     def body(*refs) -> None:
-        parts_ref, lengths_ref, table_ref, ql_gmem, qr_gmem, latent_gmem, rope_gmem = refs[:7]
-        out_gmem, lse_gmem, piece_out_gmem, piece_lse_gmem = refs[7:11]
+        starts_ref, firsts_ref, lengths_ref, table_ref, *inputs = refs[:8]
+        ql_gmem, qr_gmem, latent_gmem, rope_gmem = inputs
+        out_gmem, lse_gmem, piece_out_gmem, piece_lse_gmem = refs[8:12]
         (
             (ql_smem, ql_stage),
             (qr_smem, qr_stage),
@@ -166,25 +162,26 @@ def _attend(
             rope_full,
             left_empty,
             right_empty,
-            max_ready,
-            sum_ready,
             probs_ready,
-        ) = refs[11:]
+            sum_ready,
+        ) = refs[12:]
         block = lax.axis_index("block")
         part, tile = lax.div(block, num_tiles), lax.rem(block, num_tiles)
         warpgroup = lax.axis_index("warpgroup")
-        first_sequence, first_unit = parts_ref[0, part], parts_ref[1, part]
-        last_sequence, end_unit = parts_ref[2, part], parts_ref[3, part]
         tile_row = tile * ROWS
+        total = starts_ref[batch_size]
+        begin_bound = part_bound(part, total, num_parts)
+        end_bound = part_bound(part + 1, total, num_parts)
+        first_sequence, end_sequence = firsts_ref[part], firsts_ref[part + 1]
+        # One past the last sequence of this part, whose end may lie within a sequence.
+        end_sequence += (starts_ref[end_sequence] < end_bound).astype(jnp.int32)
+        end_sequence = jnp.where(begin_bound < end_bound, end_sequence, first_sequence)
 
         def extent(sequence):
-            """Returns (length, keys of the table, units, this part's first and end unit)."""
-            length = lengths_ref[sequence]
-            num_keys = jnp.clip(length, 0, capacity)
-            units = jnp.maximum(1, lax.div(num_keys + (UNIT - 1), UNIT))
-            begin = jnp.where(sequence == first_sequence, first_unit, 0)
-            end = jnp.where(sequence == last_sequence, end_unit, units)
-            return length, num_keys, units, begin, end
+            """Returns the units of a sequence that are this part's, and whether that is all."""
+            start, end = starts_ref[sequence], starts_ref[sequence + 1]
+            begin, stop = jnp.maximum(start, begin_bound), jnp.minimum(end, end_bound)
+            return begin - start, stop - start, jnp.logical_and(begin == start, stop == end)
 
         def scores(side, num_seen, num_keys, unit):
             """Returns a block's scaled scores in units of log 2, masked where need be."""
@@ -194,12 +191,14 @@ def _attend(
                     (left_full, ql_smem, left_smem),
                     (right_full, qr_smem, right_smem),
                 ]
+                here, only = _opaque(side), _opaque(0)
                 # The half that its own warpgroup frees first is loaded first.
                 for full, q_smem, k_smem in halves if side == 0 else halves[::-1]:
                     plgpu.barrier_wait(full.at[side])
-                    plgpu.wgmma(acc_ref, q_smem, k_smem.at[side].transpose((1, 0)))
+                    plgpu.wgmma(acc_ref, q_smem.at[only], k_smem.at[here].transpose((1, 0)))
                 plgpu.barrier_wait(rope_full.at[side])
-                plgpu.wgmma(acc_ref, q_rope_smem, rope_smem.at[side].transpose((1, 0)))
+                k_smem = rope_smem.at[here].transpose((1, 0))
+                plgpu.wgmma(acc_ref, q_rope_smem.at[only], k_smem)
                 return acc_ref[...]
 
             s = pl.run_scoped(products, plgpu.ACC((ROWS, KEYS), jnp.float32)) * (scale * LOG2E)
@@ -230,15 +229,12 @@ def _attend(
                     chunk[...] = jnp.where(key < num_cached, values, jnp.zeros_like(values))
                 plgpu.commit_smem()
 
-        def rows_of(x):
-            return lax.broadcast_in_dim(x, (ROWS, KEYS), [0])
-
         def scale_rows(acc, factor):
             return acc * lax.broadcast_in_dim(factor, acc.shape, [0])
 
         def store(side, sequence, acc, row_max, row_sum, whole):
             """Writes this warpgroup's half of the rows, and their log-sum-exp from the second."""
-            stage = (ql_smem, qr_smem)[side]
+            stage = (ql_smem, qr_smem)[side].at[0]
             wide_stage = (ql_stage, qr_stage)[side]
             sum_smem.at[side][...] = row_sum
             plgpu.barrier_arrive(sum_ready.at[side])
@@ -303,132 +299,121 @@ def _attend(
                 plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout),
             )
 
-        @pl.when(warpgroup == 0)
-        def _even_blocks():
+        def attend(side):
+            """Takes the blocks of one side and this warpgroup's half of the latents of both."""
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            half_smem = (left_smem, right_smem)[side]
+            half_empty = (left_empty, right_empty)[side]
 
-            @pl.loop(first_sequence, last_sequence + 1)
+            @pl.loop(first_sequence, end_sequence)
             def _sequence(sequence):
-                length, num_keys, units, begin, end = extent(sequence)
+                begin, end, whole = extent(sequence)
+                length = lengths_ref[sequence]
+                num_keys = jnp.clip(length, 0, capacity)
                 num_seen = length - (num_tokens - 1)  # Keys that the first query sees.
                 plgpu.barrier_wait(q_full)
 
-                def step(unit, carry):
+                def softmax(s, old_max):
+                    """Shares a block's probabilities and new maximum; returns both, and sums."""
+                    new_max = jnp.maximum(old_max, s.max(axis=1))
+                    max_smem.at[side][...] = new_max
+                    p = jnp.exp2(s - lax.broadcast_in_dim(new_max, s.shape, [0]))
+                    p_sum = p.sum(axis=1)
+                    p = p.astype(dtype)
+                    rope_smem.at[side][...] = p
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(probs_ready.at[side])
+                    return p, new_max, p_sum
+
+                def multiply(acc, p, block):
+                    """Adds a block's probabilities times this half of its latents."""
+
+                    def product(acc_ref):
+                        # No p: the other warpgroup's, taken from where it left them.
+                        here = _opaque(block)
+                        probs = rope_smem.at[here] if p is None else p
+                        plgpu.wgmma(acc_ref, probs, half_smem.at[here])
+
+                    acc = pl.run_state(product)(plgpu.ACC.init(acc))
+                    plgpu.barrier_arrive(half_empty.at[block])
+                    return acc
+
+                def even(unit, carry):
                     acc, row_max, row_sum = carry
                     s = scores(0, num_seen, num_keys, unit)
-                    new_max = jnp.maximum(row_max, s.max(axis=1))
-                    max_smem.at[0][...] = new_max
-                    plgpu.barrier_arrive(max_ready.at[0])
-                    decay = jnp.exp2(row_max - new_max)
-                    p = jnp.exp2(s - rows_of(new_max))
-                    row_sum = row_sum * decay + p.sum(axis=1)
-                    acc = scale_rows(acc, decay)
-                    clear_uncached(left_smem, 0, num_keys, unit)
+                    p, even_max, p_sum = softmax(s, row_max)
+                    decay = jnp.exp2(row_max - even_max)
+                    row_sum = row_sum * decay + p_sum
+                    clear_uncached(half_smem, 0, num_keys, unit)
+                    acc = multiply(scale_rows(acc, decay), p, 0)
 
-                    def own(acc_ref):
-                        plgpu.wgmma(acc_ref, p.astype(dtype), left_smem.at[0])
-                        # In its shadow: rescale to the other block's maximum and hand over.
-                        plgpu.barrier_wait(max_ready.at[1])
-                        both_max = plgpu.load(max_smem.at[1], layout=row_layout)
-                        late = jnp.exp2(new_max - both_max)
-                        rope_smem.at[0][...] = (p * rows_of(late)).astype(dtype)
-                        plgpu.commit_smem()
-                        plgpu.barrier_arrive(probs_ready.at[0])
-
-                    acc = pl.run_state(own)(plgpu.ACC.init(acc))
-                    plgpu.barrier_arrive(left_empty.at[0])
-                    both_max = plgpu.load(max_smem.at[1], layout=row_layout)
-                    late = jnp.exp2(new_max - both_max)
-                    row_sum *= late
-                    acc = scale_rows(acc, late)
                     plgpu.barrier_wait(probs_ready.at[1])
-                    clear_uncached(left_smem, 1, num_keys, unit)
+                    odd_max = plgpu.load(max_smem.at[1], layout=row_layout)
+                    decay = jnp.exp2(even_max - odd_max)
+                    clear_uncached(half_smem, 1, num_keys, unit)
+                    acc = multiply(scale_rows(acc, decay), None, 1)
+                    return acc, odd_max, row_sum * decay
 
-                    def other(acc_ref):
-                        plgpu.wgmma(acc_ref, rope_smem.at[1], left_smem.at[1])
-
-                    acc = pl.run_state(other)(plgpu.ACC.init(acc))
-                    plgpu.barrier_arrive(left_empty.at[1])
-                    return acc, both_max, row_sum
-
-                acc, row_max, row_sum = lax.fori_loop(begin, end, step, start())
-                whole = jnp.logical_and(begin == 0, end == units)
-                store(0, sequence, acc, row_max, row_sum, whole)
-
-        @pl.when(warpgroup == 1)
-        def _odd_blocks():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-
-            @pl.loop(first_sequence, last_sequence + 1)
-            def _sequence(sequence):
-                length, num_keys, units, begin, end = extent(sequence)
-                num_seen = length - (num_tokens - 1)  # Keys that the first query sees.
-                plgpu.barrier_wait(q_full)
-
-                def step(unit, carry):
+                def odd(unit, carry):
                     acc, row_max, row_sum = carry
                     s = scores(1, num_seen, num_keys, unit)
-                    own_max = s.max(axis=1)
-                    plgpu.barrier_wait(max_ready.at[0])
-                    new_max = jnp.maximum(plgpu.load(max_smem.at[0], layout=row_layout), own_max)
-                    max_smem.at[1][...] = new_max
-                    plgpu.barrier_arrive(max_ready.at[1])
-                    decay = jnp.exp2(row_max - new_max)
-                    p = jnp.exp2(s - rows_of(new_max))
-                    row_sum = row_sum * decay + p.sum(axis=1)
-                    p = p.astype(dtype)
-                    rope_smem.at[1][...] = p
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(probs_ready.at[1])
-                    acc = scale_rows(acc, decay)
-                    clear_uncached(right_smem, 1, num_keys, unit)
+                    plgpu.barrier_wait(probs_ready.at[0])
+                    even_max = plgpu.load(max_smem.at[0], layout=row_layout)
+                    decay = jnp.exp2(row_max - even_max)
+                    clear_uncached(half_smem, 0, num_keys, unit)
 
-                    def both(acc_ref):
-                        plgpu.wgmma(acc_ref, p, right_smem.at[1])
-                        plgpu.barrier_wait(probs_ready.at[0])
-                        clear_uncached(right_smem, 0, num_keys, unit)
-                        plgpu.wgmma(acc_ref, rope_smem.at[0], right_smem.at[0])
-                        plgpu.wgmma_wait(1)
-                        plgpu.barrier_arrive(right_empty.at[1])
+                    def product(refs):
+                        acc_ref, p_ref, max_ref, sum_ref = refs
+                        here = _opaque(0)
+                        plgpu.wgmma(acc_ref, rope_smem.at[here], half_smem.at[here])
+                        # The softmax runs in the product's shadow.
+                        p_ref[...], max_ref[...], sum_ref[...] = softmax(s, even_max)
 
-                    acc = pl.run_state(both)(plgpu.ACC.init(acc))
-                    plgpu.barrier_arrive(right_empty.at[0])
-                    return acc, new_max, row_sum
+                    like_p = plgpu.layout_cast(jnp.zeros(s.shape, dtype), plgpu.Layout.WGMMA)
+                    acc, p, odd_max, p_sum = pl.run_state(product)(
+                        (plgpu.ACC.init(scale_rows(acc, decay)), like_p, even_max, row_sum)
+                    )
+                    plgpu.barrier_arrive(half_empty.at[0])
+                    row_sum *= decay
+                    decay = jnp.exp2(even_max - odd_max)
+                    clear_uncached(half_smem, 1, num_keys, unit)
+                    acc = multiply(scale_rows(acc, decay), p, 1)
+                    return acc, odd_max, row_sum * decay + p_sum
 
+                step = (even, odd)[side]
                 acc, row_max, row_sum = lax.fori_loop(begin, end, step, start())
-                whole = jnp.logical_and(begin == 0, end == units)
-                store(1, sequence, acc, row_max, row_sum, whole)
+                store(side, sequence, acc, row_max, row_sum, whole)
 
-        @pl.when(warpgroup == 2)
-        def _copies():
+        def copy():
+            """Loads the queries of each sequence and its pages, block by block."""
             plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
 
-            @pl.loop(first_sequence, last_sequence + 1)
+            @pl.loop(first_sequence, end_sequence)
             def _sequence(sequence):
-                _, num_keys, _, begin, end = extent(sequence)
-                last_column = lax.div(jnp.maximum(num_keys - 1, 0), page_size)
+                begin, end, _ = extent(sequence)
+                last_key = jnp.clip(lengths_ref[sequence], 1, capacity) - 1
+                last_column = lax.div(last_key, page_size)
 
-                @pl.when(sequence > first_sequence)
-                def _():
-                    plgpu.barrier_wait(q_empty)
-
-                source = (sequence, pl.ds(tile_row, tile_rows))
-                rows = pl.ds(0, tile_rows)
-                for side, q_smem in enumerate((ql_smem, qr_smem)):
-                    plgpu.copy_gmem_to_smem(
-                        ql_gmem.at[(*source, pl.ds(side * HALF, HALF))], q_smem.at[rows], q_full
-                    )
-                plgpu.copy_gmem_to_smem(qr_gmem.at[source], q_rope_smem.at[rows], q_full)
+                def load_queries():
+                    source = (sequence, pl.ds(tile_row, tile_rows))
+                    rows = pl.ds(0, tile_rows)
+                    for side, q_smem in enumerate((ql_smem, qr_smem)):
+                        columns = pl.ds(side * HALF, HALF)
+                        plgpu.copy_gmem_to_smem(
+                            ql_gmem.at[(*source, columns)], q_smem.at[0, rows], q_full
+                        )
+                    plgpu.copy_gmem_to_smem(qr_gmem.at[source], q_rope_smem.at[0, rows], q_full)
 
                 @pl.loop(begin, end)
                 def _unit(unit):
+                    first = unit == begin
+                    not_first = jnp.logical_or(sequence > first_sequence, unit > begin)
                     places = []
                     for side in range(2):
                         index = unit * 2 + side
                         column = jnp.minimum(lax.div(index, blocks_per_page), last_column)
                         first_row = lax.rem(index, blocks_per_page) * KEYS
                         places.append((table_ref[sequence, column], pl.ds(first_row, KEYS)))
-                    not_first = jnp.logical_or(sequence > first_sequence, unit > begin)
 
                     def load_latent(side, half):
                         smem = (left_smem, right_smem)[half].at[side]
@@ -440,23 +425,40 @@ def _attend(
                             plgpu.barrier_wait(empty)
 
                         columns = pl.ds(half * HALF, HALF)
-                        plgpu.copy_gmem_to_smem(
-                            latent_gmem.at[(*places[side], columns)], smem, full
-                        )
+                        source = latent_gmem.at[(*places[side], columns)]
+                        plgpu.copy_gmem_to_smem(source, smem, full)
 
                     def load_rope(side):
-                        plgpu.copy_gmem_to_smem(
-                            rope_gmem.at[places[side]], rope_smem.at[side], rope_full.at[side]
-                        )
+                        source = rope_gmem.at[places[side]]
+                        plgpu.copy_gmem_to_smem(source, rope_smem.at[side], rope_full.at[side])
 
+                    # The first queries are not waited for; later ones follow the first pages,
+                    # whose buffers are free before the previous queries' is.
+                    pl.when(jnp.logical_not(not_first))(load_queries)
                     load_latent(0, 0)
-                    load_latent(1, 1)
-                    # The probabilities lie in the rotary keys' place until the other warpgroup,
-                    # which is the last to use the other half, has taken them.
                     load_latent(0, 1)
+                    # A block's rotary keys give way to its probabilities, which both halves use.
                     load_rope(0)
+                    load_latent(1, 1)
                     load_latent(1, 0)
                     load_rope(1)
+
+                    @pl.when(jnp.logical_and(first, not_first))
+                    def _():
+                        plgpu.barrier_wait(q_empty)
+                        load_queries()
+
+        @pl.when(warpgroup == 0)
+        def _():
+            attend(0)
+
+        @pl.when(warpgroup == 1)
+        def _():
+            attend(1)
+
+        @pl.when(warpgroup == 2)
+        def _():
+            copy()
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     tiled_wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
@@ -466,22 +468,22 @@ def _attend(
 
     def staged():
         wide = plgpu.SMEM((ROWS, HALF // 2), jnp.float32, transforms=tiled_wide)
-        return plgpu.RefUnion(bf16(ROWS, HALF), wide)
+        return plgpu.RefUnion(bf16(1, ROWS, HALF), wide)
 
     pair = functools.partial(plgpu.Barrier, num_barriers=2)
     num_slots = num_parts + batch_size
     kernel = plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((batch_size, num_rows, KV_RANK), dtype),
-            jax.ShapeDtypeStruct((batch_size, num_rows), jnp.float32),
-            jax.ShapeDtypeStruct((num_slots, num_rows, KV_RANK), jnp.float32),
-            jax.ShapeDtypeStruct((num_slots, num_rows), jnp.float32),
+            jax.ShapeDtypeStruct((batch_size, padded_rows, KV_RANK), dtype),
+            jax.ShapeDtypeStruct((batch_size, padded_rows), jnp.float32),
+            jax.ShapeDtypeStruct((num_slots, padded_rows, KV_RANK), jnp.float32),
+            jax.ShapeDtypeStruct((num_slots, padded_rows), jnp.float32),
         ],
         scratch_types=[
             staged(),
             staged(),
-            bf16(ROWS, ROPE_DIM),
+            bf16(1, ROWS, ROPE_DIM),
             bf16(2, KEYS, HALF),
             bf16(2, KEYS, HALF),
             bf16(2, KEYS, ROPE_DIM),
@@ -490,7 +492,7 @@ def _attend(
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2),
-            *(pair() for _ in range(8)),
+            *(pair() for _ in range(7)),
         ],
         grid=(num_parts * num_tiles,),
         grid_names=("block",),
@@ -498,7 +500,7 @@ def _attend(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    arguments = (parts, lengths_B, page_table_BP, q_latent_BMC, q_rope_BMR)
+    arguments = (*plan, lengths_B, page_table_BP, q_latent_BMC, q_rope_BMR)
     return tuple(kernel(*arguments, pages.latent, pages.rope))
 
 
@@ -507,18 +509,24 @@ def _merge(
     lse_BM: Array,
     piece_out_WMC: Array,
     piece_lse_WM: Array,
-    pieces: Array,
+    plan: tuple[Array, Array],
+    num_rows: int,
+    num_parts: int,
     tiles: HopperTiles,
 ) -> tuple[Array, Array]:
     """Writes the rows of the sequences that lie in several pieces into (out, lse), in place."""
-    batch_size, num_rows, _ = out_BMC.shape
+    batch_size = out_BMC.shape[0]
     # Few rows in all are spread over the chip; of many a block takes several.
-    rows = tiles.merge_rows if batch_size * num_rows >= 16 * tiles.num_sms else 1
-    rows = math.gcd(rows, num_rows)
+    many = batch_size * num_rows >= 16 * tiles.num_sms
+    rows = math.gcd(tiles.merge_rows, num_rows) if many else 1
+    width = tiles.merge_pieces if many else tiles.merge_pieces_of_few
 
-    def body(pieces_ref, piece_out_gmem, piece_lse_gmem, out_gmem, lse_gmem) -> None:
+    def body(starts_ref, piece_out_gmem, piece_lse_gmem, out_gmem, lse_gmem) -> None:
         sequence, first_row = lax.axis_index("sequence"), lax.axis_index("rows") * rows
-        first_slot, num_pieces = pieces_ref[0, sequence], pieces_ref[1, sequence]
+        total = starts_ref[batch_size]
+        first_part = part_of(starts_ref[sequence], total, num_parts)
+        last_part = part_of(starts_ref[sequence + 1] - 1, total, num_parts)
+        first_slot, num_pieces = first_part + sequence, last_part - first_part + 1
 
         @pl.when(num_pieces > 1)
         def _():
@@ -527,8 +535,8 @@ def _merge(
                 def step(i, carry, row=row):
                     acc, top, total = carry
                     lses, values = [], []
-                    for j in range(tiles.merge_pieces):
-                        index = i * tiles.merge_pieces + j
+                    for j in range(width):
+                        index = i * width + j
                         slot = first_slot + jnp.minimum(index, num_pieces - 1)
                         lse = piece_lse_gmem[slot, first_row + row] * LOG2E
                         lses.append(jnp.where(index < num_pieces, lse, -jnp.inf))
@@ -550,7 +558,7 @@ def _merge(
                     jnp.zeros((KV_RANK,), jnp.float32),
                     plgpu.Layout.WG_STRIDED((KV_RANK,), vec_size=4),
                 )
-                steps = lax.div(num_pieces + (tiles.merge_pieces - 1), tiles.merge_pieces)
+                steps = lax.div(num_pieces + (width - 1), width)
                 acc, top, total = lax.fori_loop(
                     0, steps, step, (zeros, jnp.float32(LOWEST), jnp.float32(0))
                 )
@@ -566,8 +574,17 @@ def _merge(
         body,
         mesh=mesh,
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(pieces, piece_out_WMC, piece_lse_WM, out_ref, lse_ref)
+    )(plan[0], piece_out_WMC, piece_lse_WM, out_ref, lse_ref)
     return jax.freeze(out_ref), jax.freeze(lse_ref)
+
+
+def _opaque(index: int) -> Array:
+    """Returns an index that the compiler cannot see through.
+
+    The descriptors of a wgmma's operands depend on it. From a constant they would all be computed
+    before the loop, and there are not the registers to hold them.
+    """
+    return lax.optimization_barrier(jnp.int32(index))
 
 
 def _check(q_latent_BTHC: Array, q_rope_BTHR: Array, pages: LatentPages) -> None:

@@ -16,7 +16,7 @@ from pallas_kernels.mla_decode import (
     mla_decode,
     quantize_latents,
 )
-from pallas_kernels.mla_decode.hopper import plan_work
+from pallas_kernels.mla_decode.hopper import part_bound, part_of, plan_work
 from tests import oracle_decode
 from tests.oracle_decode import relative_error
 from tests.pallas_kernels.mla_decode_cases import CASES, ODD_CASES, Case
@@ -306,27 +306,31 @@ def test_append_errors_name_the_argument():
         append_latents(pages, latent, rope, table, zero, zero.astype(jnp.float32))
 
 
-def walk(parts, pieces, lengths, capacity):
-    """Follows the plan as the Hopper kernel does; returns the number of units of each part."""
+def walk(starts, firsts, lengths, capacity, num_parts):
+    """Follows the plan as the Hopper kernels do; returns the number of units of each part."""
     num_units = [max(1, -(-min(max(n, 0), capacity) // 128)) for n in lengths]
-    taken = [[] for _ in lengths]
+    np.testing.assert_array_equal(starts, np.cumsum([0, *num_units]))
+    total = jnp.asarray(starts[-1])
+    bounds = np.asarray(part_bound(jnp.arange(num_parts + 1), total, num_parts))
+    assert bounds[0] == 0
+    assert bounds[-1] == total
     slots = [[] for _ in lengths]
-    work = []
-    for part, (first, begin, last, end) in enumerate(parts.T):
-        work.append(0)
-        for b in range(first, last + 1):
-            units = range(begin if b == first else 0, end if b == last else num_units[b])
-            assert len(units) > 0
-            taken[b].extend(units)
+    for part in range(num_parts):
+        begin, end = bounds[part], bounds[part + 1]
+        inside = [b for b in range(len(lengths)) if starts[b] < end and starts[b + 1] > begin]
+        if begin < end:
+            assert firsts[part] == inside[0]
+            assert firsts[part + 1] + (starts[firsts[part + 1]] < end) == inside[-1] + 1
+        for b in inside if begin < end else []:
             slots[b].append(part + b)
-            work[-1] += len(units)
-    assert taken == [list(range(n)) for n in num_units]
-    for b, (first_slot, num_pieces) in enumerate(pieces.T):
-        assert slots[b] == list(range(first_slot, first_slot + num_pieces))
+    first_parts = part_of(jnp.asarray(starts[:-1]), total, num_parts)
+    last_parts = part_of(jnp.asarray(starts[1:] - 1), total, num_parts)
+    for b in range(len(lengths)):
+        assert slots[b] == list(range(first_parts[b] + b, last_parts[b] + b + 1))
     every_slot = [slot for each in slots for slot in each]
     assert len(set(every_slot)) == len(every_slot)
-    assert max(every_slot) < parts.shape[1] + len(lengths)
-    return work
+    assert max(every_slot) < num_parts + len(lengths)
+    return np.diff(bounds)
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 7, 66, 132])
@@ -344,9 +348,9 @@ def walk(parts, pieces, lengths, capacity):
 )
 def test_hopper_plan_covers_every_unit_once(lengths, num_parts):
     plan = jax.jit(plan_work, static_argnums=(1, 2))
-    parts, pieces = plan(jnp.asarray(lengths), 131072, num_parts)
-    work = walk(np.asarray(parts), np.asarray(pieces), lengths, 131072)
-    assert max(work) <= -(-sum(work) // num_parts) + 1
+    starts, firsts = (np.asarray(x) for x in plan(jnp.asarray(lengths), 131072, num_parts))
+    work = walk(starts, firsts, lengths, 131072, num_parts)
+    assert max(work) <= -(-sum(work) // num_parts)
 
 
 def lower_for_cuda(batch, num_tokens, num_heads, columns, page_size):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ExpertOrder:
+class ExpertOrder(NamedTuple):
     """A permutation of M = N * K assignments into rows sorted by expert.
 
     Attributes:
@@ -61,10 +58,10 @@ def _gather_rows_forward(x_ND: Array, order: ExpertOrder) -> tuple[Array, Expert
     return gather_rows(x_ND, order), order
 
 
-def _gather_rows_backward(order: ExpertOrder, d_rows_MD: Array) -> tuple[Array, ExpertOrder]:
+def _gather_rows_backward(order: ExpertOrder, d_rows_MD: Array) -> tuple[Array, None]:
     # Rows behind the last group take part in nothing, so their cotangent is 0 by construction.
     d_x_NKD = d_rows_MD[order.row_NK].astype(jnp.float32)
-    return jnp.sum(d_x_NKD, axis=1).astype(d_rows_MD.dtype), _no_gradient(order)
+    return jnp.sum(d_x_NKD, axis=1).astype(d_rows_MD.dtype), None
 
 
 gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
@@ -87,18 +84,14 @@ def _combine_forward(
 
 def _combine_backward(
     residuals: tuple[Array, Array, ExpertOrder], d_out_ND: Array
-) -> tuple[Array, Array, ExpertOrder]:
+) -> tuple[Array, Array, None]:
     rows_MD, weights_NK, order = residuals
     weight_M = jnp.zeros(order.token_M.shape, weights_NK.dtype)
     weight_M = weight_M.at[order.row_NK].set(weights_NK, unique_indices=True)
     d_rows_MD = d_out_ND[order.token_M].astype(jnp.float32) * weight_M[:, None]
     rows_NKD = rows_MD[order.row_NK].astype(jnp.float32)
     d_weights_NK = jnp.einsum("NKD,ND->NK", rows_NKD, d_out_ND.astype(jnp.float32))
-    return d_rows_MD.astype(rows_MD.dtype), d_weights_NK, _no_gradient(order)
+    return d_rows_MD.astype(rows_MD.dtype), d_weights_NK, None
 
 
 combine_rows.defvjp(_combine_forward, _combine_backward)
-
-
-def _no_gradient(order: ExpertOrder) -> ExpertOrder:
-    return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), order)

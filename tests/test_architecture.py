@@ -1,0 +1,183 @@
+"""House rules that a program can check: imports go down, files are short, names say something."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Rank of each room of dsjax; a file may import its own room and lower ranks, and where two rooms
+# share a rank, its neighbours, but for the pairs in STRANGERS.
+RANKS = {
+    "config": 0,
+    "sharding": 0,
+    "kernels": 0,
+    "chips": 0,
+    "progress": 0,
+    "strided_copy": 0,
+    "cache": 1,
+    "quant": 1,
+    "layers": 2,
+    "model": 3,
+    "hf": 4,
+    "convert": 4,
+    "weights": 4,
+    "safetensors_io": 4,
+    "assets": 4,
+    "hf_export": 4,
+    "param_store": 4,
+    "weight_sources": 4,
+    "checkpoint": 4,
+    "lora": 4,
+    "losses": 4,
+    "metrics": 4,
+    "counts": 4,
+    "data": 4,
+    "training": 5,
+    "train": 5,
+    "infer": 5,
+    "api": 6,
+    "rl": 6,
+    "eval": 6,
+    "plan": 6,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 8,
+}
+STRANGERS = [{"train", "infer"}, {"training", "infer"}]
+MAX_LINES, MAX_KERNEL_LINES = 400, 600
+KERNEL_FILES = ("tpu", "hopper")  # and what a kernel's second file is called after
+VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+SOURCES = sorted(
+    path
+    for folder in ("dsjax", "pallas_kernels", "configs", "scripts", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
+assert len(SOURCES) > 40
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def room_of(module: str) -> str | None:
+    """The room of `dsjax.room.file`; None for other packages."""
+    package, _, rest = module.partition(".")
+    return (rest.partition(".")[0] or "__init__") if package == "dsjax" else None
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """Every module that a file imports, inside functions too, with the line."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            assert node.module is not None
+            # `from dsjax import model` names the room in the alias.
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return found
+
+
+def upward_imports(room: str, imports: list[tuple[int, str]]) -> list[str]:
+    """What a file of this room must not import."""
+    faults = []
+    for line, module in imports:
+        target = room_of(module)
+        if target is None or target == room:
+            continue
+        # What is no room is a public name of the package itself; test_every_room_has_a_rank sees
+        # to the rest.
+        if RANKS.get(target, RANKS["__init__"]) > RANKS.get(room, 8) or {room, target} in STRANGERS:
+            faults.append(f"line {line}: {room} imports {module}")
+    return faults
+
+
+@pytest.mark.core
+def test_every_room_has_a_rank():
+    rooms = {path.relative_to(ROOT / "dsjax").parts[0] for path in (ROOT / "dsjax").rglob("*.py")}
+    unknown = {room.removesuffix(".py") for room in rooms} - RANKS.keys()
+    assert not unknown, f"give these rooms a rank, here and in DESIGN.md: {sorted(unknown)}"
+
+
+@pytest.mark.core
+def test_imports_go_down_only():
+    faults = []
+    for path in SOURCES:
+        parts = path.relative_to(ROOT).parts
+        if parts[0] != "dsjax":
+            continue
+        room = parts[1].removesuffix(".py")
+        faults += [f"{name_of(path)}, {fault}" for fault in upward_imports(room, imports_of(path))]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.core
+def test_the_rule_finds_what_it_should():
+    assert upward_imports("layers", [(3, "dsjax.model.DeepSeekV2")])
+    assert upward_imports("infer", [(3, "dsjax.training.loop.fit")])
+    assert upward_imports("training", [(3, "dsjax.infer")])
+    assert upward_imports("model", [(3, "dsjax.load")])
+    assert not upward_imports(
+        "model", [(3, "dsjax.layers.mla.MLA"), (4, "dsjax.model"), (5, "jax")]
+    )
+
+
+@pytest.mark.core
+def test_kernels_import_jax_alone():
+    allowed = {"jax", "jaxtyping", "numpy", "pallas_kernels", *sys.stdlib_module_names}
+    faults = [
+        f"{name_of(path)}:{line}: {module}"
+        for path in SOURCES
+        if path.relative_to(ROOT).parts[0] == "pallas_kernels"
+        for line, module in imports_of(path)
+        if module.partition(".")[0] not in allowed
+    ]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.core
+def test_files_are_short():
+    faults = []
+    for path in SOURCES:
+        is_kernel = "pallas_kernels" in path.parts and path.name.startswith(KERNEL_FILES)
+        limit = MAX_KERNEL_LINES if is_kernel else MAX_LINES
+        lines = path.read_text(encoding="utf-8").count("\n")
+        if lines > limit:
+            faults.append(f"{name_of(path)}: {lines} lines, the limit is {limit}")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.core
+def test_no_room_is_called_after_nothing():
+    faults = [name_of(p) for p in SOURCES if {*p.with_suffix("").parts} & VAGUE_NAMES]
+    assert not faults
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import jax
+from jax._src import xla_bridge
+before = set(sys.modules)
+for package in ("dsjax", "pallas_kernels"):
+    module = importlib.import_module(package)
+    for info in pkgutil.walk_packages(module.__path__, package + "."):
+        if not info.name.rpartition(".")[2].startswith(("tpu", "hopper", "__main__")):
+            importlib.import_module(info.name)
+assert not xla_bridge.backends_are_initialized(), "importing looked for devices"
+heavy = {"torch", "transformers", "tensorflow", "wandb", "matplotlib"} & set(sys.modules)
+assert not heavy, f"importing pulled in {heavy}"
+print(len([m for m in sys.modules if m.startswith(("dsjax", "pallas_kernels"))]))
+"""
+
+
+@pytest.mark.core
+def test_importing_looks_for_no_device_and_no_torch():
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 25

@@ -1,0 +1,157 @@
+"""Speed of whole models on random weights and tokens: training, prefill and decode.
+
+    python scripts/benchmark_model.py train configs/models/deepseek_v2_lite.py num_layers=8
+    python scripts/benchmark_model.py generate configs/models/deepseek_v2_lite.py --batch 128
+
+Prints one JSON line a measurement: median seconds, tokens per second, and the share of the chip's
+peak where it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.cache import allocate_cache
+from dsjax.chips import peak_flops
+from dsjax.config import BatchConfig, DataConfig, ModelConfig, SourceConfig, TrainConfig
+from dsjax.config.load import load_model_config
+from dsjax.counts import count_parameters, train_flops_per_token
+from dsjax.kernels import Kernels, choose_kernels
+from dsjax.model import DeepSeekV2, create_model
+from dsjax.training.step import init_train_state, train_step
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("train", "generate"))
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=5, help="timed repetitions")
+    parser.add_argument("--kernels", default="auto", help="auto, or one implementation for all")
+    arguments = parser.parse_args()
+    config = load_model_config(arguments.config, arguments.overrides)
+    if arguments.kernels == "auto":
+        kernels = choose_kernels(jax.devices()[0], config)
+    else:
+        kernels = Kernels(*[arguments.kernels] * len(dataclasses.fields(Kernels)))
+    run = {"train": measure_training, "generate": measure_generation}[arguments.what]
+    run(config, kernels, arguments)
+
+
+def report(name: str, config: ModelConfig, kernels: Kernels, figures: dict[str, Any]) -> None:
+    """Prints a measurement with what it was made on."""
+    total, active = count_parameters(config)
+    about = {
+        "measurement": name,
+        "chip": jax.devices()[0].device_kind,
+        "parameters": total,
+        "active": active,
+        "dtype": config.dtype,
+        "kernels": dataclasses.astuple(kernels),
+    }
+    print(json.dumps(about | figures), flush=True)
+
+
+def median_seconds(run: Callable[[], Any], steps: int) -> float:
+    """Returns the median time of a call, after one that compiles and one that warms up."""
+    for _ in range(2):
+        jax.block_until_ready(run())
+    times = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def measure_training(config: ModelConfig, kernels: Kernels, arguments: argparse.Namespace) -> None:
+    """Times whole optimiser steps."""
+    batch, length = arguments.batch, arguments.length
+    run = TrainConfig(
+        directory="",
+        model=config,
+        data=DataConfig(sources=(SourceConfig("unused"),), length=length),
+        batch=BatchConfig(batch),
+        num_steps=1,
+    )
+    graphdef, params = nnx.split(create_model(config, 0, kernels=kernels))
+    state = jax.jit(functools.partial(init_train_state, run), donate_argnums=0)(params)
+    tokens = jax.random.randint(jax.random.key(1), (1, batch, length), 0, config.vocab_size)
+    rows = {
+        "tokens": tokens,
+        "targets": jnp.roll(tokens, -1, axis=-1),
+        "positions": jnp.broadcast_to(jnp.arange(length), tokens.shape),
+        "segment_ids": jnp.ones(tokens.shape, jnp.int32),
+        "weights": jnp.ones(tokens.shape, jnp.float32),
+    }
+    held = [state]
+
+    def step() -> Any:
+        held[0], step_report = train_step(graphdef, run, held[0], rows, jnp.float32(1e-4))
+        return step_report
+
+    seconds = median_seconds(step, arguments.steps)
+    rate = batch * length / seconds
+    figures = {"batch": batch, "length": length, "seconds": seconds, "tokens_per_second": rate}
+    peak = peak_flops(jax.devices()[0])
+    if peak is not None:
+        figures["mfu"] = rate * train_flops_per_token(config, length) / peak
+    figures["peak_bytes"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    report("train", config, kernels, figures)
+
+
+def measure_generation(
+    config: ModelConfig, kernels: Kernels, arguments: argparse.Namespace
+) -> None:
+    """Times a prefill of all prompts, and decode steps behind it."""
+    batch, length = arguments.batch, arguments.length
+    config = dataclasses.replace(config, param_dtype=config.dtype)
+    graphdef, state = nnx.split(create_model(config, 0, kernels=kernels))
+    prompts = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
+    lengths = jnp.full(batch, length, jnp.int32)
+
+    @functools.partial(jax.jit, donate_argnums=3)
+    def prefill(state: nnx.State, tokens: jax.Array, lengths: jax.Array, cache: Any) -> Any:
+        model: DeepSeekV2 = nnx.merge(graphdef, state)
+        return model.prefill(tokens, lengths, cache)
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def decode(state: nnx.State, tokens: jax.Array, cache: Any) -> Any:
+        model: DeepSeekV2 = nnx.merge(graphdef, state)
+        logits, cache = model.decode(tokens, cache)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+    seconds = median_seconds(
+        lambda: prefill(state, prompts, lengths, allocate_cache(config, batch, length + 256)), 2
+    )
+    figures = {"batch": batch, "length": length, "seconds": seconds}
+    report("prefill", config, kernels, figures | {"tokens_per_second": batch * length / seconds})
+
+    _, cache = prefill(state, prompts, lengths, allocate_cache(config, batch, length + 256))
+    held = [prompts[:, :1], cache]
+
+    def step() -> Any:
+        held[0], held[1] = decode(state, *held)
+        return held[0]
+
+    seconds = median_seconds(step, max(20, arguments.steps))
+    figures = {"batch": batch, "length": length, "seconds": seconds}
+    report("decode", config, kernels, figures | {"tokens_per_second": batch / seconds})
+
+
+if __name__ == "__main__":
+    main()

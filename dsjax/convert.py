@@ -8,6 +8,7 @@ a rename, when all is done.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -91,7 +92,7 @@ def convert(
     work.mkdir(parents=True, exist_ok=True)
     out = work / "out"
     identity = _identity(source) | {"dtype": dtype}
-    with _Journal(work, identity) as journal:
+    with _named(work), _Journal(work, identity) as journal:
         if isinstance(source, HFSource):
             _to_checkpoint(source, out, dtype_of, journal, progress)
         else:
@@ -270,6 +271,17 @@ class _Journal:
         self._file.close()
 
 
+@contextlib.contextmanager
+def _named(path: FilePath) -> Iterator[None]:
+    """Gives an error of the system that names no file this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
 def _identity(source: HFSource | CheckpointSource) -> dict[str, Any]:
     """Returns what tells a source from another, or from itself after a change."""
     files = [
@@ -292,8 +304,9 @@ def _identity(source: HFSource | CheckpointSource) -> dict[str, Any]:
 def _write(path: FilePath, content: bytes) -> None:
     """Writes a small file at once or not at all."""
     draft = path.with_name(path.name + ".draft")
-    draft.write_bytes(content)
-    _sync(draft)
+    with _named(path):
+        draft.write_bytes(content)
+        _sync(draft)
     draft.replace(path)
 
 

@@ -49,7 +49,7 @@ def plan_shards(
     *,
     original: Mapping[str, Header] | None = None,
     index: bytes | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
+    max_file_bytes: int | None = None,
 ) -> ShardPlan:
     """Decides which file holds which tensor.
 
@@ -59,7 +59,8 @@ def plan_shards(
         original: headers of the checkpoint that the weights once came from; taken as they are
             where the tensors are still the same, so that the same files come out.
         index: the index beside them, if there was one.
-        max_file_bytes: size at which the next file begins; a tensor is never divided.
+        max_file_bytes: size at which the next file begins, by default `MAX_FILE_BYTES`; a tensor
+            is never divided.
 
     Raises:
         ValueError: parameters that make up one tensor differ in their type.
@@ -75,11 +76,12 @@ def plan_shards(
         }
         if held == wanted:
             return ShardPlan(original, index)
+    limit = max_file_bytes or MAX_FILE_BYTES
     groups: list[list[str]] = [[]]
     filled = 0
     for name, (stored, shape) in wanted.items():
         size = int(np.prod(shape)) * (4 if stored == "F32" else 2)
-        if groups[-1] and filled + size > max_file_bytes:
+        if groups[-1] and filled + size > limit:
             groups.append([])
             filled = 0
         groups[-1].append(name)
@@ -140,12 +142,12 @@ def read_tensor(
 
 
 def create_file(path: FilePath, header: Header) -> None:
-    """Creates a file with its header, at its full size; keeps the tensors of one that is there."""
-    with path.open("ab") as file:  # creates, never truncates
-        pass
-    with path.open("r+b") as file:
-        file.write(header.raw)
-        file.truncate(header.file_size)
+    """Creates a file with its header; keeps the tensors of one that is there.
+
+    Raises:
+        OSError: the disk is full, for instance; names the file.
+    """
+    _write_at(path, 0, memoryview(header.raw))
 
 
 def write_tensor(path: FilePath, header: Header, name: str, values: np.ndarray) -> None:
@@ -156,10 +158,13 @@ def write_tensor(path: FilePath, header: Header, name: str, values: np.ndarray) 
     """
     stored = header.tensors[name]
     assert values.nbytes == stored.stop - stored.start, name
-    buffer = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
-    descriptor = os.open(path, os.O_WRONLY)
+    flat = np.ascontiguousarray(values).reshape(-1)
+    _write_at(path, stored.start, memoryview(flat.view(np.uint8)))
+
+
+def _write_at(path: FilePath, offset: int, buffer: memoryview) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
-        offset = stored.start
         while buffer:
             count = os.pwrite(descriptor, buffer[: 1 << 30], offset)
             buffer, offset = buffer[count:], offset + count

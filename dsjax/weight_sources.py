@@ -73,28 +73,27 @@ class HFSource:
         self.table = hf_table(config)
         self.folder = SafetensorsFolder(where)
         self.table.check_names(self.folder.tensors, str(where))
-        self._dtypes: dict[Path, np.dtype] = {}
+        found: dict[Path, dict[np.dtype, list[str]]] = {}
         for name, (_, stored) in self.folder.tensors.items():
-            if not is_ignored(name):
-                self._check(name, stored.shape, float_dtype(stored.dtype, self._describe(name)))
-        self.config = with_param_dtype(config, self._dtypes.values())
-
-    def _describe(self, name: str) -> str:
-        return self.folder.describe(name)
-
-    def _check(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        expected = self.table.tensors[name].shape
-        if shape != expected:
-            raise ValueError(
-                f"{self._describe(name)}: shape {list(shape)} must be {list(expected)}"
-            )
-        for part in self.table.tensors[name].parts:
-            first = self._dtypes.setdefault(part.path, dtype)
-            if dtype != first:
+            if is_ignored(name):
+                continue
+            tensor, where_stored = self.table.tensors[name], self.folder.describe(name)
+            dtype = float_dtype(stored.dtype, where_stored)
+            if stored.shape != tensor.shape:
                 raise ValueError(
-                    f"{self._describe(name)}: dtype {dtype} differs from the {first} of the other "
-                    f"tensors of {'.'.join(part.path)}"
+                    f"{where_stored}: shape {list(stored.shape)} must be {list(tensor.shape)}"
                 )
+            for part in tensor.parts:
+                found.setdefault(part.path, {}).setdefault(dtype, []).append(name)
+        for path, names in found.items():
+            if len(names) > 1:  # then the odd ones out are the few
+                odd = min(names, key=lambda dtype: len(names[dtype]))
+                raise ValueError(
+                    f"{self.folder.describe(names[odd][0])}: dtype {odd} differs from that of the "
+                    f"other tensors of {'.'.join(path)}"
+                )
+        self._dtypes = {path: next(iter(names)) for path, names in found.items()}
+        self.config = with_param_dtype(config, self._dtypes.values())
 
     def dtype(self, path: Path) -> np.dtype:
         """Returns the stored type of a parameter."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,6 +41,9 @@ from dsjax.weight_sources import (
     resolve,
     weight_dtype,
 )
+
+# Arrays up to this size cross between host and device whole, larger ones in parts.
+_HOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -191,9 +195,16 @@ def _save_hf(model: DeepSeekV2, config: ModelConfig, folder: FilePath, files: As
     params = {tuple(map(str, p)): v for p, v in nnx.to_flat_state(nnx.state(model))}
     dtype = jnp.dtype(config.param_dtype)
 
+    on_host: dict[Path, np.ndarray] = {}  # the small ones
+
     def read(path: Path, window: tuple[slice, ...]) -> np.ndarray:
+        array = params[path][...]
         index = tuple(w.start for w in window[: table.params[path].num_stacked])
-        return _fetch(params[path][...], index).astype(dtype, copy=False)
+        if array.nbytes > _HOST_BYTES:
+            return _fetch(_take(array, index)).astype(dtype, copy=False)
+        if path not in on_host:
+            on_host[path] = _fetch(array)
+        return on_host[path][index].astype(dtype, copy=False)
 
     plan = plan_shards(table, lambda path: dtype)
     first = jax.process_index() == 0
@@ -213,14 +224,12 @@ def _save_hf(model: DeepSeekV2, config: ModelConfig, folder: FilePath, files: As
 
 
 @jax.jit
-def _take(array: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+def _take(array: jax.Array, index: tuple[int, ...]) -> jax.Array:
     return array[index]
 
 
-def _fetch(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
-    """Brings one layer or expert to the host."""
-    if index:
-        array = _take(array, tuple(jnp.int32(i) for i in index))
+def _fetch(array: jax.Array) -> np.ndarray:
+    """Brings an array to every host."""
     if not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
@@ -256,22 +265,24 @@ def _fill(
     dtype: np.dtype,
     device: jax.Device | None,
 ) -> jax.Array:
-    """Reads a window onto a device; of a stacked parameter one layer at a time."""
+    """Reads a window onto a device; one that is large, layer by layer."""
     shape = tuple(w.stop - w.start for w in window)
-    if len(shape) < 3 or shape[0] == 1:
+    if math.prod(shape) * dtype.itemsize <= _HOST_BYTES or shape[0] == 1:
         return jax.device_put(read(window).astype(dtype, copy=False), device)
     out = jnp.zeros(shape, dtype, device=device)
-    for layer in range(shape[0]):
-        start = window[0].start + layer
-        piece = read((slice(start, start + 1), *window[1:])).astype(dtype, copy=False)
-        out = _set_layer(out, jax.device_put(piece, device), layer)
-        out.block_until_ready()  # so that only one layer at a time is on the host
+    rows = max(1, _HOST_BYTES * shape[0] // (math.prod(shape) * dtype.itemsize))
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        block = slice(window[0].start + start, window[0].start + stop)
+        piece = read((block, *window[1:])).astype(dtype, copy=False)
+        out = _set_rows(out, jax.device_put(piece, device), start)
+        out.block_until_ready()  # so that only one block at a time is on the host
     return out
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(out: jax.Array, piece: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(out, piece, layer, axis=0)
+def _set_rows(out: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(out, piece, start, axis=0)
 
 
 def _wait_for_all(what: str) -> None:

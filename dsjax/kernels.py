@@ -48,14 +48,15 @@ def choose_kernels(device: jax.Device, config: ModelConfig) -> Kernels:
 def _choose(platform: str, kind: str, head_dims: tuple[int, ...], dtype: str) -> Kernels:
     hopper = platform in ("gpu", "cuda") and ("H100" in kind or "H200" in kind)
     family = "tpu" if platform == "tpu" else "hopper" if hopper else "xla"
+    grouped_matmul = "hopper" if hopper else "xla"  # there is no TPU kernel of it yet
     if family == "xla":
         chosen, why = Kernels(), "no kernels are written for this chip"
     elif dtype != "bfloat16":
         chosen, why = Kernels(), f"the {family} kernels compute in bfloat16, the model in {dtype}"
     elif head_dims != _KERNEL_HEAD_DIMS:
-        chosen = Kernels(grouped_matmul=family)
+        chosen = Kernels(grouped_matmul=grouped_matmul)
         why = f"head dims {head_dims} are not the attention kernels' {_KERNEL_HEAD_DIMS}"
     else:
-        chosen, why = Kernels(family, family, family), "all fit"
+        chosen, why = Kernels(family, family, grouped_matmul), "all fit"
     _LOG.info("kernels on %s: %s (%s)", kind, chosen, why)
     return chosen

@@ -62,7 +62,6 @@ class ParamStore:
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         # Where zeros are stored like any other value, a chunk that is absent was lost.
         complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
-        context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
         arrays = {}
         for path in keys:
             name = ".".join(path)
@@ -77,10 +76,10 @@ class ParamStore:
                 "fill_missing_data_reads": not complete,
             }
             try:
-                arrays[path] = ts.open(spec, open=True, context=context).result()
+                arrays[path] = ts.open(spec, open=True).result()
             except ValueError as error:
                 raise ValueError(f"{folder}: parameter {name}: {one_line(error)}") from None
-        return cls(directory, arrays)
+        return cls(directory, _with_cache(arrays))
 
     @classmethod
     def create(
@@ -157,7 +156,29 @@ def chunk_shape(shape: tuple[int, ...], dtype: np.dtype, num_stacked: int) -> tu
 
 def one_line(error: Exception) -> str:
     """Returns a library's message without line breaks and source locations."""
-    return re.sub(r"\s*\[(source locations|tensorstore_spec)=.*", "", str(error), flags=re.DOTALL)
+    text = re.sub(r"\s*\[(source locations|tensorstore_spec)=.*", "", str(error), flags=re.DOTALL)
+    return " ".join(text.split())
+
+
+def saving_context(dtype: np.dtype | None = None) -> ocp.Context:
+    """Returns an orbax context in which saved arrays are cut so that windows are cheap to read.
+
+    orbax's default is one chunk for all that a device holds of an array, which must then be read
+    and decompressed whole for any part of it.
+
+    Args:
+        dtype: stored type; None keeps each array's.
+    """
+    storage = ocp.options.ArrayOptions.Saving.StorageOptions
+
+    def cut(_: Any, array: jax.Array) -> Any:
+        # Along layers and experts first, so that one of them can be read alone.
+        axes = tuple(range(min(array.ndim - 2, 2))) or None
+        return storage(chunk_byte_size=_MAX_CHUNK_BYTES, shard_axes=axes, dtype=dtype)
+
+    context = ocp.Context()
+    context.array.saving.scoped_storage_options_creator = cut
+    return context
 
 
 def save_arrays(
@@ -169,18 +190,30 @@ def save_arrays(
         directory: the new checkpoint.
         params: nested dict of jax arrays.
         dtype: stored type; None keeps each array's.
+
+    Raises:
+        OSError: they cannot be written, on a full disk for instance; names the folder.
     """
-    context = ocp.Context()
-    storage = ocp.options.ArrayOptions.Saving.StorageOptions
+    with saving_context(dtype):
+        try:
+            ocp.save_checkpointables(directory.absolute(), {ITEM: params})
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise OSError(f"{directory / ITEM}: cannot be written: {one_line(error)}") from None
 
-    def cut(_: Any, array: jax.Array) -> Any:
-        # Along layers and experts first, so that one of them can be read alone.
-        axes = tuple(range(min(array.ndim - 2, 2))) or None
-        return storage(chunk_byte_size=_MAX_CHUNK_BYTES, shard_axes=axes, dtype=dtype)
 
-    context.array.saving.scoped_storage_options_creator = cut
-    with context:
-        ocp.save_checkpointables(directory.absolute(), {ITEM: params})
+def _with_cache(arrays: Mapping[Path, ts.TensorStore]) -> dict[Path, ts.TensorStore]:
+    """Opens arrays anew with a cache that holds at least the chunks of one layer's experts."""
+    largest = max(
+        math.prod(size or 1 for size in array.chunk_layout.read_chunk.shape or array.shape)
+        * array.dtype.numpy_dtype.itemsize
+        for array in arrays.values()
+    )
+    limit = max(_CACHE_BYTES, 4 * largest)
+    context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
+    return {
+        path: ts.open(array.spec(), open=True, context=context).result()
+        for path, array in arrays.items()
+    }
 
 
 def _write_skeleton(

@@ -161,21 +161,33 @@ def save_weights(
     files = {} if assets is None else describe(resolve(assets))[1]
     files = {name: file for name, file in files.items() if name != INDEX_NAME}
     draft = path.with_name(path.name + ".partial")
-    if jax.process_index() == 0:
-        shutil.rmtree(draft, ignore_errors=True)
+    first = jax.process_index() == 0
+    if first:
         draft.parent.mkdir(parents=True, exist_ok=True)
+        _clear(draft)
     _wait_for_all("cleared")
-    if format == "hf":
-        _save_hf(model, config, draft, files)
-    else:
-        save_arrays(draft, nnx.to_pure_dict(nnx.state(model)), stored)
-        if jax.process_index() == 0:
+    try:
+        if format == "hf":
+            _save_hf(model, config, draft, files)
+        else:
+            save_arrays(draft, nnx.to_pure_dict(nnx.state(model)), stored)
+        if first and format == "dsjax":
             asset_files.copy_files(files, draft / ASSETS)
             text = json.dumps(manifest(config), indent=2) + "\n"
             (draft / MANIFEST).write_text(text, encoding="utf-8")
-    if jax.process_index() == 0:
-        draft.rename(path)
+        if first:
+            draft.rename(path)
+    except BaseException:
+        if first:
+            _clear(draft)  # a full disk should not stay full
+        raise
     _wait_for_all("saved")
+
+
+def _clear(draft: FilePath) -> None:
+    """Removes what an unfinished save left, orbax's own working folder included."""
+    for folder in draft.parent.glob(f"{draft.name}*"):
+        shutil.rmtree(folder)
 
 
 def save_assets(tokenizer: str, init_from: str, run: FilePath) -> None:

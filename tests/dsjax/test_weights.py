@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -235,6 +237,31 @@ def test_saving_never_overwrites(places, model):
         save_weights(model, places / "hf", format="hf")
     with pytest.raises(ValueError, match="format='gguf'"):
         save_weights(model, places / "new", format="gguf")
+
+
+FULL = """
+import resource, sys
+from dsjax.weights import load_weights, save_weights
+
+model = load_weights(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (40000, resource.RLIM_INFINITY))
+for format in ("hf", "dsjax"):
+    try:
+        save_weights(model, sys.argv[2], format=format)
+    except OSError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_names_the_file_and_leaves_nothing(places, tmp_path):
+    # No file may grow past the limit: what a full disk gives, but for the number of the error.
+    args = [sys.executable, "-c", FULL, places / "hf", tmp_path / "new"]
+    done = subprocess.run(args, capture_output=True, text=True, check=True)
+    of_hf, of_ours = done.stdout.splitlines()
+    assert f"{tmp_path}/new.partial/model.safetensors" in of_hf
+    assert f"{tmp_path}/new.partial/params: cannot be written: " in of_ours
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_checkpoint_of_ours_is_named(places, model, tmp_path):

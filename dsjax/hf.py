@@ -15,8 +15,10 @@ in, `HFTable.tensors` the way out, and a name that neither knows is an error.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -256,13 +258,11 @@ def hf_table(config: ModelConfig) -> HFTable:
         sparse = layer >= config.num_dense_layers
         stack = ("moe_layers",) if sparse else ("dense_layers",)
         index = (layer - config.num_dense_layers if sparse else layer,)
-        for row in _EVERY_LAYER + queries + (() if sparse else _DENSE_MLP):
+        for row in _EVERY_LAYER + queries + (_ROUTER if sparse else _DENSE_MLP):
             _add(tensors, row, dense, prefix, stack, index)
         if not sparse:
             continue
         assert config.moe is not None
-        for row in _ROUTER:
-            _add(tensors, row, dense, prefix, stack, index)
         expert = _sizes(config, config.moe.intermediate_dim)
         for number in range(config.moe.num_experts):
             for row in _EXPERT:
@@ -317,15 +317,13 @@ def params_to_hf(
     config: ModelConfig, params: Mapping[str, Any]
 ) -> Iterable[tuple[str, np.ndarray]]:
     """Yields every tensor of the checkpoint from a nested dict of parameters, one at a time."""
+
+    def read(part: Part) -> np.ndarray:
+        stacked: Any = functools.reduce(operator.getitem, part.path, params)
+        return np.asarray(stacked[part.index])
+
     for name, tensor in hf_table(config).tensors.items():
-        yield name, tensor.from_parts(lambda part: np.asarray(_get(params, part.path)[part.index]))
-
-
-def _get(params: Mapping[str, Any], path: Path) -> Any:
-    node: Any = params
-    for key in path:
-        node = node[key]
-    return node
+        yield name, tensor.from_parts(read)
 
 
 def _sizes(config: ModelConfig, feed_forward: int) -> dict[str, int]:
@@ -352,6 +350,19 @@ def _add(
     stack: Path,
     index: tuple[int, ...],
 ) -> None:
+    shape, view, parts = _parse(row, tuple(sizes.items()))
+    name = prefix + row.name.format(expert=index[-1] if index else 0)
+    placed = tuple(Part(stack + path, index, split, order) for path, split, order in parts)
+    tensors[name] = HFTensor(name, shape, view, placed)
+
+
+@functools.cache  # every expert has the same rows
+def _parse(
+    row: Row, size_items: tuple[tuple[str, int], ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], list[tuple[Path, tuple[int, slice], tuple[int, ...]]]]:
+    """Returns a row's shape and view, and the path, split and order of each of its parts."""
+    sizes = dict(size_items)
+
     def size(dim: str) -> int:
         return sum(sizes[letter] for letter in dim.split("+"))
 
@@ -364,17 +375,14 @@ def _add(
         path, layout = text.split(": ")
         order, split = [], (0, slice(0, view[0]))
         for dim in layout.split():
-            axis = next(
-                i for i, whole in enumerate(dims) if dim == whole or dim in whole.split("+")
-            )
+            axis = next(i for i, all_ in enumerate(dims) if dim == all_ or dim in all_.split("+"))
             if dim != dims[axis]:
                 before, _, _ = dims[axis].partition(dim)
                 start = size(before.rstrip("+")) if before else 0
                 split = (axis, slice(start, start + size(dim)))
             order.append(axis)
-        parts.append(Part(stack + tuple(path.split(".")), index, split, tuple(order)))
-    name = prefix + row.name.format(expert=index[-1] if index else 0)
-    tensors[name] = HFTensor(name, shape, view, tuple(parts))
+        parts.append((tuple(path.split(".")), split, tuple(order)))
+    return shape, view, parts
 
 
 def _collect_params(tensors: Mapping[str, HFTensor]) -> dict[Path, Param]:

@@ -25,6 +25,7 @@ from dsjax.config import (
     to_json,
 )
 from dsjax.config.load import load_model_config
+from dsjax.convert import convert
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.hf import params_to_hf
 from dsjax.sharding import inference_rules, make_mesh, train_rules
@@ -201,6 +202,29 @@ def test_a_run_made_into_hugging_face_names_its_bos_and_eos(places, model, tmp_p
     save_weights(model, tmp_path / "hf", assets=places / "run", format="hf")
     content = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (content["bos_token_id"], content["eos_token_id"]) == (256, 257)
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints/12"])
+def test_a_run_converts_to_a_hugging_face_folder(places, model, tmp_path, place):
+    convert(places / place, tmp_path / "hf", progress=False)
+    assert_same_weights(load_weights(tmp_path / "hf"), model)
+    names = {file.name for file in (tmp_path / "hf").iterdir()}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    assert names == {"config.json", "model.safetensors"} | tokenizer
+    assert load_tokenizer(locate(tmp_path / "hf").tokenizer).bos_id == 256
+
+
+def test_a_hub_name_is_downloaded_and_loaded(places, model, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, **options):
+        asked.append((name, options["allow_patterns"]))
+        return str(places / "hf")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert_same_weights(load_weights("deepseek-ai/DeepSeek-V2-Lite"), model)
+    assert asked[0][0] == "deepseek-ai/DeepSeek-V2-Lite"
+    assert {"*.safetensors", "*.json"} <= set(asked[0][1])
 
 
 def test_a_run_that_starts_from_a_model_keeps_its_files_but_not_its_tokenizer(places, tmp_path):

@@ -128,9 +128,9 @@ def main(
             "seconds": round(seconds, 1),
             "gb_per_second": round(size / seconds, 3),
             "peak_rss_gb": round(peak, 2),
-            "equal_bit_by_bit": True,
         }
         print(json.dumps(row))
+    print("every tensor, header and small file came back equal bit by bit")
 
 
 if __name__ == "__main__":

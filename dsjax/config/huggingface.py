@@ -5,32 +5,45 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dsjax.config.model import AttentionConfig, ModelConfig, MoEConfig, YarnConfig, require
+from dsjax.config.fitting import MISFIT, describe, fit
+from dsjax.config.model import AttentionConfig, ModelConfig, MoEConfig, Routing, YarnConfig, require
 
-_ROUTING = {"greedy": "greedy", "group_limited_greedy": "group_limited_greedy"}
 
-
-def _field(hf: Mapping[str, Any], name: str) -> Any:
+def _field(hf: Mapping[str, Any], name: str, kind: Any) -> Any:
+    # Never a default: transformers' own are another model's (its q_lora_rank is 1536).
     if name not in hf:
         raise ValueError(f"config.json: the field {name!r} is missing")
-    return hf[name]
+    value = fit(hf[name], kind)
+    require(value is not MISFIT, f"config.json {name}", hf[name], f"must be {describe(kind)}")
+    return value
+
+
+def _require_fields(hf: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Requires fields that this model has no choice about to be absent, None or as expected."""
+    for name, only in expected.items():
+        value = hf.get(name)
+        require(value is None or value == only, f"config.json {name}", value, f"must be {only!r}")
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
     """Reads `rope_scaling` (older files) or `rope_parameters` (newer ones)."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    theta = _field({"rope_theta": 10000.0, **hf, **rope}, "rope_theta", float)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    _require_fields(rope, {"partial_rotary_factor": 1.0})
     if kind == "default":
         return theta, None
     require(kind == "yarn", "config.json rope_scaling.type", kind, "must be yarn or default")
+    _require_fields(rope, {"attention_factor": None, "truncate": True})
+    # Defaults of the released code.
+    rope = {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.0, **rope}
     yarn = YarnConfig(
-        factor=float(_field(rope, "factor")),
-        original_length=int(_field(rope, "original_max_position_embeddings")),
-        beta_fast=float(rope.get("beta_fast", 32)),
-        beta_slow=float(rope.get("beta_slow", 1)),
-        mscale=float(rope.get("mscale", 1.0)),
-        mscale_all_dim=float(rope.get("mscale_all_dim", 0.0)),
+        factor=_field(rope, "factor", float),
+        original_length=_field(rope, "original_max_position_embeddings", int),
+        beta_fast=_field(rope, "beta_fast", float),
+        beta_slow=_field(rope, "beta_slow", float),
+        mscale=_field(rope, "mscale", float),
+        mscale_all_dim=_field(rope, "mscale_all_dim", float),
     )
     return theta, yarn
 
@@ -49,51 +62,63 @@ def from_hf_config(hf: Mapping[str, Any], *, dtype: str | None = None) -> ModelC
     require(
         model_type == "deepseek_v2", "config.json model_type", model_type, "must be deepseek_v2"
     )
-    for name, expected in {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "moe_layer_freq": 1,
-        "scoring_func": "softmax",
-    }.items():
-        value = hf.get(name, expected)
-        require(value == expected, f"config.json {name}", value, f"must be {expected!r}")
+    num_layers, num_heads = (
+        _field(hf, "num_hidden_layers", int),
+        _field(hf, "num_attention_heads", int),
+    )
+    _require_fields(
+        hf,
+        {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": False,
+            "moe_layer_freq": 1,
+            "scoring_func": "softmax",
+            "num_key_value_heads": num_heads,
+        },
+    )
+    # Defaults that transformers and the released code share.
+    hf = {
+        "first_k_dense_replace": 0,
+        "initializer_range": 0.02,
+        "norm_topk_prob": False,
+        "rms_norm_eps": 1e-6,
+        "routed_scaling_factor": 1.0,
+        "topk_method": "greedy",
+        **hf,
+    }
     theta, yarn = _rope(hf)
-    num_experts = hf.get("n_routed_experts") or 0
+    num_dense_layers = min(_field(hf, "first_k_dense_replace", int), num_layers)
     moe = None
-    if num_experts:
-        routing = hf.get("topk_method", "greedy")
-        require(
-            routing in _ROUTING, "config.json topk_method", routing, f"must be in {list(_ROUTING)}"
-        )
+    if _field(hf, "n_routed_experts", int | None) and num_dense_layers < num_layers:
         moe = MoEConfig(
-            num_experts=num_experts,
-            top_k=_field(hf, "num_experts_per_tok"),
-            intermediate_dim=_field(hf, "moe_intermediate_size"),
-            num_shared_experts=hf.get("n_shared_experts") or 0,
+            num_experts=_field(hf, "n_routed_experts", int),
+            top_k=_field(hf, "num_experts_per_tok", int),
+            intermediate_dim=_field(hf, "moe_intermediate_size", int),
+            num_shared_experts=_field(hf, "n_shared_experts", int | None) or 0,
             num_groups=hf.get("n_group") or 1,
             top_groups=hf.get("topk_group") or 1,
-            routing=routing,
-            normalize_weights=hf.get("norm_topk_prob", False),
-            routed_scale=float(hf.get("routed_scaling_factor", 1.0)),
+            routing=_field(hf, "topk_method", Routing),
+            normalize_weights=_field(hf, "norm_topk_prob", bool),
+            routed_scale=_field(hf, "routed_scaling_factor", float),
         )
-    num_layers = _field(hf, "num_hidden_layers")
     return ModelConfig(
-        vocab_size=_field(hf, "vocab_size"),
-        hidden_dim=_field(hf, "hidden_size"),
+        vocab_size=_field(hf, "vocab_size", int),
+        hidden_dim=_field(hf, "hidden_size", int),
         num_layers=num_layers,
-        num_dense_layers=min(hf.get("first_k_dense_replace", 0), num_layers) if moe else num_layers,
-        intermediate_dim=_field(hf, "intermediate_size"),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        max_length=_field(hf, "max_position_embeddings"),
-        init_std=hf.get("initializer_range", 0.02),
+        num_dense_layers=num_dense_layers if moe else num_layers,
+        intermediate_dim=_field(hf, "intermediate_size", int),
+        norm_eps=_field(hf, "rms_norm_eps", float),
+        max_length=_field(hf, "max_position_embeddings", int),
+        init_std=_field(hf, "initializer_range", float),
         attention=AttentionConfig(
-            num_heads=_field(hf, "num_attention_heads"),
-            kv_lora_rank=_field(hf, "kv_lora_rank"),
-            q_lora_rank=hf.get("q_lora_rank"),
-            qk_nope_head_dim=_field(hf, "qk_nope_head_dim"),
-            qk_rope_head_dim=_field(hf, "qk_rope_head_dim"),
-            v_head_dim=_field(hf, "v_head_dim"),
+            num_heads=num_heads,
+            kv_lora_rank=_field(hf, "kv_lora_rank", int),
+            q_lora_rank=_field(hf, "q_lora_rank", int | None),
+            qk_nope_head_dim=_field(hf, "qk_nope_head_dim", int),
+            qk_rope_head_dim=_field(hf, "qk_rope_head_dim", int),
+            v_head_dim=_field(hf, "v_head_dim", int),
             rope_theta=theta,
             yarn=yarn,
         ),
@@ -153,7 +178,7 @@ def to_hf_config(config: ModelConfig, *, dtype: str, bos_id: int, eos_id: int) -
         }
     if moe is None:
         # transformers gives every layer below first_k_dense_replace a dense MLP.
-        hf |= {"first_k_dense_replace": config.num_layers, "n_routed_experts": None}
+        hf |= {"first_k_dense_replace": config.num_layers, "n_routed_experts": 0}
     else:
         hf |= {
             "first_k_dense_replace": config.num_dense_layers,
@@ -161,7 +186,7 @@ def to_hf_config(config: ModelConfig, *, dtype: str, bos_id: int, eos_id: int) -
             "moe_layer_freq": 1,
             "n_group": moe.num_groups,
             "n_routed_experts": moe.num_experts,
-            "n_shared_experts": moe.num_shared_experts or None,
+            "n_shared_experts": moe.num_shared_experts,
             "norm_topk_prob": moe.normalize_weights,
             "num_experts_per_tok": moe.top_k,
             "routed_scaling_factor": moe.routed_scale,

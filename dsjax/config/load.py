@@ -8,12 +8,12 @@ import difflib
 import json
 import runpy
 import sys
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsjax.config.fitting import MISFIT, describe, fit
 from dsjax.config.huggingface import from_hf_config
 from dsjax.config.model import ModelConfig
 from dsjax.config.run import TrainConfig
@@ -139,7 +139,7 @@ def _apply(config: Any, tree: Mapping[str, Any], prefix: str) -> Any:
         elif isinstance(current, tuple) and all(part.isdigit() for part in node):
             changes[name] = _apply_items(key, current, node)
         elif current is None and (kind := _dataclass_in(hints[name])) is not None:
-            changes[name] = _apply(kind(), node, key + ".")  # switch an optional part on
+            changes[name] = _switch_on(kind, node, key)
         else:
             raise ValueError(f"{key}.{next(iter(node))}: {key}={current!r} has no fields")
     return dataclasses.replace(config, **changes)
@@ -154,6 +154,25 @@ def _apply_items(key: str, current: tuple[Any, ...], node: Mapping[str, Any]) ->
     return tuple(items)
 
 
+def _switch_on(kind: Any, node: Mapping[str, Any], key: str) -> Any:
+    """Builds an optional part that is not there yet from the fields given for it."""
+    try:
+        start = kind()
+    except TypeError:
+        required = [
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        missing = [name for name in required if name not in node]
+        if missing:
+            raise ValueError(f"{key}: is none; to switch it on, also set {missing}") from None
+        hints = typing.get_type_hints(kind)
+        values = {n: _parse(f"{key}.{n}", node[n].text, hints[n]) for n in required}
+        start = kind(**values)
+    return _apply(start, node, key + ".")
+
+
 def _dataclass_in(hint: Any) -> Any:
     options = typing.get_args(hint)
     return next((option for option in options if dataclasses.is_dataclass(option)), None)
@@ -164,43 +183,9 @@ def _parse(key: str, text: str, hint: Any) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"none": None, "true": True, "false": False}.get(text.lower(), text)
-    fitted = _fit(value, hint)
-    if fitted is _MISFIT:
-        fitted = _fit(text, hint)  # a string field may hold text that reads as a literal
-    if fitted is _MISFIT:
-        raise ValueError(f"{key}={text}: must be {_describe(hint)}")
+    fitted = fit(value, hint)
+    if fitted is MISFIT:
+        fitted = fit(text, hint)  # a string field may hold text that reads as a literal
+    if fitted is MISFIT:
+        raise ValueError(f"{key}={text}: must be {describe(hint)}")
     return fitted
-
-
-_MISFIT = object()
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    """Returns the value as the type that the hint asks for, or _MISFIT."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        fitted = (_fit(value, option) for option in options)
-        return next((v for v in fitted if v is not _MISFIT), _MISFIT)
-    if origin is typing.Literal:
-        return value if value in options else _MISFIT
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            value = (value,)
-        items = tuple(_fit(item, options[0]) for item in value)
-        return _MISFIT if _MISFIT in items else items
-    if hint is type(None):
-        return None if value is None else _MISFIT
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    return value if type(value) is hint else _MISFIT
-
-
-def _describe(hint: Any) -> str:
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, options))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in options)
-    if origin is tuple:
-        return f"a tuple of {_describe(options[0])}"
-    return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DType = Literal["float32", "bfloat16"]
+Routing = Literal["greedy", "group_limited_greedy"]
 RematPolicy = Literal["none", "full", "save_dots", "save_attention"]
 
 
@@ -122,7 +123,7 @@ class MoEConfig:
     num_shared_experts: int = 0
     num_groups: int = 1
     top_groups: int = 1
-    routing: Literal["greedy", "group_limited_greedy"] = "greedy"
+    routing: Routing = "greedy"
     normalize_weights: bool = False
     routed_scale: float = 1.0
 

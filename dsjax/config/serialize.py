@@ -8,6 +8,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from dsjax.config.fitting import MISFIT, describe, fit
+
 
 def to_json(config: Any) -> dict[str, Any]:
     """Returns a config as nested dicts and lists that `json` can write."""
@@ -29,13 +31,34 @@ def from_json[T](kind: type[T], value: Mapping[str, Any], where: str = "") -> T:
     unknown = sorted(set(value) - set(hints))
     if unknown:
         raise ValueError(f"{where}{kind.__name__}: unknown fields {unknown}")
-    fields = {
-        name: _value_from_json(hints[name], item, f"{where}{name}.") for name, item in value.items()
-    }
+    fields = {}
+    for name, item in value.items():
+        built = _value_from_json(hints[name], item, f"{where}{name}.")
+        fields[name] = fit(built, hints[name])
+        if fields[name] is MISFIT:
+            raise ValueError(f"{where}{name}={item!r}: must be {describe(hints[name])}")
     try:
         return kind(**fields)
     except TypeError as error:
         raise ValueError(f"{where}{kind.__name__}: {error}") from None
+
+
+def differing_fields(there: Any, here: Any, prefix: str = "") -> list[str]:
+    """Returns what differs between two configs of one kind, such as "model.num_layers=2, not 4".
+
+    Args:
+        there: the config whose values are named first.
+        here: the other one.
+        prefix: dotted prefix of the fields.
+    """
+    found = []
+    for field in dataclasses.fields(there):
+        a, b = getattr(there, field.name), getattr(here, field.name)
+        if dataclasses.is_dataclass(a) and type(a) is type(b):
+            found += differing_fields(a, b, f"{prefix}{field.name}.")
+        elif a != b:
+            found.append(f"{prefix}{field.name}={a!r}, not {b!r}")
+    return found
 
 
 def _value_to_json(value: Any) -> Any:

@@ -1,0 +1,300 @@
+"""The whole model: forward, decode, gradients, remat and types, against the oracle and itself."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs.models import deepseek_v2, deepseek_v2_5, deepseek_v2_lite, tiny
+from dsjax.cache import allocate_cache
+from dsjax.config import ModelConfig, TokenDropping
+from dsjax.kernels import Kernels
+from dsjax.model import abstract_model, create_model
+from tests import oracle
+from tests.small_models import SMALL, SMALL_LITE, oracle_weights, random_model
+
+VARIANTS = {
+    "v2": SMALL,
+    "v2_lite": SMALL_LITE,
+    # transformers ignores norm_topk_prob=true, so the oracle is its only check.
+    "normalised": replace(
+        SMALL, norm_eps=1e-3, moe=replace(SMALL.moe, normalize_weights=True, routed_scale=9.0)
+    ),
+    "no_shared_experts": replace(SMALL, moe=replace(SMALL.moe, num_shared_experts=0)),
+    "dense": replace(SMALL_LITE, moe=None, num_dense_layers=2, num_layers=2),
+    "no_dense_layer": replace(SMALL, num_dense_layers=0, num_layers=2),
+    "plain_rope": replace(SMALL, attention=replace(SMALL.attention, yarn=None)),
+}
+LENGTH = 22
+
+
+def make_batch():
+    """Two packed documents in one row, a padded row, and a whole one."""
+    rng = np.random.default_rng(5)
+    segments = np.ones((3, LENGTH), np.int32)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (3, 1))
+    segments[0, 9:], positions[0, 9:] = 2, np.arange(LENGTH - 9)
+    segments[1, 15:] = 0
+    tokens = rng.integers(0, SMALL.vocab_size, (3, LENGTH)).astype(np.int32)
+    targets = rng.integers(0, SMALL.vocab_size, (3, LENGTH)).astype(np.int32)
+    return tokens, positions, segments, targets
+
+
+@jax.jit
+def forward(model, tokens, positions, segments):
+    hidden, stats = model.hidden(tokens, positions, segments)
+    return model.unembed(hidden), stats
+
+
+@jax.jit
+def loss_and_gradients(model, tokens, positions, segments, targets):
+    def loss_of(model):
+        hidden, stats = model.hidden(tokens, positions, segments)
+        log_probs = jax.nn.log_softmax(model.unembed(hidden))
+        nll = -jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
+        mask = segments > 0
+        loss = jnp.sum(nll * mask) / jnp.sum(mask)
+        if stats is not None:
+            loss += jnp.sum(0.3 * stats.expert + 0.2 * stats.device + 0.1 * stats.communication)
+        return loss
+
+    loss, gradients = jax.value_and_grad(loss_of)(model)
+    return loss, nnx.state(gradients)
+
+
+def oracle_loss(weights, config, tokens, positions, segments, targets):
+    logits, stats = oracle.forward(weights, config, tokens, positions, segments)
+    loss = oracle.cross_entropy(logits, targets, segments > 0)
+    for scores, indices in stats:
+        balance = oracle.balance_losses(scores, indices, segments > 0, config.moe)
+        loss += balance @ [0.3, 0.2, 0.1]
+    return loss
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.core) if n == "v2" else n for n in VARIANTS]
+)
+def test_forward_is_the_oracles(name):
+    config = VARIANTS[name]
+    model = random_model(config)
+    tokens, positions, segments, _ = make_batch()
+    want, routed = oracle.forward(oracle_weights(model), config, tokens, positions, segments)
+    got, stats = forward(model, tokens, positions, segments)
+    assert want.std() > 0.5
+    assert got.dtype == jnp.float32
+    valid = segments > 0
+    np.testing.assert_allclose(np.asarray(got)[valid], want[valid], atol=3e-5)
+    if config.moe is None:
+        assert stats is None
+        return
+    for layer, (scores, indices) in enumerate(routed):
+        losses = oracle.balance_losses(scores, indices, valid, config.moe)
+        got_losses = [stats.expert[layer], stats.device[layer], stats.communication[layer]]
+        np.testing.assert_allclose(got_losses, losses, rtol=1e-5)
+        load = np.bincount(indices[valid].ravel(), minlength=config.moe.num_experts)
+        np.testing.assert_array_equal(stats.load_E[layer], load)
+
+
+def test_documents_of_a_row_do_not_see_one_another():
+    model = random_model(SMALL)
+    tokens, positions, segments, _ = make_batch()
+    packed, _ = forward(model, tokens[:1], positions[:1], segments[:1])
+    for part in (slice(0, 9), slice(9, LENGTH)):
+        alone = model(jnp.asarray(tokens[:1, part]))
+        np.testing.assert_allclose(packed[:, part], alone, atol=2e-5)
+
+
+def perturbed(weights, path, direction, step):
+    """The oracle's weights with one array moved; `path` is a name, or a layer and a name."""
+    weights = weights | {"layers": [dict(layer) for layer in weights["layers"]]}
+    node = weights if len(path) == 1 else weights["layers"][path[0]]
+    node[path[-1]] = node[path[-1]] + step * direction
+    return weights
+
+
+@pytest.mark.parametrize("name", ["v2", "v2_lite", "normalised"])
+def test_gradients_are_the_oracles_finite_differences(name):
+    """Every parameter's gradient along a random direction, against float64 differences."""
+    config = VARIANTS[name]
+    model = random_model(config)
+    batch = make_batch()
+    weights = oracle_weights(model)
+    loss, gradients = loss_and_gradients(model, *batch)
+    assert float(loss) == pytest.approx(oracle_loss(weights, config, *batch), rel=1e-5)
+    # The gradients as the oracle's dicts, by giving them to a model's place.
+    graph, _ = nnx.split(model)
+    slopes = oracle_weights(nnx.merge(graph, gradients))
+    rng, step = np.random.default_rng(2), 1e-5
+    paths = [("embed",), ("norm",), ("lm_head",)]
+    paths += [(number, key) for number in (0, 2) for key in weights["layers"][number]]
+    assert len(paths) > 25
+    for path in paths:
+        slope = slopes[path[0]] if len(path) == 1 else slopes["layers"][path[0]][path[1]]
+        # Along the gradient itself, so that the slope is as large as it gets, with some noise.
+        direction = slope + np.abs(slope).mean() * rng.standard_normal(slope.shape)
+        direction /= np.linalg.norm(direction)
+        ahead, behind = (
+            oracle_loss(perturbed(weights, path, direction, sign * step), config, *batch)
+            for sign in (1, -1)
+        )
+        want = (ahead - behind) / (2 * step)
+        assert want > 1e-4, path
+        assert np.sum(slope * direction) == pytest.approx(want, rel=2e-3), path
+
+
+def test_the_plain_kernels_give_the_same_gradients():
+    reference = Kernels(mla_attention="reference", grouped_matmul="reference")
+    batch = make_batch()
+    loss, gradients = loss_and_gradients(random_model(SMALL), *batch)
+    want_loss, want = loss_and_gradients(random_model(SMALL, kernels=reference), *batch)
+    assert float(loss) == pytest.approx(float(want_loss), rel=1e-6)
+    for got, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(want), strict=True):
+        scale = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(got, expected, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("policy", ["full", "save_dots", "save_attention"])
+def test_recomputation_changes_nothing(policy):
+    batch = make_batch()
+    loss, gradients = loss_and_gradients(random_model(SMALL), *batch)
+    again, recomputed = loss_and_gradients(random_model(replace(SMALL, remat=policy)), *batch)
+    assert float(again) == pytest.approx(float(loss), rel=1e-6)
+    for got, want in zip(jax.tree.leaves(recomputed), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
+
+
+prefill = jax.jit(lambda model, *args: model.prefill(*args))
+decode = jax.jit(lambda model, *args: model.decode(*args))
+
+
+@pytest.mark.parametrize("name", ["v2", "v2_lite"])
+def test_decoding_token_by_token_equals_the_forward_pass(name):
+    """From an empty cache, over page borders."""
+    config = VARIANTS[name]
+    model = random_model(config)
+    tokens = make_batch()[0]
+    want = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
+    cache = allocate_cache(config, 3, LENGTH, page_size=8)
+    for step in range(LENGTH):
+        logits, cache = decode(model, tokens[:, step : step + 1], cache)
+        np.testing.assert_allclose(logits[:, 0], want[:, step], atol=1e-4)
+    np.testing.assert_array_equal(cache.lengths_B, LENGTH)
+
+
+@pytest.mark.core
+def test_prefill_and_decode_of_a_batch_equal_each_sequence_alone():
+    model = random_model(SMALL)
+    tokens = make_batch()[0]
+    prompts = np.array([13, 5, 8], np.int32)
+    want = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
+    cache = allocate_cache(SMALL, 3, LENGTH, page_size=8)
+    padded = np.where(np.arange(13) < prompts[:, None], tokens[:, :13], 7)  # any padding token
+    logits, cache = prefill(model, padded, prompts, cache)
+    rows = np.arange(3)
+    np.testing.assert_allclose(logits, want[rows, prompts - 1], atol=1e-4)
+    for step in range(LENGTH - 13):
+        newest = tokens[rows, prompts + step][:, None]
+        logits, cache = decode(model, newest, cache)
+        np.testing.assert_allclose(logits[:, 0], want[rows, prompts + step], atol=1e-4)
+    np.testing.assert_array_equal(cache.lengths_B, prompts + LENGTH - 13)
+
+
+def test_several_tokens_decode_at_once():
+    model = random_model(SMALL)
+    tokens = make_batch()[0]
+    want = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
+    cache = allocate_cache(SMALL, 3, LENGTH, page_size=8)
+    _, cache = prefill(model, tokens[:, :11], np.full(3, 11, np.int32), cache)
+    logits, _ = decode(model, tokens[:, 11:14], cache)
+    np.testing.assert_allclose(logits, want[:, 11:14], atol=1e-4)
+
+
+@pytest.mark.core
+def test_decode_expands_nothing():
+    """Trap: decode that re-expands the cache. Per-head keys of it would have these dims."""
+    config = replace(SMALL, num_layers=1, moe=None)
+    model = random_model(config)
+    cache = allocate_cache(config, 2, 640, page_size=64)
+    jaxpr = str(jax.make_jaxpr(lambda *args: model.decode(*args))(jnp.zeros((2, 1), int), cache))
+    nope, value = config.attention.qk_nope_head_dim, config.attention.v_head_dim
+    for positions in (640, 64):
+        for width in (nope, value):
+            assert f"{positions},2,{width}]" not in jaxpr
+    assert cache.pages.latent.shape == (20, 64, 16)
+    assert cache.pages.rope.shape == (20, 64, 8)
+
+
+def test_the_cache_of_the_released_models_holds_576_numbers_a_token():
+    for config in (deepseek_v2.config, deepseek_v2_lite.config):
+        cache = jax.eval_shape(functools.partial(allocate_cache, config, 1, 64))
+        sizes = [leaf.size for leaf in jax.tree.leaves(cache.pages)]
+        assert sum(sizes) == config.num_layers * 64 * 576
+
+
+def test_bfloat16_is_close_to_float32():
+    tokens, positions, segments, _ = make_batch()
+    exact, _ = forward(random_model(SMALL_LITE), tokens, positions, segments)
+    model = random_model(replace(SMALL_LITE, dtype="bfloat16"))
+    rounded, stats = forward(model, tokens, positions, segments)
+    assert rounded.dtype == jnp.float32
+    assert stats.expert.dtype == jnp.float32
+    # A token whose best experts lie close together may change experts: look at the bulk.
+    difference = np.abs(np.asarray(rounded) - np.asarray(exact))
+    assert np.median(difference) < 0.03
+    assert np.quantile(difference, 0.9) < 0.3
+    hidden, _ = jax.eval_shape(lambda: model.hidden(tokens, positions, segments))
+    assert hidden.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("field", ["dtype", "param_dtype"])
+def test_float16_is_refused(field):
+    # Trap: float16 overflows on the 236B model.
+    with pytest.raises(ValueError, match=rf"model.{field}='float16': must be float32 or bfloat16"):
+        replace(SMALL, **{field: "float16"})
+
+
+def test_dropping_changes_training_and_nothing_else():
+    model = random_model(SMALL)
+    tokens, positions, segments, _ = make_batch()
+    free, stats = model.hidden(tokens, positions, segments)
+    tight, dropped = model.hidden(tokens, positions, segments, TokenDropping(0.5, 0.0))
+    assert float(jnp.abs(free - tight).max()) > 0.1
+    assert np.all(np.asarray(stats.dropped) == 0)
+    assert np.all(np.asarray(dropped.dropped) > 0.2)
+
+
+@pytest.mark.slow
+def test_create_model_draws_every_weight_alike():
+    config = replace(tiny.config, num_layers=2)
+    model = create_model(config, seed=3)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        values = np.asarray(variable[...])
+        if "norm" in variable.get_metadata("dims"):
+            np.testing.assert_array_equal(values, 1)
+        else:
+            assert values.std() == pytest.approx(config.init_std, rel=0.06), path
+            assert abs(values.mean()) < 5 * config.init_std / np.sqrt(values.size), path
+    feed_forward = model.moe_layers.feed_forward
+    assert not np.array_equal(feed_forward.w_gate[...], feed_forward.w_up[...])
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (deepseek_v2.config, 235_741_434_880),
+        (deepseek_v2_5.config, 235_741_434_880),
+        (deepseek_v2_lite.config, 15_706_484_224),
+    ],
+    ids=["v2", "v2_5", "v2_lite"],
+)
+def test_the_released_models_have_their_size(config: ModelConfig, parameters):
+    _, state = abstract_model(config)
+    leaves = [variable for _, variable in nnx.to_flat_state(state)]
+    assert sum(int(np.prod(v.shape, dtype=np.int64)) for v in leaves) == parameters

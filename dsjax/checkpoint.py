@@ -54,7 +54,7 @@ class RunCheckpoints:
             step: steps taken so far.
             params: the model's parameters.
             optimizer: everything else that training changes.
-            data_state: this host's place in its data.
+            data_state: this process's place in its data.
 
         Raises:
             RuntimeError: this save or the one before it failed; names the folder.
@@ -95,7 +95,7 @@ class RunCheckpoints:
             optimizer: likewise, as `save` took it.
 
         Returns:
-            The parameters, the optimizer's state, and every host's data state.
+            The parameters, the optimizer's state, and every process's data state.
 
         Raises:
             ValueError: the checkpoint is of another config.
@@ -104,9 +104,10 @@ class RunCheckpoints:
         try:
             loaded = self._checkpointer.load_checkpointables(step, abstract)
         except (ValueError, KeyError) as error:
-            first_line = str(error).splitlines()[0]
+            # Orbax names the handlers it tried, which is no help.
             raise ValueError(
-                f"{self._folder / str(step)}: does not fit this run's config: {first_line}"
+                f"{self._folder / str(step)}: is damaged, or of another config.model or "
+                "config.optimizer than this run's"
             ) from error
         restored = jax.tree.map(lambda leaf: leaf, params)
         nnx.replace_by_pure_dict(restored, loaded["params"])

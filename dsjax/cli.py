@@ -57,7 +57,8 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Trains a model; run again to go on from the last complete checkpoint."""
-    from dsjax.training.loop import fit, initialize_processes
+    from dsjax.training.loop import fit
+    from dsjax.training.processes import initialize_processes
 
     run = load_train_config(config, overrides or ())
     initialize_processes()
@@ -177,5 +178,7 @@ def main() -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("DSJAX_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+        more = " (DSJAX_TRACEBACK=1 shows all of it)" if rest else ""
+        print(f"error: {first}{more}", file=sys.stderr)
         sys.exit(2)

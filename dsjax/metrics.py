@@ -1,8 +1,10 @@
-"""Where a run's figures go: always `metrics.jsonl`, and TensorBoard or Weights & Biases if asked."""
+"""Where a run's figures go: always `metrics.jsonl`, and further sinks if asked."""
 
 from __future__ import annotations
 
 import json
+import math
+import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,18 +15,19 @@ from dsjax.config import LogConfig
 class MetricsWriter:
     """Writes one line of figures per call, in the order of the steps."""
 
-    def __init__(self, directory: Path, config: LogConfig, run: dict[str, Any]):
+    def __init__(self, directory: Path, config: LogConfig, run: dict[str, Any], start: int = 0):
         """Opens the sinks that the config asks for.
 
         Args:
             directory: the run's; `metrics.jsonl` is appended to.
             config: which further sinks to open.
             run: the run's configuration as JSON, which Weights & Biases shows.
+            start: the step that the run goes on from; figures of later steps, which a kill left
+                behind and which come again, are dropped.
 
         Raises:
             ImportError: a sink's package is not installed; names the extra.
         """
-        self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
         self._tensorboard = self._wandb = None
         if config.tensorboard:
             try:
@@ -33,7 +36,7 @@ class MetricsWriter:
                 raise ImportError(
                     "log.tensorboard=True: needs tensorboardX; pip install 'dsjax[tensorboard]'"
                 ) from None
-            self._tensorboard = SummaryWriter(str(directory / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
         if config.wandb_project:
             try:
                 import wandb
@@ -43,12 +46,21 @@ class MetricsWriter:
                     "pip install 'dsjax[wandb]'"
                 ) from None
             self._wandb = wandb.init(
-                project=config.wandb_project, dir=str(directory), config=run, resume="allow"
+                project=config.wandb_project,
+                dir=str(directory),
+                config=run,
+                id=_wandb_id(directory),
+                resume="allow",
             )
+        path = directory / "metrics.jsonl"
+        _drop_lines_after(path, start)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Writes the figures of a step; a list goes to the JSON lines alone."""
-        self._file.write(json.dumps({"step": step} | figures) + "\n")
+        # JSON knows neither NaN nor infinity: a figure that is none becomes null.
+        line = {name: None if _is_not_finite(v) else v for name, v in figures.items()}
+        self._file.write(json.dumps({"step": step} | line, allow_nan=False) + "\n")
         self._file.flush()
         scalars = {k: v for k, v in figures.items() if isinstance(v, int | float)}
         if self._tensorboard is not None:
@@ -71,3 +83,27 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Drops the lines of later steps, and a last one that a kill cut short."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+
+
+def _wandb_id(directory: Path) -> str:
+    """Returns the id by which Weights & Biases knows the run, the same after every restart."""
+    path = directory / "wandb_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(8), encoding="utf-8")
+    return path.read_text(encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -289,7 +291,7 @@ def abstract_model(
 ) -> tuple[nnx.GraphDef[DeepSeekV2], nnx.State]:
     """Returns a model's graph and its parameters' shapes, allocating nothing."""
     abstract = nnx.eval_shape(lambda: DeepSeekV2(config, nnx.Rngs(0), rules=rules, kernels=kernels))
-    return nnx.split(abstract)  # type: ignore[return-value]
+    return nnx.split(abstract)
 
 
 def create_model(
@@ -299,13 +301,20 @@ def create_model(
     kernels: Kernels | None = None,
 ) -> DeepSeekV2:
     """Creates a model with random weights, each device making its own shards."""
+    return nnx.merge(
+        abstract_model(config, rules, kernels)[0],
+        _creator(config, rules, kernels)(jax.random.key(seed)),
+    )
 
-    def create() -> nnx.State:
-        model = DeepSeekV2(config, nnx.Rngs(seed), rules=rules, kernels=kernels)
-        return nnx.state(model)
 
-    graphdef, abstract = abstract_model(config, rules, kernels)
+@functools.cache  # so that a second model of one config compiles nothing
+def _creator(
+    config: ModelConfig, rules: ShardingRules | None, kernels: Kernels | None
+) -> Callable[[jax.Array], nnx.State]:
+    def create(key: jax.Array) -> nnx.State:
+        return nnx.state(DeepSeekV2(config, nnx.Rngs(key), rules=rules, kernels=kernels))
+
     shardings = None
     if rules is not None and rules.mesh is not None:
-        shardings = param_shardings(abstract, rules)
-    return nnx.merge(graphdef, jax.jit(create, out_shardings=shardings)())
+        shardings = param_shardings(abstract_model(config, rules, kernels)[1], rules)
+    return jax.jit(create, out_shardings=shardings)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import logging
+import functools
 import math
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from dsjax.checkpoint import RunCheckpoints, write_run_file
-from dsjax.config import TrainConfig, to_json
+from dsjax.checkpoint import RUN_FILE, RunCheckpoints, read_run_file, write_run_file
+from dsjax.config import LogConfig, ModelConfig, TrainConfig, to_json
+from dsjax.config.serialize import differing_fields
 from dsjax.data.loader import Loader, make_eval_batches, make_loader
 from dsjax.data.tokenizer import load_tokenizer
-from dsjax.kernels import choose_kernels
-from dsjax.losses import Batch
+from dsjax.kernels import Kernels, choose_kernels
 from dsjax.metrics import MetricsWriter
 from dsjax.model import DeepSeekV2, abstract_model, create_model
 from dsjax.sharding import ShardingRules, make_mesh, train_rules
 from dsjax.training.preemption import Preemption
+from dsjax.training.processes import HostShard
 from dsjax.training.report import Display, Throughput, step_figures
 from dsjax.training.schedule import Schedule
 from dsjax.training.step import (
@@ -41,8 +42,6 @@ from dsjax.training.step import (
     train_step,
 )
 from dsjax.weights import load_weights, save_assets
-
-_LOG = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
@@ -66,41 +65,42 @@ class FitResult:
     bits_per_byte: float | None
 
 
-def fit(config: TrainConfig) -> FitResult:
+def fit(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> FitResult:
     """Trains a model, going on from the run's last complete checkpoint if there is one.
 
     Args:
         config: the run.
+        devices: those to train on; None takes all of every process.
 
     Raises:
         ValueError: a field of the config does not fit the devices, the data or the checkpoint.
         TrainingStopped: `guard.max_skipped` bad steps in a row.
         RuntimeError: a checkpoint could not be saved.
     """
-    run = Path(config.directory)
-    run.mkdir(parents=True, exist_ok=True)
-    mesh = make_mesh(config.mesh)
+    run = Path(config.directory).absolute()
+    mesh = make_mesh(config.mesh, None if devices is None else list(devices))
     rules = train_rules(mesh if mesh.size > 1 else None)
     kernels = choose_kernels(mesh.devices.flat[0], config.model)
     _check(config, rules)
-    schedule = Schedule(config)
-    shard = _HostShard(rules, config.batch.size // config.batch.accumulate)
+    shard = HostShard(rules)
     loader = make_loader(config.data, process_index=shard.index, process_count=shard.count)
-    graphdef, params = abstract_model(config.model, rules, kernels)
-    with RunCheckpoints(run, config.checkpoint) as checkpoints:
-        if checkpoints.latest is None:
-            state = _fresh_state(config, rules, kernels)
-        else:
-            state = _restored_state(config, rules, params, checkpoints, loader, shard)
-        if jax.process_index() == 0:
-            write_run_file(run, config)
-            save_assets(config.data.tokenizer, config.init_from, run)
-        loop = _Loop(config, graphdef, schedule, shard, loader, checkpoints)
-        try:
-            with MetricsWriter(_metrics_folder(run), config.log, to_json(config)) as metrics:
+    with contextlib.closing(loader):
+        eval_batches = _eval_batches(config, shard)
+        run.mkdir(parents=True, exist_ok=True)
+        graphdef, params = abstract_model(config.model, rules, kernels)
+        with RunCheckpoints(run, config.checkpoint) as checkpoints:
+            abstract = _abstract_state(config, params, rules, mesh.devices.flat[0])
+            if checkpoints.latest is None:
+                state = _fresh_state(config, abstract, rules, kernels)
+            else:
+                _check_model(config.model, run)
+                state = _restored_state(abstract, checkpoints, loader, shard)
+            if jax.process_index() == 0:
+                write_run_file(run, config)
+                save_assets(config.data.tokenizer, config.init_from, run)
+            loop = _Loop(config, graphdef, shard, loader, eval_batches, checkpoints, mesh)
+            with _open_metrics(config, run, int(state.step)) as metrics:
                 return loop.run(state, metrics)
-        finally:
-            loader.close()
 
 
 def _check(config: TrainConfig, rules: ShardingRules) -> None:
@@ -118,98 +118,85 @@ def _check(config: TrainConfig, rules: ShardingRules) -> None:
         )
 
 
-def _metrics_folder(run: Path) -> Path:
-    """Every process keeps its own metrics; the first one's are the run's."""
+def _check_model(config: ModelConfig, run: Path) -> None:
+    """Refuses to go on from the checkpoints of another model."""
+    if (run / RUN_FILE).exists():
+        _check_same(read_run_file(run).model, config, f"directory={str(run)!r}")
+
+
+def _check_same(there: ModelConfig, here: ModelConfig, where: str) -> None:
+    # Neither changes what the parameters are, but for the rounding of param_dtype.
+    free = ("dtype", "param_dtype", "remat", "max_length")
+    there = dataclasses.replace(there, **{name: getattr(here, name) for name in free})
+    if there != here:
+        fields = "; ".join(differing_fields(there, here, "model."))
+        raise ValueError(f"{where}: holds a model of another config: {fields}")
+
+
+def _open_metrics(config: TrainConfig, run: Path, start: int) -> MetricsWriter:
+    """Every process keeps its own lines; the first one's are the run's, and it alone has sinks."""
     if jax.process_index() == 0:
-        return run
+        return MetricsWriter(run, config.log, to_json(config), start)
     folder = run / f"process_{jax.process_index()}"
     folder.mkdir(exist_ok=True)
-    return folder
+    return MetricsWriter(folder, LogConfig(), {}, start)
 
 
-class _HostShard:
-    """Which rows of every batch this process feeds."""
-
-    def __init__(self, rules: ShardingRules, slice_size: int):
-        self.sharding = rules.sharding(None, "batch", "length")
-        self.rows_sharding = rules.sharding(None, "batch")
-        self.index, self.count = 0, 1
-        if self.sharding is not None:
-            # Devices along an axis that does not divide the batch hold the same rows, so this
-            # may be fewer shards than there are processes.
-            indices = self.rows_sharding.addressable_devices_indices_map((1, slice_size))
-            starts = {rows.start or 0 for _, rows in indices.values()}
-            local = len(starts) * slice_size // rules.num_batch_shards()
-            self.count = slice_size // local
-            self.index = min(starts) // local
-
-    def place(self, batch: dict[str, np.ndarray], num_slices: int) -> Batch:
-        """Makes this host's rows a part of the global batch [slices, sequences, ...]."""
-
-        def put(rows: np.ndarray) -> jax.Array:
-            sliced = rows.reshape(num_slices, -1, *rows.shape[1:])
-            sharding = self.sharding if rows.ndim > 1 else self.rows_sharding
-            if sharding is None:
-                return jnp.asarray(sliced)
-            return jax.make_array_from_process_local_data(sharding, sliced)
-
-        return {name: put(rows) for name, rows in batch.items()}
+def _eval_batches(config: TrainConfig, shard: HostShard) -> Iterable[dict[str, np.ndarray]]:
+    if not config.data.eval_sources:
+        return ()
+    return make_eval_batches(
+        config.data,
+        config.batch.size // config.batch.accumulate // shard.count,
+        process_index=shard.index,
+        process_count=shard.count,
+        max_rows=config.log.eval_rows,
+    )
 
 
-def _fresh_state(config: TrainConfig, rules: ShardingRules, kernels: Any) -> TrainState:
+def _fresh_state(
+    config: TrainConfig, abstract: TrainState, rules: ShardingRules, kernels: Kernels
+) -> TrainState:
     if config.init_from:
         model = load_weights(
             config.init_from, dtype=config.model.param_dtype, rules=rules, kernels=kernels
         )
-        expected = dataclasses.replace(
-            model.config,
-            dtype=config.model.dtype,
-            param_dtype=config.model.param_dtype,
-            remat=config.model.remat,
-        )
-        if expected != config.model:
-            raise ValueError(f"init_from={config.init_from!r}: is of another model config")
+        _check_same(model.config, config.model, f"init_from={config.init_from!r}")
     else:
         model = create_model(config.model, config.seed, rules, kernels)
-    params = nnx.state(model)
-    init = jax.jit(lambda params: init_train_state(config, params), donate_argnums=0)
-    if rules.mesh is None:
-        return init(params)
-    abstract = jax.eval_shape(lambda params: init_train_state(config, params), params)
-    shardings = state_shardings(abstract, config, rules)
-    return jax.jit(
-        lambda params: init_train_state(config, params),
-        donate_argnums=0,
-        out_shardings=shardings,
-    )(params)
+    create = functools.partial(init_train_state, config.optimizer)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(create, donate_argnums=0, out_shardings=shardings)(nnx.state(model))
 
 
-def _restored_state(
-    config: TrainConfig,
-    rules: ShardingRules,
-    params: nnx.State,
-    checkpoints: RunCheckpoints,
-    loader: Loader,
-    shard: _HostShard,
+def _abstract_state(
+    config: TrainConfig, params: nnx.State, rules: ShardingRules, device: jax.Device
 ) -> TrainState:
-    abstract = jax.eval_shape(lambda params: init_train_state(config, params), params)
+    """Returns the shapes, dtypes and shardings of a run's state."""
+    abstract = jax.eval_shape(functools.partial(init_train_state, config.optimizer), params)
     if rules.mesh is None:
-        device = SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: device, abstract)
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), abstract)
     else:
-        shardings = state_shardings(abstract, config, rules)
-    abstract = jax.tree.map(
+        shardings = state_shardings(abstract, config.optimizer, rules)
+    return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
         shardings,
     )
+
+
+def _restored_state(
+    abstract: TrainState, checkpoints: RunCheckpoints, loader: Loader, shard: HostShard
+) -> TrainState:
     step = checkpoints.latest
     assert step is not None
-    restored, optimizer, data_states = checkpoints.restore(
+    params, optimizer, data_states = checkpoints.restore(
         step, abstract.params, _optimizer_dict(abstract)
     )
-    loader.set_state(data_states[shard.index if len(data_states) > 1 else 0])
-    return _from_optimizer_dict(optimizer, restored, abstract)
+    by_shard = {saved["shard"]: saved["state"] for saved in data_states}
+    # Of packed data all states are one; documents refuse another number of hosts themselves.
+    loader.set_state(by_shard.get(shard.index, by_shard[0]))
+    return _from_optimizer_dict(optimizer, params, abstract)
 
 
 def _optimizer_dict(state: TrainState) -> dict[str, Any]:
@@ -247,28 +234,20 @@ class _Loop:
         self,
         config: TrainConfig,
         graphdef: nnx.GraphDef[DeepSeekV2],
-        schedule: Schedule,
-        shard: _HostShard,
+        shard: HostShard,
         loader: Loader,
+        eval_batches: Iterable[dict[str, np.ndarray]],
         checkpoints: RunCheckpoints,
+        mesh: Mesh,
     ):
         self.config = config
         self.graphdef = graphdef
-        self.schedule = schedule
+        self.schedule = Schedule(config)
         self.shard = shard
         self.loader = loader
+        self.eval_batches = eval_batches
         self.checkpoints = checkpoints
-        self.throughput = Throughput(config, schedule)
-        self.eval_batches: Iterable[dict[str, np.ndarray]] = ()
-        if config.data.eval_sources:
-            rows = config.batch.size // config.batch.accumulate // shard.count
-            self.eval_batches = make_eval_batches(
-                config.data,
-                rows,
-                process_index=shard.index,
-                process_count=shard.count,
-                max_rows=config.log.eval_rows,
-            )
+        self.throughput = Throughput(config, self.schedule, mesh)
 
     def run(self, state: TrainState, metrics: MetricsWriter) -> FitResult:
         """Trains to the end, or to a signal; saves at the end either way."""
@@ -280,21 +259,25 @@ class _Loop:
             if start:
                 display.say(f"resumed at step {start} of {config.num_steps}")
             waiting: tuple[int, StepReport] | None = None
+            compiled_size = 0
             while step < config.num_steps and not preemption.should_stop(step):
                 state, report = self._step(state, step)
                 step += 1
                 # The report of the step before is read while this one runs.
                 self._read(waiting, metrics, display)
                 waiting = (step, report)
-                if step == start + 1:
+                if (size := self.schedule.batch_size(step - 1)) != compiled_size:
                     jax.block_until_ready(report)
                     self.throughput.restart(step)  # compilation is not a step's time
+                    compiled_size = size
+                if step % config.checkpoint.every == 0:
+                    self._save(state, step)
                 if config.log.eval_every and step % config.log.eval_every == 0:
+                    self._read(waiting, metrics, display)
+                    waiting = None
                     bits_per_byte = self._evaluate(state, step, metrics, display)
                     evaluated_at = step
                     self.throughput.restart(step)
-                if step % config.checkpoint.every == 0:
-                    self._save(state, step)
             self._read(waiting, metrics, display)
             self._save(state, step)
             finished = step >= config.num_steps
@@ -312,7 +295,10 @@ class _Loop:
         rows.pop("num_bytes")
         batch = self.shard.place(rows, num_slices)
         rate = jnp.float32(self.schedule.learning_rate(step))
-        return train_step(self.graphdef, self.config, state, batch, rate)
+        config = self.config
+        return train_step(
+            self.graphdef, config.optimizer, config.loss, config.guard, state, batch, rate
+        )
 
     def _read(
         self,
@@ -335,13 +321,15 @@ class _Loop:
         if skipped:
             display.say(f"step {step} skipped: {SKIP_REASONS[skipped]}")
         if int(report.skipped_in_a_row) >= self.config.guard.max_skipped:
+            self.checkpoints.wait()
             raise TrainingStopped(
                 f"{self.config.guard.max_skipped} steps in a row were skipped up to step {step}: "
                 f"{SKIP_REASONS[skipped]}; the last checkpoint is of step {self.checkpoints.latest}"
             )
 
     def _save(self, state: TrainState, step: int) -> None:
-        self.checkpoints.save(step, state.params, _optimizer_dict(state), self.loader.get_state())
+        data_state = {"shard": self.shard.index, "state": self.loader.get_state()}
+        self.checkpoints.save(step, state.params, _optimizer_dict(state), data_state)
 
     def _evaluate(
         self, state: TrainState, step: int, metrics: MetricsWriter, display: Display
@@ -362,11 +350,3 @@ class _Loop:
         )
         display.say(f"step {step}: held-out {bits_per_byte:.4f} bits per byte")
         return bits_per_byte
-
-
-def initialize_processes() -> None:
-    """Joins the other processes of a pod or cluster, where the environment describes one."""
-    described = ("JAX_COORDINATOR_ADDRESS", "SLURM_JOB_ID", "MEGASCALE_COORDINATOR_ADDRESS")
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if "," in hosts or any(name in os.environ for name in described):
-        jax.distributed.initialize()

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -22,11 +23,11 @@ from dsjax.training.step import SKIP_REASONS, StepReport
 class Throughput:
     """Turns the time between reports into step time, tokens per second and MFU."""
 
-    def __init__(self, config: TrainConfig, schedule: Schedule):
+    def __init__(self, config: TrainConfig, schedule: Schedule, mesh: Mesh):
         self._schedule = schedule
         self._flops_per_token = train_flops_per_token(config.model, config.data.length)
-        peak = peak_flops(jax.devices()[0])
-        self._peak = None if peak is None else peak * jax.device_count()
+        peak = peak_flops(mesh.devices.flat[0])
+        self._peak = None if peak is None else peak * mesh.size
         self._since: tuple[int, float] | None = None
 
     def restart(self, step: int) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dsjax.config import GuardConfig, OptimizerConfig, TrainConfig
+from dsjax.config import GuardConfig, LossConfig, OptimizerConfig
 from dsjax.losses import Batch, LossTerms, sum_cross_entropy, training_loss
 from dsjax.model import DeepSeekV2, param_shardings
 from dsjax.sharding import ShardingRules
@@ -84,24 +84,26 @@ def _is_decayed(params: nnx.State) -> Any:
     )
 
 
-def init_train_state(config: TrainConfig, params: nnx.State) -> TrainState:
+def init_train_state(optimizer: OptimizerConfig, params: nnx.State) -> TrainState:
     """Returns the state before the first step."""
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
     return TrainState(
         step=count,
         params=params,
-        moments=make_optimizer(config.optimizer).init(wide),
+        moments=make_optimizer(optimizer).init(wide),
         guard=Guard(zero, zero, count, count),
     )
 
 
-def state_shardings(state: TrainState, config: TrainConfig, rules: ShardingRules) -> TrainState:
+def state_shardings(
+    state: TrainState, optimizer: OptimizerConfig, rules: ShardingRules
+) -> TrainState:
     """Returns a tree of NamedShardings for a state: moments lie where their parameters do."""
     params = param_shardings(state.params, rules)
     replicated = rules.sharding()
     moments = optax.tree_utils.tree_map_params(
-        make_optimizer(config.optimizer),
+        make_optimizer(optimizer),
         lambda _, sharding: sharding,
         state.moments,
         params,
@@ -111,10 +113,12 @@ def state_shardings(state: TrainState, config: TrainConfig, rules: ShardingRules
     return TrainState(step=scalars[0], params=params, moments=moments, guard=scalars[1])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
 def train_step(
     graphdef: nnx.GraphDef[DeepSeekV2],
-    config: TrainConfig,
+    optimizer: OptimizerConfig,
+    loss: LossConfig,
+    guard: GuardConfig,
     state: TrainState,
     batch: Batch,
     learning_rate: jax.Array,
@@ -123,7 +127,9 @@ def train_step(
 
     Args:
         graphdef: the model's graph; carries its sharding rules and kernels.
-        config: the run.
+        optimizer: how gradients become updates.
+        loss: what is minimised.
+        guard: which steps are bad.
         state: donated.
         batch: tokens, targets, positions, segment_ids int32 [A, B, T] and weights float32
             [A, B, T]: A slices whose gradients are added up.
@@ -132,10 +138,10 @@ def train_step(
     Returns:
         The next state, and what there is to report.
     """
-    gradients, terms = _accumulate(graphdef, config, state.params, batch)
-    norm = optax.global_norm(gradients)
-    guard, skip_reason = _judge(config.guard, state.guard, terms.total, norm)
-    updates, moments = make_optimizer(config.optimizer).update(
+    gradients, terms = accumulate_gradients(graphdef, loss, state.params, batch)
+    norm = optax.tree.norm(gradients)
+    remembered, skip_reason = _judge(guard, state.guard, terms.total, norm)
+    updates, moments = make_optimizer(optimizer).update(
         gradients, state.moments, jax.tree.map(lambda p: p.astype(jnp.float32), state.params)
     )
     params = jax.tree.map(
@@ -150,21 +156,21 @@ def train_step(
         (params, moments),
         (state.params, state.moments),
     )
-    state = TrainState(state.step + 1, params, moments, guard)
-    return state, StepReport(terms, norm, skip_reason, guard.skipped_in_a_row)
+    state = TrainState(state.step + 1, params, moments, remembered)
+    return state, StepReport(terms, norm, skip_reason, remembered.skipped_in_a_row)
 
 
-def _accumulate(
-    graphdef: nnx.GraphDef[DeepSeekV2], config: TrainConfig, params: nnx.State, batch: Batch
+def accumulate_gradients(
+    graphdef: nnx.GraphDef[DeepSeekV2], config: LossConfig, params: nnx.State, batch: Batch
 ) -> tuple[nnx.State, LossTerms]:
-    """Returns the gradient of the whole batch in float32, and its loss terms."""
+    """Returns the gradient of a whole batch [A, B, T] in float32, and its loss terms."""
     total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1)
     num_slices = batch["tokens"].shape[0]
 
     def slice_gradient(one: Batch) -> tuple[nnx.State, LossTerms]:
         def loss(params: nnx.State) -> tuple[jax.Array, LossTerms]:
             model = nnx.merge(graphdef, params)
-            return training_loss(model, one, config.loss, total_weight, 1 / num_slices)
+            return training_loss(model, one, config, total_weight, 1 / num_slices)
 
         gradients, terms = jax.grad(loss, has_aux=True)(params)
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), terms

@@ -1,0 +1,129 @@
+"""How the processes of a run find one another, and which rows each of them feeds."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import logging
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.losses import Batch
+from dsjax.sharding import ShardingRules
+
+_LOG = logging.getLogger(__name__)
+
+_DESCRIPTION = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def initialize_processes() -> None:
+    """Joins the other processes of the run, as the environment describes them.
+
+    The first that applies decides:
+
+    - `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`:
+      any machines; a Kubernetes JobSet sets the last from its job's index.
+    - SLURM, under `srun` with several tasks: one task per GPU, or one per node, which then takes
+      all of the node's GPUs.
+    - Open MPI's `mpirun` with several processes.
+    - TPU hosts, alone or in a pod, of Cloud TPU or GKE.
+
+    A machine by itself needs none of these.
+
+    Raises:
+        ValueError: one of the three JAX variables is missing or no number.
+    """
+    env = os.environ
+    if any(name in env for name in _DESCRIPTION):
+        address, count, index = (_described(name) for name in _DESCRIPTION)
+        jax.distributed.initialize(
+            address,
+            _number("JAX_NUM_PROCESSES", count),
+            _number("JAX_PROCESS_ID", index),
+            cluster_detection_method="deactivate",
+        )
+    elif "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        jax.distributed.initialize(local_device_ids=_slurm_devices())
+    elif int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        jax.distributed.initialize()
+    elif _on_tpu_host():
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # what JAX raises where it finds no pod
+            _LOG.info("a TPU host by itself: %s", error)
+            return
+    else:
+        return
+    _LOG.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def _described(name: str) -> str:
+    if name not in os.environ:
+        raise ValueError(f"{name} is not set: several processes need {', '.join(_DESCRIPTION)}")
+    return os.environ[name]
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdigit():
+        raise ValueError(f"{name}={text!r}: must be a whole number")
+    return int(text)
+
+
+def _slurm_devices() -> list[int] | None:
+    """Returns all of a node's GPUs where a task has the node to itself; JAX would take one."""
+    alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0] == "1"
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return list(range(int(gpus))) if alone and gpus.isdigit() else None
+
+
+def _on_tpu_host() -> bool:
+    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
+    return bool(chips) and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+
+
+class HostShard:
+    """Which rows of every batch this process feeds.
+
+    Attributes:
+        index: this process's place among those that feed different rows.
+        count: how many those are. Devices along an axis that does not divide the batch hold the
+            same rows, so these may be fewer than there are processes.
+    """
+
+    def __init__(self, rules: ShardingRules):
+        self.index, self.count = 0, 1
+        self._sharding = rules.sharding(None, "batch", "length")
+        self._rows_sharding = rules.sharding(None, "batch")
+        if self._rows_sharding is None:
+            return
+        # A mesh that follows a pod's wires may give a process rows that do not lie together.
+        rows_of: dict[int, set[int]] = {}
+        shape = (1, rules.num_batch_shards())
+        devices: Any = self._rows_sharding.devices_indices_map(shape)
+        for device, (_, rows) in devices.items():
+            rows_of.setdefault(device.process_index, set()).add(rows.start or 0)
+        shares = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
+        if sum(map(len, shares)) != rules.num_batch_shards():
+            raise ValueError(
+                f"mesh={dict(rules.mesh.shape) if rules.mesh else None}: processes share some rows "
+                "of the batch but not all; give data, fsdp and expert whole processes"
+            )
+        self.index = shares.index(tuple(sorted(rows_of[jax.process_index()])))
+        self.count = len(shares)
+
+    def place(self, batch: dict[str, np.ndarray], num_slices: int) -> Batch:
+        """Makes this process's rows a part of the global batch [slices, sequences, ...]."""
+
+        def put(rows: np.ndarray) -> jax.Array:
+            sliced = rows.reshape(num_slices, -1, *rows.shape[1:])
+            sharding = self._sharding if rows.ndim > 1 else self._rows_sharding
+            if sharding is None:
+                return jnp.asarray(sliced)
+            return jax.make_array_from_process_local_data(sharding, sliced)
+
+        return {name: put(rows) for name, rows in batch.items()}

@@ -104,11 +104,12 @@ def _room(model: DeepSeekV2, index: int, prompt: Sequence[int], sampling: Sampli
             f"prompt {index}: its {len(prompt)} tokens leave no room in "
             f"model.max_length={model.config.max_length}"
         )
-    worst = max(prompt)
-    if worst >= model.config.vocab_size:
-        raise ValueError(
-            f"prompt {index}: token {worst} is outside model.vocab_size={model.config.vocab_size}"
-        )
+    vocab_size = model.config.vocab_size
+    for token in prompt:
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"prompt {index}: token {token} is outside model.vocab_size={vocab_size}"
+            )
     return min(room, sampling.max_tokens)
 
 

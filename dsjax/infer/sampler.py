@@ -35,6 +35,7 @@ class Sampling:
         require(self.temperature >= 0, "temperature", self.temperature, "must not be negative")
         require(self.top_k >= 0, "top_k", self.top_k, "must not be negative")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
         require("" not in self.stop, "stop", self.stop, "must not hold an empty string")
 
 
@@ -52,7 +53,7 @@ class SamplingArrays:
     def of(cls, samplings: list[Sampling]) -> SamplingArrays:
         """Lays samplings out as arrays."""
         return cls(
-            keys=jnp.stack([jax.random.PRNGKey(s.seed) for s in samplings]),
+            keys=jax.vmap(jax.random.PRNGKey)(jnp.array([s.seed for s in samplings], jnp.uint32)),
             temperature_B=jnp.array([s.temperature for s in samplings], jnp.float32),
             top_k_B=jnp.array([s.top_k for s in samplings], jnp.int32),
             top_p_B=jnp.array([s.top_p for s in samplings], jnp.float32),

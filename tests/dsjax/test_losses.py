@@ -1,0 +1,127 @@
+"""Cross entropy in chunks: its value, its gradient and the memory it takes."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.config import BalanceConfig, LossConfig
+from dsjax.layers.router import RouterStats
+from dsjax.losses import balance_terms, sum_cross_entropy, training_loss
+from dsjax.sharding import ShardingRules
+from tests.small_models import SMALL, random_model
+
+
+class Head:
+    """What the loss needs of a model: an output head over a vocabulary of any size."""
+
+    def __init__(self, weight_DW: jax.Array):
+        self.weight_DW = weight_DW
+        self.options = SimpleNamespace(rules=ShardingRules())
+
+    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
+        return jnp.einsum("BTD,DW->BTW", hidden_BTD, self.weight_DW)
+
+
+def direct(weight_DW, hidden_BTD, targets_BT, weights_BT):
+    logits_BTW = hidden_BTD @ weight_DW
+    log_z_BT = jax.nn.logsumexp(logits_BTW, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTW, targets_BT[..., None], -1)[..., 0]
+    nats = jnp.sum((log_z_BT - target_BT) * weights_BT)
+    return nats, jnp.sum(log_z_BT**2 * weights_BT)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("length", "chunk"), [(12, 1), (12, 7), (12, 24), (12, 10**6), (13, 10)])
+def test_chunks_give_the_direct_value_and_gradient(rng, length: int, chunk: int):
+    hidden = jnp.asarray(rng.standard_normal((3, length, 8)), jnp.float32)
+    weight = jnp.asarray(rng.standard_normal((8, 50)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 50, (3, length)), jnp.int32)
+    weights = jnp.asarray(rng.integers(0, 2, (3, length)), jnp.float32)
+
+    def chunked(weight, hidden):
+        nats, z = sum_cross_entropy(Head(weight), hidden, targets, weights, chunk)
+        return nats + 0.3 * z, (nats, z)
+
+    def whole(weight, hidden):
+        nats, z = direct(weight, hidden, targets, weights)
+        return nats + 0.3 * z, (nats, z)
+
+    found, found_gradient = jax.value_and_grad(chunked, (0, 1), has_aux=True)(weight, hidden)
+    expected, gradient = jax.value_and_grad(whole, (0, 1), has_aux=True)(weight, hidden)
+    np.testing.assert_allclose(found[1], expected[1], rtol=2e-6)
+    for a, b in zip(found_gradient, gradient, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_is_bounded_by_a_chunk(rng):
+    batch, length, dim, vocab, chunk = 4, 512, 8, 20_000, 64
+    targets = jnp.zeros((batch, length), jnp.int32)
+    weights = jnp.ones((batch, length))
+
+    def temporary_bytes(loss) -> int:
+        shapes = (
+            jax.ShapeDtypeStruct((dim, vocab), jnp.float32),
+            jax.ShapeDtypeStruct((batch, length, dim), jnp.float32),
+        )
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    chunked = temporary_bytes(
+        lambda w, h: sum_cross_entropy(Head(w), h, targets, weights, chunk)[0]
+    )
+    whole = temporary_bytes(lambda w, h: direct(w, h, targets, weights)[0])
+    all_logits, chunk_logits = 4 * batch * length * vocab, 4 * chunk * vocab
+    assert whole > all_logits
+    assert chunked < 6 * chunk_logits < all_logits / 4
+
+
+def test_balance_terms_weigh_the_sums_over_layers():
+    stats = RouterStats(
+        expert=jnp.array([1.0, 2.0]),
+        device=jnp.array([3.0, 4.0]),
+        communication=jnp.array([5.0, 6.0]),
+        load_E=jnp.zeros((2, 8)),
+        dropped=jnp.zeros(2),
+    )
+    terms = balance_terms(stats, BalanceConfig(0.003, 0.05, 0.02), SMALL.moe)
+    np.testing.assert_allclose(terms, [0.009, 0.35, 0.22], rtol=1e-6)
+    assert [float(term) for term in balance_terms(None, BalanceConfig(1, 1, 1), None)] == [0, 0, 0]
+
+
+def test_training_loss_adds_its_terms_up(rng):
+    model = random_model(replace(SMALL, num_layers=2))
+    tokens = jnp.asarray(rng.integers(0, 48, (2, 8)), jnp.int32)
+    batch = {
+        "tokens": tokens,
+        "targets": jnp.roll(tokens, -1, axis=1),
+        "positions": jnp.broadcast_to(jnp.arange(8), (2, 8)),
+        "segment_ids": jnp.ones((2, 8), jnp.int32),
+        "weights": jnp.ones((2, 8)).at[:, -1].set(0),
+    }
+    config = LossConfig(balance=BalanceConfig(0.1, 0.2, 0.3), z_loss=0.01, chunk=4)
+    total_weight = jnp.sum(batch["weights"])
+    total, terms = training_loss(model, batch, config, total_weight, 1.0)
+    hidden, stats = model.hidden(tokens, batch["positions"], batch["segment_ids"])
+    nats, z = direct(model.lm_head[...], hidden, batch["targets"], batch["weights"])
+    expected = [
+        nats / 14,
+        0.01 * z / 14,
+        0.1 * jnp.sum(stats.expert),
+        0.2 * jnp.sum(stats.device),
+        0.3 * jnp.sum(stats.communication),
+    ]
+    found = [
+        terms.cross_entropy,
+        terms.z,
+        terms.balance_expert,
+        terms.balance_device,
+        terms.balance_communication,
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert min(found) > 0
+    np.testing.assert_allclose(total, sum(expected), rtol=1e-5)
+    np.testing.assert_array_equal(terms.load_LE.sum(-1), [2 * 8 * SMALL.moe.top_k])

@@ -1,0 +1,133 @@
+"""Runs small enough to train in a test: a corpus that can be learned, and a two-layer model."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from dsjax.config import (
+    AttentionConfig,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    SourceConfig,
+    TrainConfig,
+    YarnConfig,
+    to_json,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+LENGTH = 32
+
+# One dense and one sparse layer; all widths can be divided over eight devices.
+MODEL = ModelConfig(
+    vocab_size=264,
+    hidden_dim=32,
+    num_layers=2,
+    num_dense_layers=1,
+    intermediate_dim=48,
+    max_length=64,
+    attention=AttentionConfig(
+        num_heads=2,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        yarn=YarnConfig(factor=4, original_length=16, mscale=0.8, mscale_all_dim=0.707),
+    ),
+    moe=MoEConfig(
+        num_experts=8,
+        top_k=2,
+        intermediate_dim=16,
+        num_shared_experts=1,
+        num_groups=4,
+        top_groups=2,
+        routing="group_limited_greedy",
+    ),
+    init_std=0.1,
+    dtype="float32",
+    remat="none",
+)
+
+
+def write_corpus(folder: Path, num_documents: int = 60) -> Path:
+    """Writes short documents, one a line of JSON: sums with their results."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "sums.jsonl").open("w", encoding="utf-8") as stream:
+        for a, b in rng.integers(0, 50, (num_documents, 2)):
+            stream.write(json.dumps({"text": f"{a} + {b} = {a + b}; é"}) + "\n")
+    return folder
+
+
+def small_run(directory: Path, corpus: Path, **changes) -> TrainConfig:
+    """Returns a run of six steps over a corpus; `changes` are fields of TrainConfig."""
+    source = (SourceConfig(str(corpus), format="jsonl"),)
+    config = TrainConfig(
+        directory=str(directory),
+        model=MODEL,
+        data=DataConfig(sources=source, eval_sources=source, length=LENGTH, num_packing_bins=4),
+        batch=BatchConfig(size=8),
+        num_steps=6,
+        optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=2),
+        checkpoint=CheckpointConfig(every=100),
+        log=LogConfig(every=1, eval_every=0),
+    )
+    return replace(config, **changes)
+
+
+def write_run(config: TrainConfig, path: Path) -> Path:
+    """Writes a config file that `dsjax train` reads."""
+    path.write_text(
+        "import json\nfrom dsjax.config import TrainConfig, from_json\n"
+        f"config = from_json(TrainConfig, json.loads({json.dumps(to_json(config))!r}))\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def start_cli(*arguments: object, num_devices: int = 1, **environment: str) -> subprocess.Popen:
+    """Starts `dsjax` as a process of its own."""
+    env = dict(os.environ) | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "dsjax", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=env | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_cli(*arguments: object, num_devices: int = 1, **environment: str):
+    """Runs `dsjax` to its end; returns exit code, standard output and standard error."""
+    process = start_cli(*arguments, num_devices=num_devices, **environment)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """Reads a run's figures."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Returns the loss of every step, without a step being there twice."""
+    found: dict[int, float] = {}
+    for line in read_metrics(run):
+        if "loss" in line:
+            assert line["step"] not in found
+            found[line["step"]] = line["loss"]
+    return found

@@ -1,0 +1,239 @@
+"""One optimiser step: what it changes, what it must not, and when it changes nothing."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from configs.models import tiny
+from dsjax.config import BalanceConfig, GuardConfig, LossConfig, ModelConfig, OptimizerConfig
+from dsjax.data.loader import make_loader
+from dsjax.model import create_model
+from dsjax.training.report import step_figures
+from dsjax.training.step import (
+    SKIP_REASONS,
+    Guard,
+    TrainState,
+    accumulate_gradients,
+    init_train_state,
+    make_optimizer,
+    train_step,
+)
+from tests.dsjax.training.small_runs import MODEL, small_run
+
+OPTIMIZER = OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=2)
+
+
+def begin(config: ModelConfig = MODEL, optimizer: OptimizerConfig = OPTIMIZER):
+    graphdef, params = nnx.split(create_model(config, 0))
+    return graphdef, init_train_state(optimizer, params)
+
+
+def step(graphdef, state: TrainState, batch, rate: float, loss=LossConfig(), guard=GuardConfig()):  # noqa: B008
+    """Takes a step and leaves the state that it is given usable."""
+    state = jax.tree.map(jnp.copy, state)
+    return train_step(graphdef, OPTIMIZER, loss, guard, state, batch, jnp.float32(rate))
+
+
+@pytest.fixture(scope="module")
+def batches(corpus, tmp_path_factory):
+    """Eight batches of the corpus, [1, 8, 32]."""
+    loader = make_loader(small_run(tmp_path_factory.mktemp("run"), corpus).data)
+    made = []
+    for _ in range(8):
+        rows = loader.next_batch(8)
+        rows.pop("num_bytes")
+        made.append({name: jnp.asarray(values[None]) for name, values in rows.items()})
+    loader.close()
+    return made
+
+
+def leaves(tree) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def assert_same(a, b) -> None:
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_slices_give_the_gradient_of_the_whole(batches):
+    graphdef, state = begin()
+    loss = LossConfig(balance=BalanceConfig(0.1, 0.1, 0.1), z_loss=0.01)
+    sliced = jax.tree.map(lambda x: x.reshape(4, 2, 32), batches[0])
+    run = jax.jit(accumulate_gradients, static_argnums=(0, 1))
+    (whole, terms), (parts, part_terms) = (
+        run(graphdef, loss, state.params, batch) for batch in (batches[0], sliced)
+    )
+    for a, b in zip(leaves(whole), leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max() + 1e-9)
+    for a, b in zip(leaves(terms), leaves(part_terms), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.core
+def test_a_step_is_adamw_with_clipped_gradients(batches):
+    graphdef, state = begin()
+    after, report = step(graphdef, state, batches[0], 1e-2)
+    run = jax.jit(accumulate_gradients, static_argnums=(0, 1))
+    gradients, _ = run(graphdef, LossConfig(), state.params, batches[0])
+    norm = float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in leaves(gradients))))
+    assert norm > 1  # so that clipping acts
+    np.testing.assert_allclose(report.gradient_norm, norm, rtol=1e-5)
+    # On Adam's first step the bias-corrected moments are the gradient and its square.
+    flat = [dict(nnx.to_flat_state(tree)) for tree in (state.params, gradients, after.params)]
+    for path, before in flat[0].items():
+        gradient = np.asarray(flat[1][path][...], np.float64) / norm
+        decay = 0.0 if before.get_metadata("dims") == ("norm",) else 0.1
+        update = gradient / (np.abs(gradient) + 1e-8) + decay * np.asarray(before[...])
+        expected = np.asarray(before[...], np.float64) - 1e-2 * update
+        large = np.abs(gradient) > 1e-6  # elsewhere the sign hangs on rounding
+        np.testing.assert_allclose(
+            np.asarray(flat[2][path][...])[large], expected[large], rtol=1e-3, atol=2e-5
+        )
+    assert int(after.step) == 1
+
+
+@pytest.mark.core
+def test_weight_decay_acts_on_all_but_the_norms():
+    _, state = begin()
+    optimizer = make_optimizer(OPTIMIZER)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    updates, _ = optimizer.update(zeros, optimizer.init(state.params), state.params)
+    norms = 0
+    params = dict(nnx.to_flat_state(state.params))
+    for path, update in nnx.to_flat_state(updates):
+        is_norm = "norm" in path[-2] if len(path) > 1 else False
+        norms += is_norm
+        expected = np.zeros(update.shape) if is_norm else 0.1 * np.asarray(params[path][...])
+        np.testing.assert_allclose(update[...], expected, rtol=1e-6)
+    assert norms == 9  # four in each kind of layer, and the last
+
+
+def test_bfloat16_parameters_keep_float32_moments(batches):
+    graphdef, state = begin(replace(MODEL, dtype="bfloat16", param_dtype="bfloat16"))
+    assert {leaf.dtype for leaf in leaves(state.params)} == {jnp.dtype("bfloat16")}
+    after, report = step(graphdef, state, batches[0], 1e-2)
+    assert {leaf.dtype for leaf in leaves(after.params)} == {jnp.dtype("bfloat16")}
+    for name in ("mu", "nu"):
+        moments = optax.tree_utils.tree_get(after.moments, name)
+        assert {leaf.dtype for leaf in leaves(moments)} == {jnp.dtype("float32")}
+        assert all(np.any(leaf != 0) for leaf in leaves(moments))
+    # The same weights in float32 have nearly the same loss: one field apart.
+    graphdef, wide = begin()
+    _, wide_report = step(graphdef, wide, batches[0], 1e-2)
+    np.testing.assert_allclose(report.loss.total, wide_report.loss.total, rtol=0.02)
+
+
+BAD = [
+    ("the loss is not finite", {"weight": np.nan}, {}),
+    ("the loss is not finite", {"weight": np.inf}, {}),
+    ("the gradient norm is not finite", {"norm_overflow": True}, {}),
+    ("the loss spiked", {}, {"mean_loss": 0.5, "mean_norm": 1.0, "applied": 200}),
+    ("the gradient norm spiked", {}, {"mean_loss": 5.0, "mean_norm": 0.01, "applied": 200}),
+]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("reason", "damage", "remembered"), BAD)
+def test_a_bad_step_changes_nothing(batches, reason: str, damage: dict, remembered: dict):
+    graphdef, state = begin()
+    batch = batches[0]
+    if "weight" in damage:
+        weights = batch["weights"].at[0, 0, 0].set(damage["weight"])
+        batch = batch | {"weights": weights}
+    if damage.get("norm_overflow"):
+        # A tiny last norm and huge head: the loss is finite, the head's gradient squared is not.
+        norm = state.params["norm"]["weight"]
+        norm[...] = norm[...] * 1e-30
+        embed = state.params["lm_head"]
+        embed[...] = embed[...] * 1e30
+    if remembered:
+        values = {"mean_loss": 0.0, "mean_norm": 0.0, "applied": 0} | remembered
+        guard = Guard(
+            jnp.float32(values["mean_loss"]),
+            jnp.float32(values["mean_norm"]),
+            jnp.int32(values["applied"]),
+            jnp.int32(3),
+        )
+        state = replace(state, guard=guard)
+    after, report = step(graphdef, state, batch, 1e-2)
+    assert SKIP_REASONS[int(report.skip_reason)] == reason
+    assert_same(after.params, state.params)
+    assert_same(after.moments, state.moments)
+    assert int(after.step) == 1
+    assert int(after.guard.applied) == int(state.guard.applied)
+    assert int(report.skipped_in_a_row) == int(state.guard.skipped_in_a_row) + 1
+    # The next good step is applied and ends the row.
+    good = replace(after, guard=replace(after.guard, applied=jnp.int32(0)))
+    if not damage.get("norm_overflow"):
+        last, report = step(graphdef, good, batches[0], 1e-2)
+        assert SKIP_REASONS[int(report.skip_reason)] == ""
+        assert int(report.skipped_in_a_row) == 0
+        assert any(np.any(a != b) for a, b in zip(*map(leaves, (last, after)), strict=True))
+
+
+def test_running_means_follow_the_applied_steps(batches):
+    graphdef, state = begin()
+    found = []
+    for batch in batches[:3]:
+        state, report = step(graphdef, state, batch, 1e-3)
+        found.append((float(report.loss.total), float(report.gradient_norm)))
+    assert int(state.guard.applied) == 3
+    means = float(state.guard.mean_loss), float(state.guard.mean_norm)
+    np.testing.assert_allclose(means, np.mean(found, axis=0), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_tiny_model_overfits_one_batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, (4, 32))
+    tokens[:, 0] = np.arange(4)  # each sequence's first token tells it from the others
+    weights = np.ones((4, 32), np.float32)
+    weights[:, -1] = 0
+    rows = {
+        "tokens": tokens.astype(np.int32),
+        "targets": np.roll(tokens, -1, axis=1).astype(np.int32),
+        "positions": np.tile(np.arange(32, dtype=np.int32), (4, 1)),
+        "segment_ids": np.ones((4, 32), np.int32),
+        "weights": weights,
+    }
+    batch = {name: jnp.asarray(values[None]) for name, values in rows.items()}
+    graphdef, state = begin(tiny.config)
+    for count in range(150):
+        rate = 3e-3 * min(1.0, (count + 1) / 10)
+        state, report = train_step(
+            graphdef, OPTIMIZER, LossConfig(), GuardConfig(), state, batch, jnp.float32(rate)
+        )
+        if count == 0:
+            assert float(report.loss.cross_entropy) > 5
+    assert float(report.loss.cross_entropy) < 0.05
+
+
+@pytest.mark.slow
+def test_balance_losses_lower_the_load_imbalance(batches):
+    imbalance = {}
+    for name, balance in (
+        ("without", BalanceConfig()),
+        ("with", BalanceConfig(expert=0.1, device=0.1, communication=0.05)),
+    ):
+        graphdef, state = begin()
+        # A router that prefers few experts from the start.
+        router = state.params["moe_layers"]["feed_forward"]["router"]["weight"]
+        router[...] = router[...] * 8
+        found = []
+        for count in range(60):
+            batch = batches[count % len(batches)]
+            loss = LossConfig(balance=balance)
+            state, report = train_step(
+                graphdef, OPTIMIZER, loss, GuardConfig(), state, batch, jnp.float32(3e-3)
+            )
+            found.append(step_figures(report)["load_imbalance"])
+        imbalance[name] = np.mean(found[-8:])
+    assert imbalance["without"] > 1.8
+    assert imbalance["with"] < 1.5
+    assert imbalance["with"] < 0.75 * imbalance["without"]

@@ -1,6 +1,7 @@
 """Tile sizes of latent attention, by implementation and chip."""
 
 import dataclasses
+import itertools
 
 # Queries and keys of a block of the plain JAX path: a cache holds it, and the steps are few.
 XLA_BLOCK = 512
@@ -15,25 +16,39 @@ class TpuTile:
         chunk_q: queries of a tile, whose scores are computed at once.
         chunk_k: keys of a tile.
         keys_outer: whether a step goes through its keys' chunks in the outer loop.
+        sum_on_mxu: whether the forward kernel sums the weights by a row of ones in the values.
     """
 
     block: int
     chunk_q: int
     chunk_k: int
     keys_outer: bool
+    sum_on_mxu: bool = False
 
     def order(self, heads: int, block_q: int, block_k: int) -> list[tuple[int, slice, slice]]:
         """Returns a step's tiles (head, queries, keys) in the order in which they are issued."""
-        queries = [
-            slice(q, min(q + self.chunk_q, block_q)) for q in range(0, block_q, self.chunk_q)
-        ]
-        keys = [slice(k, min(k + self.chunk_k, block_k)) for k in range(0, block_k, self.chunk_k)]
+        queries, keys = _cut(block_q, self.chunk_q), _cut(block_k, self.chunk_k)
         if self.keys_outer:
             return [(h, q, k) for k in keys for h in range(heads) for q in queries]
         return [(h, q, k) for h in range(heads) for q in queries for k in keys]
 
 
-TPU_FORWARD = TpuTile(block=1024, chunk_q=512, chunk_k=256, keys_outer=True)
+def _cut(size: int, chunk: int) -> list[slice]:
+    """Cuts into chunks of which the first and the last are halves.
+
+    With nothing before the first and nothing after the last to overlap with, those two take longer.
+    """
+    half = chunk // 2
+    if size % chunk == 0 and size > chunk and half % 128 == 0:
+        edges = [0, *range(half, size, chunk), size]
+    else:
+        edges = [*range(0, size, chunk), size]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+# A 128-wide MXU keeps v5e and v5p waiting for it; with the 256-wide one of v6e and 7x the vector
+# unit is as busy, and is spared the sums.
+TPU_FORWARD = TpuTile(block=1024, chunk_q=512, chunk_k=256, keys_outer=True, sum_on_mxu=True)
 TPU_BACKWARD = TpuTile(block=512, chunk_q=256, chunk_k=512, keys_outer=False)
 # Queries whose gradient the backward kernel keeps in VMEM: 1.5 KiB each for a pair of heads.
 TPU_RESIDENT_TOKENS = 16384
@@ -48,3 +63,16 @@ class HopperForward:
     block_k: int = 128  # Keys of a step.
     stages: int = 2  # Steps' keys and values held in shared memory.
     heads_per_group: int = 16  # Heads computed at a time, which share the L2 cache.
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperBackward:
+    """Tiles of the Hopper backward kernel."""
+
+    stages: int = 2  # Steps' queries and gradients of outputs held in shared memory.
+    heads_per_group: int = 16  # Heads computed at a time, which share the L2 cache.
+    values_early: bool = False  # Whether the values' gradient starts before the scores' is known.
+
+
+HOPPER_FORWARD = HopperForward(heads_per_group=4)
+HOPPER_BACKWARD = HopperBackward()

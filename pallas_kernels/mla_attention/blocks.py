@@ -221,26 +221,36 @@ class BlockShape:
 
 @dataclasses.dataclass(frozen=True)
 class BlockMask:
-    """Which scores of a block are computed, and which of those are hidden."""
+    """Which scores of a block are computed, and which of those are hidden.
+
+    Attributes:
+        kind: what the table says of the block.
+        size: its queries and its keys.
+        first: the position among the keys of its first query and of its first key.
+        num_keys: keys before padding.
+        causal: whether keys after a query are hidden from it.
+        segment_refs: none, or the block's segment ids of queries and of keys, [1, 1, size].
+        keys_in_lanes: whether the scores are [queries, keys] and not [keys, queries].
+    """
 
     kind: int
-    shape: BlockShape
+    size: tuple[int, int]
+    first: tuple[Any, Any]
+    num_keys: int
     causal: bool
-    index: tuple[Any, Any]  # Of the block of queries and of the block of keys.
-    offset: Any
-    segment_refs: list[Any]
+    segment_refs: Sequence[Any]
     keys_in_lanes: bool
 
-    def tiles(self, tile: TpuTile) -> list[tuple[int, slice, slice]]:
+    def tiles(self, tile: TpuTile, heads: int) -> list[tuple[int, slice, slice]]:
         """Returns (head, queries, keys) within the block, without what a diagonal block hides."""
         work = []
-        for heads, q, k in tile.order(self.shape.heads, self.shape.block_q, self.shape.block_k):
+        for head, q, k in tile.order(heads, *self.size):
             queries, keys = q, k
             if self.kind == DIAGONAL:
                 queries = slice(max(q.start, k.start), q.stop)
                 keys = slice(k.start, min(k.stop, q.stop))
             if queries.start < queries.stop and keys.start < keys.stop:
-                work.append((heads, queries, keys))
+                work.append((head, queries, keys))
         return work
 
     def apply(self, scores: Array, queries: slice, keys: slice) -> Array:
@@ -254,10 +264,9 @@ class BlockMask:
             if keys.stop - 1 <= queries.start:
                 return scores
             return jnp.where(k_pos - q_pos <= queries.start - keys.start, scores, MASKED)
-        k_first = self.index[1] * self.shape.block_k + keys.start
-        visible = k_pos < self.shape.keys - k_first
+        q_first, k_first = self.first[0] + queries.start, self.first[1] + keys.start
+        visible = k_pos < self.num_keys - k_first
         if self.causal:
-            q_first = self.index[0] * self.shape.block_q + queries.start + self.offset
             visible = visible & (k_pos - q_pos <= q_first - k_first)
         if self.segment_refs:
             q_ids_ref, k_ids_ref = self.segment_refs

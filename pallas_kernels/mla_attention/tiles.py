@@ -1,7 +1,6 @@
 """Tile sizes of latent attention, by implementation and chip."""
 
 import dataclasses
-import itertools
 
 # Queries and keys of a block of the plain JAX path: a cache holds it, and the steps are few.
 XLA_BLOCK = 512
@@ -13,6 +12,8 @@ class TpuTile:
 
     Attributes:
         block: queries and keys of a grid step, what is held in VMEM.
+        part: queries and keys that the code of the backward kernel is for, run in a loop over a
+            block's parts.
         chunk_q: queries of a tile, whose scores are computed at once.
         chunk_k: keys of a tile.
         keys_outer: whether a step goes through its keys' chunks in the outer loop.
@@ -23,6 +24,7 @@ class TpuTile:
     chunk_q: int
     chunk_k: int
     keys_outer: bool
+    part: int = 0
     sum_on_mxu: bool = False
 
     def order(self, heads: int, block_q: int, block_k: int) -> list[tuple[int, slice, slice]]:
@@ -34,22 +36,13 @@ class TpuTile:
 
 
 def _cut(size: int, chunk: int) -> list[slice]:
-    """Cuts into chunks of which the first and the last are halves.
-
-    With nothing before the first and nothing after the last to overlap with, those two take longer.
-    """
-    half = chunk // 2
-    if size % chunk == 0 and size > chunk and half % 128 == 0:
-        edges = [0, *range(half, size, chunk), size]
-    else:
-        edges = [*range(0, size, chunk), size]
-    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+    return [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
 
 
 # A 128-wide MXU keeps v5e and v5p waiting for it; with the 256-wide one of v6e and 7x the vector
 # unit is as busy, and is spared the sums.
 TPU_FORWARD = TpuTile(block=1024, chunk_q=512, chunk_k=256, keys_outer=True, sum_on_mxu=True)
-TPU_BACKWARD = TpuTile(block=512, chunk_q=256, chunk_k=512, keys_outer=False)
+TPU_BACKWARD = TpuTile(block=1024, part=512, chunk_q=256, chunk_k=512, keys_outer=False)
 # Queries whose gradient the backward kernel keeps in VMEM: 1.5 KiB each for a pair of heads.
 TPU_RESIDENT_TOKENS = 16384
 # Of 64 MiB of VMEM on v5p and 7x, 128 MiB on v5e and v6e.

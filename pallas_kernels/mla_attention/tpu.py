@@ -32,6 +32,7 @@ from pallas_kernels.mla_attention.tpu_backward import backward
 __all__ = ["backward", "forward"]
 
 LOG2_E = math.log2(math.e)
+SUM_ROWS = 16  # Of bfloat16, the fewest that fill registers.
 
 
 def forward(
@@ -87,8 +88,7 @@ def forward(
             scratch_shapes=[
                 pltpu.VMEM((heads, NOPE + ROPE, block_q), dtype),
                 pltpu.VMEM((heads, 1, block_q), jnp.float32),
-                pltpu.VMEM((heads, 1, block_q), jnp.float32),
-                pltpu.VMEM((heads, VALUE, block_q), jnp.float32),
+                pltpu.VMEM((heads, VALUE + SUM_ROWS, block_q), jnp.float32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -121,7 +121,7 @@ def _forward_kernel(
     causal: bool,
 ) -> None:
     del completed_ref
-    *segment_refs, out_ref, lse_ref, q_ref, max_ref, sum_ref, acc_ref = refs
+    *segment_refs, out_ref, lse_ref, q_ref, max_ref, acc_ref = refs
     batch = pl.program_id(0)
     at = table.row(batch) + pl.program_id(2)
     info = info_ref[at]
@@ -129,18 +129,35 @@ def _forward_kernel(
     @pl.when((info & blocks.OUTER_FIRST) != 0)
     def _start() -> None:
         max_ref[...] = jnp.full_like(max_ref, MASKED)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
-        rope_RT = q_rope_ref[0].T
+        # The scale goes into the queries: the vector unit has no cycle to spare for the scores.
+        rope_TR = (q_rope_ref[0].astype(jnp.float32) * (scale * LOG2_E)).astype(q_ref.dtype)
+        rope_RT = rope_TR.T
         for h in range(shape.heads):
-            q_ref[h, :NOPE] = q_nope_ref[0, :, h * NOPE : (h + 1) * NOPE].T
+            nope_TN = q_nope_ref[0, :, h * NOPE : (h + 1) * NOPE].astype(jnp.float32)
+            q_ref[h, :NOPE] = (nope_TN * (scale * LOG2_E)).astype(q_ref.dtype).T
             q_ref[h, NOPE:] = rope_RT[h * ROPE : (h + 1) * ROPE]
 
     def attend(kind: int) -> None:
-        index = (q_index_ref[at], k_index_ref[at])
         mask = blocks.BlockMask(
-            kind, shape, causal, index, offset_ref[batch], segment_refs, keys_in_lanes=False
+            kind=kind,
+            size=(shape.block_q, shape.block_k),
+            first=(
+                q_index_ref[at] * shape.block_q + offset_ref[batch],
+                k_index_ref[at] * shape.block_k,
+            ),
+            num_keys=shape.keys,
+            causal=causal,
+            segment_refs=segment_refs,
+            keys_in_lanes=False,
         )
+
+        @functools.cache
+        def values(h: int, start: int, stop: int) -> Array:
+            v_VS = v_ref[0, start:stop, h * VALUE : (h + 1) * VALUE].T
+            if tile.sum_on_mxu:
+                v_VS = jnp.concatenate([v_VS, jnp.ones((SUM_ROWS, stop - start), v_VS.dtype)])
+            return v_VS
 
         def scores(h: int, queries: slice, keys: slice) -> Array:
             k_nope_SN = k_nope_ref[0, keys, h * NOPE : (h + 1) * NOPE]
@@ -151,22 +168,23 @@ def _forward_kernel(
             scores_ST = mask.apply(scores_ST, queries, keys)
             old_1T = max_ref[h, :, queries]
             new_1T = jnp.maximum(old_1T, scores_ST.max(axis=0, keepdims=True))
-            weights_ST = jnp.exp2((scores_ST - new_1T) * (scale * LOG2_E))
-            decay_1T = jnp.exp2((old_1T - new_1T) * (scale * LOG2_E))
+            weights_ST = jnp.exp2(scores_ST - new_1T)
+            decay_1T = jnp.exp2(old_1T - new_1T)
             max_ref[h, :, queries] = new_1T
-            sum_1T = weights_ST.sum(axis=0, keepdims=True)
-            sum_ref[h, :, queries] = sum_ref[h, :, queries] * decay_1T + sum_1T
+            if not tile.sum_on_mxu:
+                sum_1T = weights_ST.sum(axis=0, keepdims=True)
+                acc_ref[h, VALUE:, queries] = acc_ref[h, VALUE:, queries] * decay_1T + sum_1T
             return weights_ST.astype(v_ref.dtype), decay_1T
 
         def accumulate(
             h: int, queries: slice, keys: slice, weights_ST: Array, decay_1T: Array
         ) -> None:
-            v_VS = v_ref[0, keys, h * VALUE : (h + 1) * VALUE].T
-            acc_ref[h, :, queries] = acc_ref[h, :, queries] * decay_1T + blocks.dot(
-                v_VS, weights_ST
-            )
+            rows = slice(0, acc_ref.shape[1] if tile.sum_on_mxu else VALUE)
+            acc_VT = acc_ref[h, rows, queries] * decay_1T
+            product_VT = blocks.dot(values(h, keys.start, keys.stop), weights_ST)
+            acc_ref[h, rows, queries] = acc_VT + product_VT
 
-        blocks.pipeline(mask.tiles(tile), scores, softmax, accumulate)
+        blocks.pipeline(mask.tiles(tile, shape.heads), scores, softmax, accumulate)
 
     for kind in table.kinds:
         pl.when((info & blocks.KIND_BITS) == kind)(functools.partial(attend, kind))
@@ -175,8 +193,8 @@ def _forward_kernel(
     def _finish() -> None:
         for h in range(shape.heads):
             seen_1T = max_ref[h] > MASKED / 2
-            sum_1T = jnp.where(seen_1T, sum_ref[h], 1.0)
-            out_VT = jnp.where(seen_1T, acc_ref[h] / sum_1T, 0.0)
+            sum_1T = jnp.where(seen_1T, acc_ref[h, VALUE : VALUE + 1], 1.0)
+            out_VT = jnp.where(seen_1T, acc_ref[h, :VALUE] / sum_1T, 0.0)
             out_ref[0, :, h * VALUE : (h + 1) * VALUE] = out_VT.T.astype(out_ref.dtype)
-            lse_1T = max_ref[h] * scale + jnp.log(sum_1T)
+            lse_1T = max_ref[h] / LOG2_E + jnp.log(sum_1T)
             lse_ref[0, 0, h : h + 1] = jnp.where(seen_1T, lse_1T, -jnp.inf)

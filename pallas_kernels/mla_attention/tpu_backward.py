@@ -234,19 +234,40 @@ def _backward_kernel(
     def _start_keys() -> None:
         dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)
         dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
-        k_cols_ref[...] = jnp.zeros_like(k_cols_ref)
         k_rope_RS = k_rope_ref[0].T
         for h in range(heads):
-            k_cols_ref[h, :NOPE] = k_nope_ref[0, :, h * NOPE : (h + 1) * NOPE].T
+            k_nope_SN = k_nope_ref[0, :, h * NOPE : (h + 1) * NOPE]
             # Each head's rotary part meets its own half of the queries' 128 rotary lanes.
-            k_cols_ref[h, NOPE + h * ROPE : NOPE + (h + 1) * ROPE] = k_rope_RS
-            k_rows_ref[h] = k_cols_ref[h].T
+            halves = [jnp.zeros_like(k_rope_RS) for _ in range(shape.rope_lanes // ROPE)]
+            halves[h] = k_rope_RS
+            rope_RS = jnp.concatenate(halves)
+            k_cols_ref[h, :NOPE], k_cols_ref[h, NOPE:] = k_nope_SN.T, rope_RS
+            k_rows_ref[h, :, :NOPE], k_rows_ref[h, :, NOPE:] = k_nope_SN, rope_RS.T
             v_cols_ref[h] = v_ref[0, :, h * VALUE : (h + 1) * VALUE].T
 
-    def attend(kind: int) -> None:
-        index = (q_index, k_index)
+    part_q, part_k = (tile.part if n % tile.part == 0 else n for n in (block_q, block_k))
+
+    def attend(kind: int, q_start: Any, k_start: Any) -> None:
+        q_here, k_here = pl.ds(q_start, part_q), pl.ds(k_start, part_k)
+        q_nope, q_rope, d_out = (ref.at[0, q_here] for ref in (q_nope_ref, q_rope_ref, d_out_ref))
+        lse, delta = (ref.at[0, 0, :, q_here] for ref in (lse_ref, delta_ref))
+        k_cols, v_cols, dk_acc, dv_acc = (
+            ref.at[:, :, k_here] for ref in (k_cols_ref, v_cols_ref, dk_acc_ref, dv_acc_ref)
+        )
+        k_rows = k_rows_ref.at[:, k_here]
+        dq_start = pl.multiple_of(q_index * block_q + q_start, LANES)
+        dq_acc = dq_acc_ref.at[pl.ds(dq_start, part_q)]
         mask = blocks.BlockMask(
-            kind, shape, causal, index, offset_ref[batch], segment_refs, keys_in_lanes=True
+            kind=kind,
+            size=(part_q, part_k),
+            first=(q_index * block_q + q_start + offset_ref[batch], k_index * block_k + k_start),
+            num_keys=shape.keys,
+            causal=causal,
+            segment_refs=[
+                ref.at[:, :, here]
+                for ref, here in zip(segment_refs, (q_here, k_here), strict=False)
+            ],
+            keys_in_lanes=True,
         )
         cache: dict[Any, Array] = {}
 
@@ -257,24 +278,27 @@ def _backward_kernel(
             return cache[key]
 
         def column(ref: Any, h: int, queries: slice) -> Array:
-            row_1T = ref[0, 0, h : h + 1, queries]
+            row_1T = ref[h : h + 1, queries]
             return jnp.broadcast_to(row_1T, (LANES, row_1T.shape[1])).T[:, :1]
 
+        def transposed(h: int, queries: slice) -> Array:
+            q_nope_NT = q_nope[queries, h * NOPE : (h + 1) * NOPE].T
+            return jnp.concatenate([q_nope_NT, q_rope[queries].T[h * ROPE : (h + 1) * ROPE]])
+
         def matmuls(h: int, queries: slice, keys: slice) -> tuple[Array, Array]:
-            q_nope_TN = q_nope_ref[0, queries, h * NOPE : (h + 1) * NOPE]
-            q_TK = jnp.concatenate([q_nope_TN, q_rope_ref[0, queries]], axis=1)
-            d_out_TV = d_out_ref[0, queries, h * VALUE : (h + 1) * VALUE]
-            return blocks.dot(q_TK, k_cols_ref[h, :, keys]), blocks.dot(
-                d_out_TV, v_cols_ref[h, :, keys]
-            )
+            q_nope_TN = q_nope[queries, h * NOPE : (h + 1) * NOPE]
+            q_TK = jnp.concatenate([q_nope_TN, q_rope[queries]], axis=1)
+            scores_TS = blocks.dot(q_TK, k_cols[h, :, keys])
+            d_out_TV = d_out[queries, h * VALUE : (h + 1) * VALUE]
+            return scores_TS, blocks.dot(d_out_TV, v_cols[h, :, keys])
 
         def elementwise(
             h: int, queries: slice, keys: slice, products: tuple[Array, Array]
         ) -> tuple[Array, Array]:
             scores_TS, d_weights_TS = products
             scores_TS = mask.apply(scores_TS, queries, keys)
-            lse_T1 = once("lse", h, queries, lambda: column(lse_ref, h, queries))
-            delta_T1 = once("delta", h, queries, lambda: column(delta_ref, h, queries))
+            lse_T1 = once("lse", h, queries, lambda: column(lse, h, queries))
+            delta_T1 = once("delta", h, queries, lambda: column(delta, h, queries))
             weights_TS = jnp.exp2(scores_TS * (scale * LOG2_E) - lse_T1)
             d_scores_TS = weights_TS * (d_weights_TS - delta_T1)
             return weights_TS.astype(v_ref.dtype), d_scores_TS.astype(v_ref.dtype)
@@ -282,32 +306,38 @@ def _backward_kernel(
         def accumulate(
             h: int, queries: slice, keys: slice, weights_TS: Array, d_scores_TS: Array
         ) -> None:
-            d_out_VT = once(
-                "d_out", h, queries, lambda: d_out_ref[0, queries, h * VALUE : (h + 1) * VALUE].T
-            )
-            q_KT = once(
-                "q",
-                h,
-                queries,
-                lambda: jnp.concatenate(
-                    [
-                        q_nope_ref[0, queries, h * NOPE : (h + 1) * NOPE].T,
-                        q_rope_ref[0, queries].T[h * ROPE : (h + 1) * ROPE],
-                    ]
-                ),
-            )
-            dv_acc_ref[h, :, keys] += blocks.dot(d_out_VT, weights_TS)
-            dk_acc_ref[h, :, keys] += blocks.dot(q_KT, d_scores_TS)
-            dq_TK = blocks.dot(d_scores_TS, k_rows_ref[h, keys])
-            start = pl.multiple_of(q_index * block_q + queries.start, LANES)
-            rows = pl.ds(start, queries.stop - queries.start)
-            dq_acc_ref[rows, h * NOPE : (h + 1) * NOPE] += dq_TK[:, :NOPE]
-            dq_acc_ref[rows, heads * NOPE :] += dq_TK[:, NOPE:]
+            head = slice(h * NOPE, (h + 1) * NOPE)
+            d_out_VT = once("d_out", h, queries, lambda: d_out[queries, head].T)
+            q_KT = once("q", h, queries, lambda: transposed(h, queries))
+            dv_acc[h, :, keys] += blocks.dot(d_out_VT, weights_TS)
+            dk_acc[h, :, keys] += blocks.dot(q_KT, d_scores_TS)
+            dq_TK = blocks.dot(d_scores_TS, k_rows[h, keys])
+            dq_acc[queries, head] += dq_TK[:, :NOPE]
+            dq_acc[queries, heads * NOPE :] += dq_TK[:, NOPE:]
 
-        blocks.pipeline(mask.tiles(tile), matmuls, elementwise, accumulate)
+        blocks.pipeline(mask.tiles(tile, heads), matmuls, elementwise, accumulate)
 
-    for kind in table.kinds:
-        pl.when((info & blocks.KIND_BITS) == kind)(functools.partial(attend, kind))
+    # The code below is a part's, run over the block's parts: a block's would be too long.
+    kinds = table.kinds
+    if block_q > part_q and blocks.DIAGONAL in kinds:
+        kinds = tuple({blocks.FULL, *kinds})
+
+    @pl.when((info & blocks.KIND_BITS) != blocks.SKIP)
+    def _attend() -> None:
+        @pl.loop(0, block_k // part_k)
+        def _keys(part_of_keys: Any) -> None:
+            @pl.loop(0, block_q // part_q)
+            def _queries(part_of_queries: Any) -> None:
+                kind = info & blocks.KIND_BITS
+                below = jnp.where(part_of_queries > part_of_keys, blocks.FULL, blocks.SKIP)
+                on_it = jnp.where(part_of_queries == part_of_keys, blocks.DIAGONAL, below)
+                kind = jnp.where(kind == blocks.DIAGONAL, on_it, kind)
+                starts = (
+                    pl.multiple_of(part_of_queries * part_q, LANES),
+                    pl.multiple_of(part_of_keys * part_k, LANES),
+                )
+                for body in kinds:
+                    pl.when(kind == body)(functools.partial(attend, body, *starts))
 
     @pl.when((info & blocks.INNER_LAST) != 0)
     def _finish_queries() -> None:

@@ -49,7 +49,8 @@ def decode(
     """Attends from the last tokens to the cached latents; the arguments are `mla_decode`'s."""
     _check(q_latent_BTHC, pages, page_table_BP)
     B, T, H, C = q_latent_BTHC.shape
-    R = q_rope_BTHR.shape[-1]
+    # A pool made for TPUs holds rotary keys of 128 lanes, of which those past the query's are 0.
+    R = max(q_rope_BTHR.shape[-1], pages.rope.shape[-1])
     rows = -(-T * H // ROWS) * ROWS
     table_tokens = page_table_BP.shape[1] * pages.page_size
     tile = tiles.TPU
@@ -61,11 +62,11 @@ def decode(
     )
     geometry = _Geometry(B, T, H, page_table_BP.shape[1], pages.page_size, block_pages, splits)
 
-    def flat(q_BTHX: Array) -> Array:
+    def flat(q_BTHX: Array, width: int) -> Array:
         q_BMX = q_BTHX.reshape(B, T * H, -1)
-        return jnp.pad(q_BMX, ((0, 0), (0, rows - T * H), (0, 0)))
+        return jnp.pad(q_BMX, ((0, 0), (0, rows - T * H), (0, width - q_BMX.shape[-1])))
 
-    operands = [flat(q_latent_BTHC), flat(q_rope_BTHR), pages.latent, pages.rope]
+    operands = [flat(q_latent_BTHC, C), flat(q_rope_BTHR, R), pages.latent, pages.rope]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     specs = [
         pl.BlockSpec((1, rows, C), lambda s, b, *_: (b, 0, 0)),

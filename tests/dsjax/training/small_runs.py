@@ -26,6 +26,7 @@ from dsjax.config import (
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LENGTH = 32
+STARTED: list[subprocess.Popen] = []  # so that a test that fails leaves none behind
 
 # One dense and one sparse layer; all widths can be divided over eight devices.
 MODEL = ModelConfig(
@@ -98,10 +99,12 @@ def write_run(config: TrainConfig, path: Path) -> Path:
 def start_cli(*arguments: object, num_devices: int = 1, **environment: str) -> subprocess.Popen:
     """Starts `dsjax` as a process of its own."""
     env = dict(os.environ) | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        # Slower programs, sooner compiled: what these runs spend their time on.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices} "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "PYTHONUNBUFFERED": "1",
     }
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "dsjax", *map(str, arguments)],
         cwd=REPOSITORY,
         env=env | environment,
@@ -109,12 +112,14 @@ def start_cli(*arguments: object, num_devices: int = 1, **environment: str) -> s
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def run_cli(*arguments: object, num_devices: int = 1, **environment: str):
     """Runs `dsjax` to its end; returns exit code, standard output and standard error."""
     process = start_cli(*arguments, num_devices=num_devices, **environment)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     return process.returncode, out, err
 
 

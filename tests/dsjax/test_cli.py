@@ -1,0 +1,174 @@
+"""The command line: what it prints, and one line with exit code 2 for what a user can mend."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsjax.cli import main
+from dsjax.config import BatchConfig, MeshConfig, TrainConfig
+from tests.dsjax.training.small_runs import MODEL, REPOSITORY, small_run, write_run
+
+FIGURES = {
+    "deepseek_v2": (235_741_434_880, 21_375_800_320, 29_102, 69_120),
+    "deepseek_v2_5": (235_741_434_880, 21_375_800_320, 29_102, 69_120),
+    "deepseek_v2_lite": (15_706_484_224, 2_661_150_208, 5_291, 31_104),
+}
+
+
+@pytest.fixture
+def dsjax(monkeypatch, capsys):
+    """Runs a command in this process; returns exit code, standard output and standard error."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dsjax", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", FIGURES)
+def test_info_prints_the_exact_figures(dsjax, name: str):
+    code, out, _ = dsjax("info", f"configs/models/{name}.py", "--json")
+    assert code == 0
+    figures = json.loads(out)
+    names = ("parameters", "active_parameters", "hf_tensors", "latent_cache_bytes_per_token")
+    assert tuple(figures[name] for name in names) == FIGURES[name]
+    assert figures["full_cache_bytes_per_token"] > 8 * figures["latent_cache_bytes_per_token"]
+    assert figures["train_flops_per_token"] > 6 * (figures["active_parameters"] - 10**9)
+
+
+def test_info_as_a_table_and_with_overrides(dsjax):
+    code, out, _ = dsjax("info", "configs/models/tiny.py", "moe.top_k=2", "--length", "512")
+    assert code == 0
+    rows = dict(line.split() for line in out.splitlines()[1:])
+    assert rows["train_length"] == "512"
+    assert rows["latent_cache_bytes_per_token"] == f"{4 * (64 + 16) * 2:,}"
+
+
+def write(config: TrainConfig, folder: Path, source: str = "") -> Path:
+    path = write_run(config, folder / "run.py")
+    return path
+
+
+@pytest.fixture
+def errors(dsjax, corpus, tmp_path: Path):
+    """Runs `dsjax train` on a run that must be refused; returns the one line."""
+
+    def call(config: TrainConfig | None = None, *overrides: str) -> str:
+        config = config or small_run(tmp_path / "run", corpus)
+        code, out, err = dsjax("train", write_run(config, tmp_path / "run.py"), *overrides)
+        lines = [line for line in err.splitlines() if not line.startswith("kernels on ")]
+        assert code == 2, err
+        assert out == ""
+        assert len(lines) == 1, err
+        return lines[0]
+
+    return call
+
+
+@pytest.mark.core
+def test_unknown_keys_name_the_nearest(errors):
+    assert errors(None, "model.moe.topk=2") == (
+        "error: model.moe.topk: no such config field; did you mean model.moe.top_k?"
+    )
+    assert "must be FIELD=VALUE" in errors(None, "model.moe.top_k")
+    assert errors(None, "num_steps=many").startswith("error: num_steps=many: must be int")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.moe.num_groups=3", "moe.num_groups=3: must divide moe.num_experts=8"),
+        ("model.moe.top_k=5", "moe.top_k=5: must not exceed the 4 experts"),
+        ("model.attention.qk_rope_head_dim=7", "attention.qk_rope_head_dim=7: must be even"),
+        ("model.dtype=float16", "model.dtype=float16: must be one of float32, bfloat16"),
+        ("data.length=65", "data.length=65: must not exceed model.max_length=64"),
+        ("data.tokenizer=nowhere.json", "nowhere.json"),
+        ("mesh.fsdp=3", "does not fit the 8 devices"),
+        ("batch.size=12", "batch.size=12: its slices of 12 sequences must be divisible by the 8"),
+    ],
+)
+def test_impossible_fields_are_named(errors, override: str, message: str):
+    assert message in errors(None, override)
+
+
+def test_a_mesh_that_does_not_divide_the_model_names_every_parameter(errors, corpus, tmp_path):
+    config = small_run(tmp_path / "run", corpus, mesh=MeshConfig(tensor=8, fsdp=1))
+    line = errors(config)
+    assert "wq_nope: heads=2 is not divisible by mesh ('tensor',)=8" in line
+    assert "lm_head" not in line
+
+
+def test_an_empty_corpus_names_the_folder(errors, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in errors(small_run(tmp_path / "run", tmp_path / "empty"))
+    (tmp_path / "empty" / "none.jsonl").write_text("")
+    assert str(tmp_path / "empty") in errors(small_run(tmp_path / "run", tmp_path / "empty"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_document_longer_than_the_context_names_the_document(errors, corpus, tmp_path: Path):
+    (tmp_path / "long").mkdir()
+    text = json.dumps({"text": "x" * 40}) + "\n"
+    (tmp_path / "long" / "a.jsonl").write_text(text)
+    config = small_run(tmp_path / "run", tmp_path / "long")
+    line = errors(replace(config, data=replace(config.data, long_documents="error")))
+    assert "a.jsonl" in line
+    assert "document of 42 tokens is longer than a row, length=32" in line
+
+
+@pytest.mark.core
+def test_a_checkpoint_of_another_config_names_the_fields(errors, trained_run: TrainConfig):
+    other = replace(trained_run, model=replace(MODEL, intermediate_dim=64))
+    line = errors(replace(other, batch=BatchConfig(size=8)))
+    assert line == (
+        f"error: directory={trained_run.directory!r}: holds a model of another config: "
+        "model.intermediate_dim=48, not 64"
+    )
+    assert (Path(trained_run.directory) / "checkpoints" / "6").is_dir()
+
+
+def test_what_is_no_run_is_refused(dsjax, tmp_path: Path):
+    code, _, err = dsjax("train", "configs/models/tiny.py")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "describes a model; training takes a run" in err
+    code, _, err = dsjax("train", tmp_path / "none.py")
+    assert (code, err) == (2, f"error: {tmp_path / 'none.py'}: no such config\n")
+    code, _, err = dsjax("generate", tmp_path / "none", "--prompt", "a")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert str(tmp_path / "none") in err
+
+
+@pytest.mark.slow
+def test_generate_streams_one_prompt_and_labels_several(dsjax, trained_run: TrainConfig):
+    run = trained_run.directory
+    arguments = ("--max-tokens", 6, "--dtype", "float32")
+    code, alone, _ = dsjax("generate", run, "--prompt", "1 + 2", *arguments)
+    assert code == 0
+    code, both, _ = dsjax("generate", run, "--prompt", "1 + 2", "--prompt", "é", *arguments)
+    assert code == 0
+    assert both.startswith("--- '1 + 2'\n" + alone + "--- 'é'\n")
+    code, _, err = dsjax("generate", run, "--prompt", "1", "--chat", *arguments)
+    assert code == 2
+    assert "has no chat template" in err
+    code, _, err = dsjax("generate", run, "--prompt", "1", "--dtype", "float16")
+    assert code == 2
+    assert "float16" in err
+
+
+def test_check_prints_the_config(dsjax, trained_run, tmp_path: Path):
+    code, out, _ = dsjax("check", write_run(trained_run, tmp_path / "run.py"), "seed=7")
+    assert code == 0
+    assert "seed=7" in out
+    assert "top_groups=2" in out

@@ -1,0 +1,70 @@
+"""Parameters, cache and FLOPs against the published sizes."""
+
+from dataclasses import replace
+
+import jax
+import pytest
+from flax import nnx
+
+from configs.models import deepseek_v2, deepseek_v2_lite, tiny
+from dsjax.chips import peak_flops
+from dsjax.counts import count_parameters, describe, train_flops_per_token
+from dsjax.model import DeepSeekV2
+from tests.small_models import SMALL
+
+pytestmark = pytest.mark.core
+
+
+def test_deepseek_v2():
+    figures = describe(deepseek_v2.config, 4096)
+    assert figures["parameters"] == 235_741_434_880
+    assert figures["active_parameters"] == 21_375_800_320
+    assert figures["hf_tensors"] == 29_102
+    assert figures["latent_cache_bytes_per_token"] == 69_120
+    assert figures["full_cache_bytes_per_token"] == 60 * 128 * (192 + 128) * 2
+    assert figures["cache_saving"] == pytest.approx(1 - 69_120 / 4_915_200)
+
+
+def test_deepseek_v2_lite():
+    figures = describe(deepseek_v2_lite.config, 4096)
+    assert figures["parameters"] == 15_706_484_224
+    assert figures["active_parameters"] == 2_661_150_208
+    assert figures["hf_tensors"] == 5_291
+    assert figures["latent_cache_bytes_per_token"] == 31_104
+
+
+def test_parameters_are_those_that_a_model_has():
+    total, active = count_parameters(SMALL)
+    leaves = jax.tree.leaves(nnx.eval_shape(lambda: nnx.state(DeepSeekV2(SMALL, nnx.Rngs(0)))))
+    assert total == sum(leaf.size for leaf in leaves)
+    # Two sparse layers of eight experts, three at a time, of three matrices of 32 by 20.
+    assert total - active == 2 * (8 - 3) * 3 * 32 * 20
+    dense = replace(SMALL, moe=None, num_dense_layers=3)
+    assert len(set(count_parameters(dense))) == 1
+
+
+def test_flops_are_those_of_the_matmuls():
+    config = tiny.config
+    short, long = (train_flops_per_token(config, length) for length in (256, 1024))
+    # Attention alone grows with the length: 4 heads of 48 and 32, over 4 layers.
+    assert long - short == 768 * 4 * 4 * (4 * 48 + 3 * 32)
+    _, active = count_parameters(config)
+    assert short == 6 * (active - 258 * 128) + 256 * 4 * 4 * (4 * 48 + 3 * 32)
+
+
+def test_the_longest_name_decides_a_chips_peak():
+    class Device:
+        def __init__(self, kind: str) -> None:
+            self.device_kind = kind
+
+    peaks = {
+        "TPU v5 lite": 197e12,
+        "TPU v5p": 459e12,
+        "TPU v5": 459e12,
+        "TPU v6 lite": 918e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "cpu": None,
+    }
+    for kind, peak in peaks.items():
+        assert peak_flops(Device(kind)) == peak

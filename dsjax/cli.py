@@ -121,7 +121,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="Of the result; default as stored.")] = None,
 ) -> None:
     """Converts a checkpoint from Hugging Face to ours, or from ours to Hugging Face."""
-    from dsjax.convert import convert as run
+    from dsjax.weights.convert import convert as run
 
     run(source, destination, dtype=dtype)
 

@@ -25,10 +25,10 @@ import typer
 
 from dsjax.config import ModelConfig
 from dsjax.config.load import load_model_config
-from dsjax.hf import hf_table
-from dsjax.hf_export import INDEX_NAME, config_json, create_file, plan_shards, write_tensor
-from dsjax.progress import ByteProgress
-from dsjax.safetensors_io import SafetensorsFolder
+from dsjax.weights.hf_export import INDEX_NAME, config_json, create_file, plan_shards, write_tensor
+from dsjax.weights.hf_table import hf_table
+from dsjax.weights.progress import ByteProgress
+from dsjax.weights.safetensors_io import SafetensorsFolder
 
 _ITEM_BYTES = 2  # bfloat16
 
@@ -87,8 +87,8 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 def convert_in_process(src: Path, dst: Path) -> tuple[float, float]:
-    """Runs `dsjax.convert.convert` by itself; returns seconds and peak resident GB."""
-    code = "import sys; from dsjax.convert import convert; convert(*sys.argv[1:])"
+    """Runs `dsjax.weights.convert.convert` by itself; returns seconds and peak resident GB."""
+    code = "import sys; from dsjax.weights.convert import convert; convert(*sys.argv[1:])"
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", code, str(src), str(dst)])
     _, status, usage = os.wait4(process.pid, 0)

@@ -16,8 +16,8 @@ import pytest
 from flax import nnx
 
 from dsjax.config.huggingface import from_hf_config
-from dsjax.hf import params_from_hf
 from dsjax.model import abstract_model
+from dsjax.weights.hf_table import params_from_hf
 from tests.conftest import require_module
 
 # Shapes of the three released models with narrow layers, on their own YaRN factors.

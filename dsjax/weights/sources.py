@@ -14,14 +14,14 @@ from typing import Any, Literal, Protocol, cast
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.assets import ASSETS, Assets, small_files
 from dsjax.config import ModelConfig, TrainConfig, from_json, to_json
 from dsjax.config.huggingface import from_hf_config
 from dsjax.config.load import read_json
 from dsjax.config.model import DType
-from dsjax.hf import HFTable, Path, hf_table, is_ignored
-from dsjax.param_store import ITEM, ParamStore
-from dsjax.safetensors_io import SafetensorsFolder, float_dtype
+from dsjax.weights.assets import ASSETS, Assets, small_files
+from dsjax.weights.hf_table import HFTable, Path, hf_table, is_ignored
+from dsjax.weights.param_store import ITEM, ParamStore
+from dsjax.weights.safetensors_io import SafetensorsFolder, float_dtype
 
 MANIFEST = "dsjax.json"  # its presence says that a model checkpoint is complete
 FORMAT = 1

@@ -22,17 +22,17 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from dsjax import assets as asset_files
-from dsjax.assets import ASSETS, TOKENIZER_FILE, Assets
 from dsjax.config import ModelConfig
-from dsjax.hf import Path, hf_table
-from dsjax.hf_export import INDEX_NAME, config_json, create_file, plan_shards, read_tensor
-from dsjax.hf_export import write_tensor as write_hf_tensor
 from dsjax.kernels import Kernels, choose_kernels
 from dsjax.model import DeepSeekV2, abstract_model, param_shardings
-from dsjax.param_store import save_arrays
 from dsjax.sharding import ShardingRules
-from dsjax.weight_sources import (
+from dsjax.weights import assets as asset_files
+from dsjax.weights.assets import ASSETS, TOKENIZER_FILE, Assets
+from dsjax.weights.hf_export import INDEX_NAME, config_json, create_file, plan_shards, read_tensor
+from dsjax.weights.hf_export import write_tensor as write_hf_tensor
+from dsjax.weights.hf_table import Path, hf_table
+from dsjax.weights.param_store import save_arrays
+from dsjax.weights.sources import (
     MANIFEST,
     WeightSource,
     describe,

@@ -22,9 +22,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.assets import ASSETS, copy_files
-from dsjax.hf import HFTensor, Path
-from dsjax.hf_export import (
+from dsjax.weights.assets import ASSETS, copy_files
+from dsjax.weights.hf_export import (
     HEADERS_FILE,
     INDEX_NAME,
     config_json,
@@ -35,10 +34,10 @@ from dsjax.hf_export import (
     unpack_headers,
     write_tensor,
 )
-from dsjax.param_store import ITEM, ParamStore, one_line
-from dsjax.progress import ByteProgress
-from dsjax.strided_copy import copy_strided
-from dsjax.weight_sources import (
+from dsjax.weights.hf_table import HFTensor, Path
+from dsjax.weights.param_store import ITEM, ParamStore, one_line
+from dsjax.weights.progress import ByteProgress
+from dsjax.weights.sources import (
     MANIFEST,
     RUN_FILE,
     CheckpointSource,
@@ -49,6 +48,7 @@ from dsjax.weight_sources import (
     weight_dtype,
     with_param_dtype,
 )
+from dsjax.weights.strided_copy import copy_strided
 
 _WORKERS = 4
 # What is redone after a kill at most: so many bytes between two entries of the journal.

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from dsjax.config import ModelConfig
-from dsjax.strided_copy import copy_strided
+from dsjax.weights.strided_copy import copy_strided
 
 Path = tuple[str, ...]
 

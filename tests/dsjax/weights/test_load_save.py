@@ -25,11 +25,11 @@ from dsjax.config import (
     to_json,
 )
 from dsjax.config.load import load_model_config
-from dsjax.convert import convert
 from dsjax.data.tokenizer import load_tokenizer
-from dsjax.hf import params_to_hf
 from dsjax.sharding import inference_rules, make_mesh, train_rules
 from dsjax.weights import load_weights, locate, save_assets, save_weights
+from dsjax.weights.convert import convert
+from dsjax.weights.hf_table import params_to_hf
 from tests.small_models import SMALL, SMALL_LITE, random_model
 
 TOKENIZER = {"tokenizer.json": '{"a": 1}', "tokenizer_config.json": "{}", "README.md": "# é"}
@@ -125,7 +125,9 @@ def test_eight_devices_hold_the_same_weights(tmp_path, config, rules):
 
 
 def test_large_arrays_cross_between_host_and_devices_in_parts(places, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("dsjax.weights._HOST_BYTES", 6000)  # a third of the experts' arrays
+    monkeypatch.setattr(
+        "dsjax.weights.load_save._HOST_BYTES", 6000
+    )  # a third of the experts' arrays
     assert_same_weights(load_weights(places / "ours"), model)
     mesh = make_mesh(MeshConfig(fsdp=1, expert=2), devices=jax.devices()[:2])
     sharded = load_weights(places / "hf", dtype="float32", rules=train_rules(mesh))

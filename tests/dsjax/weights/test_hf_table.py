@@ -10,9 +10,15 @@ from flax import nnx
 
 from dsjax.config import ModelConfig
 from dsjax.config.huggingface import from_hf_config
-from dsjax.hf import hf_table, hf_tensor_shapes, is_ignored, params_from_hf, params_to_hf
 from dsjax.model import abstract_model
-from dsjax.strided_copy import copy_strided
+from dsjax.weights.hf_table import (
+    hf_table,
+    hf_tensor_shapes,
+    is_ignored,
+    params_from_hf,
+    params_to_hf,
+)
+from dsjax.weights.strided_copy import copy_strided
 from tests.small_models import SMALL, SMALL_LITE
 
 DENSE = replace(SMALL, moe=None, num_dense_layers=SMALL.num_layers)

@@ -9,16 +9,15 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from dsjax.config import ModelConfig, TrainConfig
+from dsjax.config import TrainConfig
 from dsjax.config.load import load_train_config
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 from dsjax.infer.generate import generate
 from dsjax.infer.sampler import Sampling
-from dsjax.kernels import Kernels, choose_kernels
 from dsjax.model import DeepSeekV2
-from dsjax.sharding import ShardingRules, inference_rules
+from dsjax.sharding import inference_rules
 from dsjax.training.loop import FitResult, fit
-from dsjax.weights import Source, load_weights, locate, save_weights
+from dsjax.weights import load_weights, locate, save_weights
 
 Message = dict[str, Any]
 
@@ -117,22 +116,10 @@ def load(
     Raises:
         ValueError: there is no model there, or it is damaged; names the file.
     """
-    source: Source = locate(path_or_hub_name)
-    rules = inference_rules(mesh)
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    model = load_weights(
-        source.path, dtype=dtype, rules=rules, kernels=_kernels(device, source.config, dtype)
-    )
+    source = locate(path_or_hub_name)
+    model = load_weights(source.path, dtype=dtype, rules=inference_rules(mesh))
     tokenizer = None if source.tokenizer is None else load_tokenizer(source.tokenizer)
     return LanguageModel.of(model, tokenizer, source.path)
-
-
-def _kernels(device: jax.Device, config: ModelConfig, dtype: str | None) -> Kernels:
-    import dataclasses
-
-    if dtype is not None:
-        config = dataclasses.replace(config, dtype=dtype)  # type: ignore[arg-type]
-    return choose_kernels(device, config)
 
 
 def save(
@@ -164,6 +151,3 @@ def train(config: TrainConfig | str | Path, overrides: Sequence[str] = ()) -> Fi
     if not isinstance(config, TrainConfig):
         config = load_train_config(config, overrides)
     return fit(config)
-
-
-__all__ = ["LanguageModel", "ShardingRules", "load", "save", "train"]

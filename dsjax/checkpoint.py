@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from dsjax.config import CheckpointConfig, TrainConfig, from_json, to_json
+from dsjax.weights.param_store import saving_context
 
 RUN_FILE = "run.json"
 STEPS_FOLDER = "checkpoints"
@@ -35,6 +36,8 @@ class RunCheckpoints:
         self._folder = run / STEPS_FOLDER
         self._checkpointer = training.Checkpointer(
             self._folder,
+            # Cut so that generation and conversion can read a layer or an expert by itself.
+            context=saving_context(),
             preservation_policy=training.preservation_policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )

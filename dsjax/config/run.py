@@ -215,7 +215,8 @@ class TokenDropping:
 
     Attributes:
         capacity_factor: assignments a device computes, over an even share of all assignments.
-        undropped_fraction: share of the sequences exempt from dropping.
+        undropped_fraction: share of the sequences exempt from dropping: the first rows of a
+            batch, which the shuffle has made random ones.
     """
 
     capacity_factor: float = 1.0
@@ -334,7 +335,7 @@ class TrainConfig:
         data: its data; `data.length` is the training context.
         batch: sequences per step.
         num_steps: optimiser steps in all.
-        seed: of the initial weights and of token dropping.
+        seed: of the initial weights.
         init_from: a checkpoint or Hugging Face folder whose weights are the start; "" for random.
     """
 

@@ -43,7 +43,8 @@ def mla_attention(
 
     Differentiable in its five float arguments; the backward pass keeps the inputs, the output and
     the log-sum-exp, so its memory grows with T and not with T times S. Arrays of a manual mesh axis
-    (`jax.shard_map`), `jax.vmap`, `jax.lax.scan` and `jax.checkpoint` are all fine.
+    (`jax.shard_map`), `jax.vmap`, `jax.lax.scan` and `jax.checkpoint` are all fine; "hopper" wants
+    `check_vma=False` of the first.
 
     Args:
       q_nope_BTHN: Queries without position; any float dtype ("hopper": bfloat16 or float16).

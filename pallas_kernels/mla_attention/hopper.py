@@ -1,5 +1,6 @@
 """Latent attention for NVIDIA Hopper (sm_90a), in Pallas on Mosaic GPU."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -136,6 +137,11 @@ def _check(
     if q_nope_BTHN.dtype not in DTYPES:
         raise ValueError(
             f"q_nope_BTHN has dtype {q_nope_BTHN.dtype}, must have bfloat16 or float16 for 'hopper'"
+        )
+    if axes := jax.typeof(q_nope_BTHN).mat.varying:
+        raise ValueError(
+            f"q_nope_BTHN is typed as varying over manual axes {sorted(axes)}, must not for "
+            "'hopper': use jax.shard_map with check_vma=False"
         )
     if not scale > 0:
         raise ValueError(f"scale is {scale}, must be positive for 'hopper'")

@@ -32,13 +32,14 @@ class KeyRanges:
     """The blocks that query block i (or, transposed, key block i) is computed with.
 
     Blocks from `start_BI` to before `stop_BI` are visited, of which those from `full_start_BI` to
-    before `full_stop_BI` need no mask. Both bounds grow with i.
+    before `full_stop_BI` need no mask. Both bounds of what is visited grow with i. All are int32
+    arrays, in a kernel references to them.
     """
 
-    start_BI: Array
-    stop_BI: Array
-    full_start_BI: Array
-    full_stop_BI: Array
+    start_BI: Any
+    stop_BI: Any
+    full_start_BI: Any
+    full_stop_BI: Any
 
 
 def key_ranges(

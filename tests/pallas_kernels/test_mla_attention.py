@@ -9,6 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.mla_attention import mla_attention, mla_attention_with_lse
+from pallas_kernels.mla_attention.hopper_blocks import key_ranges
+from pallas_kernels.mla_attention.reference import visible_BTS
 from tests import oracle_attention
 from tests.oracle_attention import relative_error
 from tests.pallas_kernels.mla_attention_cases import CASES, LARGE_CASES, Case
@@ -187,3 +189,81 @@ def test_errors_name_the_argument():
         mla_attention(*arrays, scale=1.0, implementation="triton")
     with pytest.raises(ValueError, match="k_rope_BSR has dtype bfloat16"):
         attend(*arrays[:3], arrays[3].astype(jnp.bfloat16), arrays[4])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("case", CASES + LARGE_CASES, ids=lambda case: case.name)
+def test_hopper(case):
+    check(case, "hopper", jnp.bfloat16, 5e-3, seed=11)
+
+
+LOWERED = (
+    Case("300", batch=2, queries=300, keys=300),
+    Case("full", queries=256, keys=256, causal=False),
+    Case("all_masks", batch=2, queries=100, keys=260, num_segments=3, offsets=(160, 140)),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
+def test_hopper_lowers_without_a_gpu(case):
+    """Shared memory, shapes of products, layouts: all that Mosaic checks before a GPU is there."""
+    arrays, masks, d_out = case.draw(8, jnp.bfloat16)
+
+    def both(arrays, masks, d_out):
+        attend = functools.partial(mla_attention, **keywords(case, masks), implementation="hopper")
+        out, pullback = jax.vjp(attend, *arrays)
+        return out, pullback(d_out)
+
+    lowered = jax.jit(both).trace(arrays, masks, d_out).lower(lowering_platforms=("cuda",))
+    out, grads = lowered.out_info
+    assert out.shape == d_out.shape
+    assert [grad.shape for grad in grads] == [array.shape for array in arrays]
+    assert lowered.as_text().count("@mosaic_gpu_v2") == 2
+
+
+@pytest.mark.parametrize("q_size", [64, 128])
+@pytest.mark.parametrize("case", [*CASES, "shuffled"], ids=lambda case: getattr(case, "name", case))
+def test_key_ranges(case, q_size):
+    """Blocks outside of the ranges are hidden in whole, full ones are visible in whole."""
+    k_size = 128
+    shuffled = case == "shuffled"
+    case = Case("shuffled", batch=3, queries=700, keys=700, num_segments=4) if shuffled else case
+    B, T, S = case.batch, case.queries, case.keys
+    (q_ids, k_ids, offset) = case.draw(9, dims=(1, 1, 1))[1]
+    if shuffled:
+        q_ids = k_ids = jax.random.permutation(jax.random.key(0), k_ids, axis=1, independent=True)
+    num_q, num_k = -(-T // 128) * 128 // q_size, -(-S // k_size)
+    of_queries, of_keys = key_ranges(
+        num_q * q_size, S, q_size, k_size, q_ids, k_ids, offset, causal=case.causal, batch=B
+    )
+    visible = visible_BTS(jnp.arange(T), jnp.arange(S), q_ids, k_ids, offset, causal=case.causal)
+    visible = np.broadcast_to(visible, (B, T, S))
+    for b, i, j in np.ndindex(B, num_q, num_k):
+        block = visible[b, i * q_size : (i + 1) * q_size, j * k_size : (j + 1) * k_size]
+        in_queries = of_queries.start_BI[b, i] <= j < of_queries.stop_BI[b, i]
+        assert in_queries == (of_keys.start_BI[b, j] <= i < of_keys.stop_BI[b, j])
+        assert in_queries or not block.any()
+        full = of_queries.full_start_BI[b, i] <= j < of_queries.full_stop_BI[b, i]
+        full |= of_keys.full_start_BI[b, j] <= i < of_keys.full_stop_BI[b, j]
+        assert not full or (block.all() and (j + 1) * k_size <= S)
+    assert (of_queries.stop_BI > of_queries.start_BI).all()
+    assert (np.diff(of_queries.start_BI) >= 0).all()
+    assert (np.diff(of_queries.stop_BI) >= 0).all()
+
+
+def test_hopper_errors_name_the_argument():
+    case = Case("e", queries=4, keys=4)
+    attend = functools.partial(mla_attention, scale=1.0, implementation="hopper")
+    arrays = case.draw(10, jnp.bfloat16)[0]
+    with pytest.raises(ValueError, match="q_nope_BTHN has a last dim of 64, must have 128"):
+        attend(*case.draw(10, jnp.bfloat16, dims=(64, 64, 128))[0])
+    with pytest.raises(ValueError, match="q_rope_BTHR has a last dim of 32, must have 64"):
+        attend(*case.draw(10, jnp.bfloat16, dims=(128, 32, 128))[0])
+    with pytest.raises(ValueError, match="v_BSHV has a last dim of 64, must have 128"):
+        attend(*case.draw(10, jnp.bfloat16, dims=(128, 64, 64))[0])
+    with pytest.raises(ValueError, match="q_nope_BTHN has dtype float32"):
+        attend(*case.draw(10, jnp.float32)[0])
+    with pytest.raises(ValueError, match=r"scale is -1\.0"):
+        mla_attention(*arrays, scale=-1.0, implementation="hopper")

@@ -12,8 +12,8 @@ class TpuTile:
 
     Attributes:
         block: queries and keys of a grid step, what is held in VMEM.
-        part: queries and keys that the code of the backward kernel is for, run in a loop over a
-            block's parts.
+        part: queries and keys that the kernel's code is for; the backward kernel runs it in a
+            loop over a block's parts, the forward kernel has one part.
         chunk_q: queries of a tile, whose scores are computed at once.
         chunk_k: keys of a tile.
         keys_outer: whether a step goes through its keys' chunks in the outer loop.
@@ -21,10 +21,10 @@ class TpuTile:
     """
 
     block: int
+    part: int
     chunk_q: int
     chunk_k: int
     keys_outer: bool
-    part: int = 0
     sum_on_mxu: bool = False
 
     def order(self, heads: int, block_q: int, block_k: int) -> list[tuple[int, slice, slice]]:
@@ -41,7 +41,9 @@ def _cut(size: int, chunk: int) -> list[slice]:
 
 # A 128-wide MXU keeps v5e and v5p waiting for it; with the 256-wide one of v6e and 7x the vector
 # unit is as busy, and is spared the sums.
-TPU_FORWARD = TpuTile(block=1024, chunk_q=512, chunk_k=256, keys_outer=True, sum_on_mxu=True)
+TPU_FORWARD = TpuTile(
+    block=1024, part=1024, chunk_q=512, chunk_k=256, keys_outer=True, sum_on_mxu=True
+)
 TPU_BACKWARD = TpuTile(block=1024, part=512, chunk_q=256, chunk_k=512, keys_outer=False)
 # Queries whose gradient the backward kernel keeps in VMEM: 1.5 KiB each for a pair of heads.
 TPU_RESIDENT_TOKENS = 16384

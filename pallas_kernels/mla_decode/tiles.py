@@ -37,19 +37,21 @@ class TpuTile:
     """How the TPU kernel cuts its work.
 
     Attributes:
-        block_tokens: cached tokens of a block, which are attended to at once.
+        block_tokens: cached tokens of a block, which are fetched together.
+        chunk_tokens: tokens of a block whose scores are computed at once.
         buffers: blocks held in VMEM; all but one are on their way.
         splits: parts of a sequence, for chips of which two cores share a kernel.
         min_split_blocks: blocks of the page table per part below which it is not worth it.
     """
 
     block_tokens: int
+    chunk_tokens: int
     buffers: int
     splits: int
     min_split_blocks: int
 
 
-TPU = TpuTile(block_tokens=512, buffers=6, splits=2, min_split_blocks=4)
+TPU = TpuTile(block_tokens=1024, chunk_tokens=1024, buffers=4, splits=2, min_split_blocks=4)
 TPU_MAX_ROWS = 512
 # int32 entries of the page table: half of the megabyte of scalar memory.
 TPU_MAX_TABLE = 131072

@@ -171,27 +171,50 @@ def _kernel(
     # The cursor: the sequence and its block to be fetched next, and blocks taken so far.
     SEQUENCE, BLOCK, TAKEN = range(3)
 
-    def each_page(sequence: Any, block: Any, slot: Any, act: Any) -> None:
-        """Applies `act` to the copies that bring a block of a sequence into a slot."""
-        first_block, _ = geometry.split_blocks(lengths_ref[sequence], split)
-        first_page = (first_block + block) * geometry.block_pages
-        for p in range(geometry.block_pages):
-            page = first_page + p
-            needed = page * page_size < lengths_ref[sequence]
+    def copies(sequence: Any, page: Any, p: int, slot: Any) -> list[Any]:
+        """Returns the copies that bring a sequence's page to the p-th place of a slot."""
+        index = table_ref[sequence * geometry.table_pages + page]
+        here = pl.ds(p * page_size, page_size)
+        return [
+            pltpu.make_async_copy(source.at[index], target.at[slot, here], semaphores.at[slot])
+            for source, target in ((latent_hbm_ref, latent_ref), (rope_hbm_ref, rope_ref))
+        ]
 
-            @pl.when(needed & (page < geometry.table_pages))
-            def _copy(page: Any = page, p: int = p) -> None:
-                index = table_ref[sequence * geometry.table_pages + page]
-                for source, target in ((latent_hbm_ref, latent_ref), (rope_hbm_ref, rope_ref)):
-                    part = target.at[slot, pl.ds(p * page_size, page_size)]
-                    act(pltpu.make_async_copy(source.at[index], part, semaphores.at[slot]))
+    def each_page(sequence: Any, block: Any, slot: Any, act: Any, act_on_all: Any) -> None:
+        """Applies `act` to the copies of a block's pages, or `act_on_all` where it needs all."""
+        length = lengths_ref[sequence]
+        first_block, _ = geometry.split_blocks(length, split)
+        first_page = (first_block + block) * geometry.block_pages
+        end = jnp.minimum(pl.cdiv(length, page_size), geometry.table_pages)
+        needs_all = first_page + geometry.block_pages <= end
+        pl.when(needs_all)(functools.partial(act_on_all, sequence, first_page, slot))
+
+        @pl.when(~needs_all)
+        def _some() -> None:
+            for p in range(geometry.block_pages):
+
+                @pl.when(first_page + p < end)
+                def _one(p: int = p) -> None:
+                    for copy in copies(sequence, first_page + p, p, slot):
+                        act(copy)
+
+    def start_all(sequence: Any, first_page: Any, slot: Any) -> None:
+        for p in range(geometry.block_pages):
+            for copy in copies(sequence, first_page + p, p, slot):
+                copy.start()
+
+    def wait_all(sequence: Any, first_page: Any, slot: Any) -> None:
+        # One wait for as many bytes as all the pages have.
+        del sequence, first_page
+        for ref in (latent_ref, rope_ref):
+            pltpu.make_async_copy(ref.at[slot], ref.at[slot], semaphores.at[slot]).wait()
 
     def fetch_next(slot: Any) -> None:
         sequence, block = cursor_ref[SEQUENCE], cursor_ref[BLOCK]
 
         @pl.when(sequence < geometry.batch)
         def _fetch() -> None:
-            each_page(sequence, block, slot, lambda copy: copy.start())
+            each_page(sequence, block, slot, lambda copy: copy.start(), start_all)
             _, count = geometry.split_blocks(lengths_ref[sequence], split)
             done = block + 1 == count
             cursor_ref[SEQUENCE] = jnp.where(done, sequence + 1, sequence)
@@ -214,44 +237,68 @@ def _kernel(
 
     def attend(block: Any, slot: Any, *, edge: bool) -> None:
         first_token = (first_block + block) * block_tokens
-        latent_SC = latent_ref[slot].astype(compute_dtype)
-        rope_SR = rope_ref[slot].astype(compute_dtype)
-        if edge:
+
+        def latents(start: int, stop: int) -> Array:
+            latent_SC = latent_ref[slot, start:stop].astype(compute_dtype)
             # Slots behind the end may hold anything, NaN too.
-            token_S1 = jax.lax.broadcasted_iota(jnp.int32, (block_tokens, 1), 0) + first_token
-            latent_SC = jnp.where(token_S1 < length, latent_SC, 0)
-            rope_SR = jnp.where(token_S1 < length, rope_SR, 0)
-        scores_MS = _dot(q_latent_MC, latent_SC, transposed=True)
-        for scale_ref in scale_refs:
-            key_scale_1S = scale_ref[0, :, pl.ds(first_token, block_tokens)]
-            scores_MS = scores_MS * key_scale_1S
-        scores_MS = scores_MS + _dot(q_rope_MR, rope_SR, transposed=True)
-        if edge:
-            row_M1 = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-            query_M1 = sum(
-                ((row_M1 >= t * num_heads).astype(jnp.int32) for t in range(1, num_tokens)),
-                jnp.zeros_like(row_M1),
-            )
-            token_MS = jax.lax.broadcasted_iota(jnp.int32, scores_MS.shape, 1) + first_token
-            visible_MS = token_MS <= length - num_tokens + query_M1
-            scores_MS = jnp.where(visible_MS, scores_MS, MASKED)
-        old_M1 = max_ref[:, :1]
-        new_M1 = jnp.maximum(old_M1, scores_MS.max(axis=1, keepdims=True))
-        weights_MS = jnp.exp2((scores_MS - new_M1) * (scale * LOG2_E))
-        decay_M1 = jnp.exp2((old_M1 - new_M1) * (scale * LOG2_E))
-        sum_M1 = sum_ref[:, :1] * decay_M1 + weights_MS.sum(axis=1, keepdims=True)
-        max_ref[...] = jnp.broadcast_to(new_M1, max_ref.shape)
-        sum_ref[...] = jnp.broadcast_to(sum_M1, sum_ref.shape)
-        for scale_ref in scale_refs:
-            weights_MS = weights_MS * scale_ref[0, :, pl.ds(first_token, block_tokens)]
-        acc_ref[...] = acc_ref[...] * decay_M1 + _dot(weights_MS.astype(compute_dtype), latent_SC)
+            return jnp.where(cached(start, stop), latent_SC, 0) if edge else latent_SC
+
+        def cached(start: int, stop: int) -> Array:
+            token_S1 = jax.lax.broadcasted_iota(jnp.int32, (stop - start, 1), 0)
+            return token_S1 + (first_token + start) < length
+
+        def key_scale(start: int, stop: int) -> list[Array]:
+            here = pl.ds(pl.multiple_of(first_token + start, page_size), stop - start)
+            return [scale_ref[0, :, here] for scale_ref in scale_refs]
+
+        def scores(start: int, stop: int) -> Array:
+            rope_SR = rope_ref[slot, start:stop].astype(compute_dtype)
+            if edge:
+                rope_SR = jnp.where(cached(start, stop), rope_SR, 0)
+            scores_MS = _dot(q_latent_MC, latents(start, stop), transposed=True)
+            for scale_1S in key_scale(start, stop):
+                scores_MS = scores_MS * scale_1S
+            return scores_MS + _dot(q_rope_MR, rope_SR, transposed=True)
+
+        def softmax(start: int, stop: int, scores_MS: Array) -> tuple[Array, Array]:
+            if edge:
+                row_M1 = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+                query_M1 = jnp.zeros_like(row_M1)
+                for t in range(1, num_tokens):
+                    query_M1 = query_M1 + (row_M1 >= t * num_heads).astype(jnp.int32)
+                token_MS = jax.lax.broadcasted_iota(jnp.int32, scores_MS.shape, 1)
+                last_M1 = length - num_tokens + query_M1 - (first_token + start)
+                scores_MS = jnp.where(token_MS <= last_M1, scores_MS, MASKED)
+            old_M1 = max_ref[:, :1]
+            new_M1 = jnp.maximum(old_M1, scores_MS.max(axis=1, keepdims=True))
+            weights_MS = jnp.exp2((scores_MS - new_M1) * (scale * LOG2_E))
+            decay_M1 = jnp.exp2((old_M1 - new_M1) * (scale * LOG2_E))
+            sum_M1 = sum_ref[:, :1] * decay_M1 + weights_MS.sum(axis=1, keepdims=True)
+            max_ref[...] = jnp.broadcast_to(new_M1, max_ref.shape)
+            sum_ref[...] = jnp.broadcast_to(sum_M1, sum_ref.shape)
+            for scale_1S in key_scale(start, stop):
+                weights_MS = weights_MS * scale_1S
+            return weights_MS.astype(compute_dtype), decay_M1
+
+        def accumulate(start: int, stop: int, weights_MS: Array, decay_M1: Array) -> None:
+            acc_ref[...] = acc_ref[...] * decay_M1 + _dot(weights_MS, latents(start, stop))
+
+        # The next chunk's scores are issued before this one's softmax, to overlap with it.
+        starts = range(0, block_tokens, tile.chunk_tokens)
+        chunks = [(start, min(start + tile.chunk_tokens, block_tokens)) for start in starts]
+        ready = scores(*chunks[0])
+        for n, chunk in enumerate(chunks):
+            current = ready
+            if n + 1 < len(chunks):
+                ready = scores(*chunks[n + 1])
+            accumulate(*chunk, *softmax(*chunk, current))
 
     @pl.loop(0, num_blocks)
     def _block(block: Any) -> None:
         taken = cursor_ref[TAKEN]
         slot = jax.lax.rem(taken, tile.buffers)
         fetch_next(jax.lax.rem(taken + tile.buffers - 1, tile.buffers))
-        each_page(batch, block, slot, lambda copy: copy.wait())
+        each_page(batch, block, slot, lambda copy: copy.wait(), wait_all)
         last_token = (first_block + block + 1) * block_tokens - 1
         whole = last_token <= jnp.minimum(length - num_tokens, geometry.table_pages * page_size - 1)
         pl.when(whole)(functools.partial(attend, block, slot, edge=False))

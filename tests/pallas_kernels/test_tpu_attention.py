@@ -1,0 +1,189 @@
+"""Latent attention's TPU kernels: values and gradients simulated on the CPU, and compilation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.mla_attention import blocks, mla_attention, tiles, tpu
+from tests import oracle_attention
+from tests.conftest import require_module
+from tests.oracle_attention import relative_error
+from tests.pallas_kernels.mla_attention_cases import CASES, Case
+from tests.pallas_kernels.tpu_programs import TOPOLOGIES, compile_programs
+
+NAMES = ("dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv")
+
+
+def simulate(case, arrays, masks, d_out):
+    """Returns (out, lse, grads) from the simulator of a TPU, which fails on a race."""
+    options = {
+        "scale": case.scale,
+        "causal": case.causal,
+        "interpret": pltpu.InterpretParams(detect_races=True),
+    }
+    out, lse = tpu.forward(*arrays, *masks, **options)
+    return out, lse, tpu.backward(*arrays, *masks, out, lse, d_out, **options)
+
+
+def check(case, dtype, tolerance, seed):
+    arrays, masks, d_out = case.draw(seed, dtype)
+    out, lse, grads = simulate(case, arrays, masks, d_out)
+    want_out, want_lse, want_grads = oracle_attention.attend(
+        *arrays, *masks, d_out, scale=case.scale, causal=case.causal
+    )
+    assert out.dtype == dtype
+    assert lse.dtype == jnp.float32
+    assert relative_error(out, want_out) < tolerance
+    assert relative_error(lse, want_lse) < min(tolerance, 1e-3)
+    # A gradient that is 0 in theory is measured against the size of dv.
+    floor = np.linalg.norm(want_grads[4]) * 1e-2
+    for name, grad, want in zip(NAMES, grads, want_grads, strict=True):
+        assert grad.dtype == dtype
+        error = np.linalg.norm(np.asarray(grad).astype(np.float64) - want)
+        assert error / max(np.linalg.norm(want), floor) < tolerance, name
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several blocks and several chunks of each, at lengths that a simulator can do."""
+    small = {"block": 256, "chunk_q": 256, "chunk_k": 128}
+    monkeypatch.setattr(tiles, "TPU_FORWARD", dataclasses.replace(tiles.TPU_FORWARD, **small))
+    small = {"block": 256, "part": 128, "chunk_q": 128, "chunk_k": 128}
+    monkeypatch.setattr(tiles, "TPU_BACKWARD", dataclasses.replace(tiles.TPU_BACKWARD, **small))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.usefixtures("small_tiles")
+def test_bfloat16(case):
+    check(case, jnp.bfloat16, 5e-3, seed=len(case.name))
+
+
+@pytest.mark.parametrize("case", [CASES[7], CASES[-1]], ids=lambda case: case.name)
+@pytest.mark.usefixtures("small_tiles")
+def test_float32(case):
+    check(case, jnp.float32, 1e-5, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("1536", queries=1536, keys=1536),
+        Case("600_full", queries=600, keys=1000, heads=1, causal=False),
+    ],
+    ids=lambda case: case.name,
+)
+def test_tiles_of_the_table(case):
+    """The sizes that are used on a chip: whole blocks, diagonal blocks, ragged ones."""
+    check(case, jnp.bfloat16, 5e-3, seed=2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("causal", queries=300, keys=300),
+        Case("offset", queries=300, keys=200, num_segments=2, offsets=(40,)),
+    ],
+    ids=lambda case: case.name,
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_backward_in_pieces(case, monkeypatch):
+    """Sequences that are too long for VMEM: the sum over pieces."""
+    monkeypatch.setattr(tiles, "TPU_RESIDENT_TOKENS", 128)
+    check(case, jnp.bfloat16, 5e-3, seed=3)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_transformations():
+    """The public function under vmap and checkpoint, its kernels simulated."""
+    case = Case("t", batch=2, queries=70, keys=70)
+    arrays, _, d_out = case.draw(4, jnp.bfloat16)
+
+    def attend(*arrays):
+        return mla_attention(*arrays, scale=case.scale, implementation="tpu")
+
+    def mapped(*arrays):
+        split = [x[:, None] for x in arrays]
+        return jax.vmap(jax.checkpoint(attend))(*split)[:, 0]
+
+    with pltpu.force_tpu_interpret_mode():
+        out, pullback = jax.vjp(mapped, *arrays)
+        grads = pullback(d_out)
+    want_out, _, want_grads = oracle_attention.attend(
+        *arrays, d_out_BTHV=d_out, scale=case.scale, causal=True
+    )
+    assert relative_error(out, want_out) < 5e-3
+    for name, grad, want in zip(NAMES, grads, want_grads, strict=True):
+        assert relative_error(grad, want) < 5e-3, name
+
+
+@pytest.mark.parametrize("keys_outer", [False, True])
+def test_table_lists_what_is_visible(keys_outer):
+    """Causal blocks: each once, none above the diagonal, only those on it masked."""
+    table = blocks.make_table(
+        1000, 1000, 256, 256, (None, None, None), causal=True, keys_outer=keys_outer
+    )
+    q, k, info, _ = table.scalars
+    assert table.steps == 4 * 5 // 2
+    assert {(int(i), int(j)) for i, j in zip(q, k, strict=True)} == {
+        (i, j) for i in range(4) for j in range(i + 1)
+    }
+    kinds = np.where(q == k, blocks.DIAGONAL, blocks.FULL)
+    np.testing.assert_array_equal(info & blocks.KIND_BITS, kinds)
+    outer = k if keys_outer else q
+    assert (np.diff(outer) >= 0).all()
+    np.testing.assert_array_equal(
+        (info & blocks.OUTER_FIRST) != 0, np.r_[True, np.diff(outer) != 0]
+    )
+    np.testing.assert_array_equal((info & blocks.OUTER_LAST) != 0, np.r_[np.diff(outer) != 0, True])
+
+
+def test_table_skips_other_documents():
+    """Packed documents: blocks without a common document are not computed."""
+    ids = jnp.asarray(np.repeat(np.arange(4), 256)[None], jnp.int32)
+    table = blocks.make_table(1024, 1024, 256, 256, (ids, ids, None), causal=True, keys_outer=False)
+    kinds = np.asarray(table.scalars[2]) & blocks.KIND_BITS
+    assert (kinds == blocks.DIAGONAL).sum() == 4
+    # The first block of keys is listed for each block of queries, so that its output is written.
+    assert (kinds == blocks.SKIP).sum() == table.steps - 4
+
+
+def test_errors_name_the_argument():
+    arrays, _, _ = Case("e", queries=4, keys=4).draw(6, dims=(16, 64, 128))
+    with pytest.raises(ValueError, match="q_nope_BTHN has 16 dims per head"):
+        tpu.forward(*arrays, scale=1.0, causal=True)
+    arrays, _, _ = Case("e", queries=4, keys=4).draw(6, jnp.float16)
+    with pytest.raises(ValueError, match="q_nope_BTHN has dtype float16"):
+        tpu.forward(*arrays, scale=1.0, causal=True)
+
+
+@pytest.mark.slow
+def test_compiles_for_every_chip():
+    """With libtpu's compiler; the temporary memory holds no scores."""
+    require_module("libtpu")
+    results = compile_programs("attention", ",".join(TOPOLOGIES))
+    assert {result["chip"] for result in results} == set(TOPOLOGIES)
+    both = {"mla_attention_forward", "mla_attention_backward"}
+    for result in results:
+        training = result["program"] != "v2_lite_prefill"
+        assert set(result["kernels"]) == (both if training else {"mla_attention_forward"}), result
+        if result["program"] == "v2_training":
+            inputs = 4096 * 128 * (3 * 128 + 64) * 2
+            scores = 128 * 4096 * 4096 * 2
+            assert result["temporary"] < 4 * inputs < scores, result
+
+
+@pytest.mark.slow
+def test_compiles_within_shard_map():
+    """Sequences and heads over four chips: attention with its gradient, and decode."""
+    require_module("libtpu")
+    results = compile_programs("sharded", "v6e")
+    kernels = {result["program"]: sorted(set(result["kernels"])) for result in results}
+    assert kernels == {
+        "training": ["mla_attention_backward", "mla_attention_forward"],
+        "decode": ["mla_decode"],
+    }

@@ -1,0 +1,111 @@
+"""Absorbed decode's TPU kernel: values simulated on the CPU, and compilation."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.mla_decode import LatentPages, tiles, tpu
+from tests import oracle_decode
+from tests.conftest import require_module
+from tests.oracle_attention import relative_error
+from tests.pallas_kernels.mla_decode_cases import CASES, Case
+from tests.pallas_kernels.tpu_programs import TOPOLOGIES, compile_programs
+
+
+def simulate(case, arguments):
+    """Returns (out, lse) from the simulator of a TPU, which fails on a race."""
+    interpret = pltpu.InterpretParams(detect_races=True)
+    return tpu.decode(*arguments, scale=case.scale, interpret=interpret)
+
+
+def check(case, arguments, tolerance):
+    out, lse = simulate(case, arguments)
+    want_out, want_lse = oracle_decode.decode(*arguments, scale=case.scale)
+    assert out.dtype == arguments[0].dtype
+    assert lse.dtype == jnp.float32
+    assert relative_error(out, want_out) < tolerance
+    assert relative_error(lse, want_lse) < min(tolerance, 1e-3)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """More blocks than buffers at lengths that a simulator can do."""
+    sizes = {"block_tokens": 128, "chunk_tokens": 64, "buffers": 3, "min_split_blocks": 2}
+    monkeypatch.setattr(tiles, "TPU", dataclasses.replace(tiles.TPU, **sizes))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.usefixtures("small_blocks")
+def test_bfloat16(case):
+    check(case, case.draw(seed=1, dtype=jnp.bfloat16), 5e-3)
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[7]], ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "float8"])
+@pytest.mark.usefixtures("small_blocks")
+def test_quantized(case, dtype):
+    """Against the oracle on the dequantised latents, so only the arithmetic is judged."""
+    check(case, case.draw(seed=2, dtype=jnp.bfloat16, pages_dtype=dtype), 5e-3)
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[12]], ids=lambda case: case.name)
+def test_tiles_of_the_table(case):
+    check(case, case.draw(seed=3), 1e-5)
+
+
+def test_what_is_not_cached_may_be_nan():
+    """Slots behind the end of a sequence and pages that are not its own never reach the output."""
+    case = Case("nan", (70, 0, 3), num_tokens=2)
+    q_latent, q_rope, pages, table, lengths = case.draw(seed=4)
+    used = np.zeros(pages.latent.shape[:2], bool)
+    for b, length in enumerate(case.lengths):
+        for position in range(length):
+            used[table[b, position // 64], position % 64] = True
+    poison = jnp.where(used[..., None], 0.0, jnp.nan)
+    poisoned = LatentPages(pages.latent + poison, pages.rope + poison)
+    check(case, (q_latent, q_rope, poisoned, table, lengths), 1e-5)
+
+
+def test_rope_padded_to_the_lanes():
+    """A pool whose rotary keys are stored as 128 lanes, as they lie in a TPU's memory anyway."""
+    case = Case("padded", (100, 5))
+    q_latent, q_rope, pages, table, lengths = case.draw(seed=5)
+    rope = jnp.pad(pages.rope, ((0, 0), (0, 0), (0, 64)))
+    arguments = (q_latent, q_rope, dataclasses.replace(pages, rope=rope), table, lengths)
+    out, _ = simulate(case, arguments)
+    want, _ = oracle_decode.decode(q_latent, q_rope, pages, table, lengths, scale=case.scale)
+    assert relative_error(out, want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "message"),
+    [
+        (Case("e", (5,), page_size=16), jnp.float32, "pages.latent has pages of 16"),
+        (Case("e", (5,), num_heads=128, num_tokens=5), jnp.float32, "q_latent_BTHC has 5 tokens"),
+        (Case("e", (5,)), jnp.float16, "q_latent_BTHC has dtype float16"),
+    ],
+)
+def test_errors_name_the_argument(case, dtype, message):
+    arguments = case.draw(seed=6, dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        tpu.decode(*arguments, scale=1.0)
+
+
+def test_error_of_a_large_page_table():
+    arguments = list(Case("e", (5,)).draw(seed=7))
+    arguments[3] = jnp.zeros((1, tiles.TPU_MAX_TABLE + 1), jnp.int32)
+    with pytest.raises(ValueError, match="page_table_BP has 131073 entries"):
+        tpu.decode(*arguments, scale=1.0)
+
+
+@pytest.mark.slow
+def test_compiles_for_every_chip():
+    require_module("libtpu")
+    results = compile_programs("decode", ",".join(TOPOLOGIES))
+    assert {result["chip"] for result in results} == set(TOPOLOGIES)
+    assert len(results) == 4 * len(TOPOLOGIES)
+    for result in results:
+        assert result["kernels"] == ["mla_decode"], result

@@ -72,21 +72,21 @@ def mla_decode(
     # Imported when chosen: a machine without a GPU or a TPU need not load their compilers.
     match implementation:
         case "reference":
-            from pallas_kernels.mla_decode import reference
+            from pallas_kernels.mla_decode.reference import decode as reference_decode
 
-            decode = reference.decode
+            decode = reference_decode
         case "xla":
-            from pallas_kernels.mla_decode import xla
+            from pallas_kernels.mla_decode.xla import decode as xla_decode
 
-            decode = xla.decode
+            decode = xla_decode
         case "tpu":
-            from pallas_kernels.mla_decode import tpu
+            from pallas_kernels.mla_decode.tpu import decode as tpu_decode
 
-            decode = tpu.decode
+            decode = tpu_decode
         case "hopper":
-            from pallas_kernels.mla_decode import hopper
+            from pallas_kernels.mla_decode.hopper import decode as hopper_decode
 
-            decode = hopper.decode
+            decode = hopper_decode
         case _:
             raise ValueError(
                 f"implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS}"

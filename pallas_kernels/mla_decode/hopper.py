@@ -12,7 +12,6 @@ second kernel merges through their log-sum-exp.
 """
 
 import functools
-import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -22,16 +21,20 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mla_decode.pages import LatentPages
-from pallas_kernels.mla_decode.tiles import HopperTiles, hopper_tiles
+from pallas_kernels.mla_decode.split import (
+    LOG2E,
+    LOWEST,
+    UNIT,
+    merge_pieces,
+    part_bound,
+    plan_work,
+)
+from pallas_kernels.mla_decode.tiles import hopper_tiles
 
 ROWS = 64  # Rows of a tile: the M of a wgmma.
 KEYS = 64  # Keys of a block: one page of 64, or a part of a larger page.
-UNIT = 2 * KEYS  # Keys that the two warpgroups take in a step: the unit of work.
 KV_RANK, HALF, ROPE_DIM = 512, 256, 64
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
-LOG2E = math.log2(math.e)
-# A finite stand-in for -inf, so that the maximum of a row without keys can be subtracted.
-LOWEST = -1e30
 
 
 def decode(
@@ -70,50 +73,9 @@ def decode(
         num_tokens=num_tokens,
         num_parts=num_parts,
     )
-    out_BMC, lse_BM = _merge(*outs, plan, num_rows, num_parts, tiles)
+    out_BMC, lse_BM = merge_pieces(*outs, plan, num_rows, num_parts, tiles)
     out_BMC, lse_BM = out_BMC[:, :num_rows], lse_BM[:, :num_rows]
     return out_BMC.reshape(q_latent_BTHC.shape), lse_BM.reshape(batch_size, num_tokens, num_heads)
-
-
-def plan_work(
-    lengths_B: Int[Array, " B"], capacity: int, num_parts: int
-) -> tuple[Int[Array, " B+1"], Int[Array, " bounds"]]:
-    """Lays the units of all sequences end to end and finds where each part of the work begins.
-
-    A sequence has one unit per 128 keys and at least one, so that an empty one is written too.
-    `part_bound` cuts the units into parts; the piece of sequence b that lies in part p has the slot
-    p + b: along the walk through parts and sequences these never repeat, and the pieces of one
-    sequence are consecutive.
-
-    Args:
-        lengths_B: tokens of each sequence.
-        capacity: keys that the page table has room for.
-        num_parts: parts to cut.
-
-    Returns:
-        (starts, firsts): the number of units before each sequence, their total last; and the
-        sequence that each part's first unit lies in, last that of the end, the batch size.
-    """
-    # Sums over comparisons rather than cumsum and searchsorted: XLA fuses each into one kernel.
-    batch_size = lengths_B.shape[0]
-    units_B = jnp.maximum(1, (jnp.clip(lengths_B, 0, capacity) + UNIT - 1) // UNIT)
-    before_SB = jnp.arange(batch_size) < jnp.arange(batch_size + 1)[:, None]
-    starts_S = jnp.sum(units_B * before_SB, axis=1, dtype=jnp.int32)
-    bounds_P = part_bound(jnp.arange(num_parts + 1), starts_S[-1], num_parts)
-    firsts_P = jnp.sum(starts_S[1:] <= bounds_P[:, None], axis=1, dtype=jnp.int32)
-    return starts_S, firsts_P
-
-
-def part_bound(part: Array, total: Array, num_parts: int) -> Array:
-    """Returns the first unit of a part: equal shares, and no empty part before a part with work."""
-    num_used = jnp.minimum(num_parts, total)
-    return lax.div(jnp.minimum(part, num_used) * total, num_used)
-
-
-def part_of(unit: Array, total: Array, num_parts: int) -> Array:
-    """Returns the part that a unit lies in, the inverse of `part_bound`."""
-    num_used = jnp.minimum(num_parts, total)
-    return lax.div((unit + 1) * num_used - 1, total)
 
 
 def _attend(
@@ -502,80 +464,6 @@ def _attend(
     )
     arguments = (*plan, lengths_B, page_table_BP, q_latent_BMC, q_rope_BMR)
     return tuple(kernel(*arguments, pages.latent, pages.rope))
-
-
-def _merge(
-    out_BMC: Array,
-    lse_BM: Array,
-    piece_out_WMC: Array,
-    piece_lse_WM: Array,
-    plan: tuple[Array, Array],
-    num_rows: int,
-    num_parts: int,
-    tiles: HopperTiles,
-) -> tuple[Array, Array]:
-    """Writes the rows of the sequences that lie in several pieces into (out, lse), in place."""
-    batch_size = out_BMC.shape[0]
-    # Few rows in all are spread over the chip; of many a block takes several.
-    many = batch_size * num_rows >= 16 * tiles.num_sms
-    rows = math.gcd(tiles.merge_rows, num_rows) if many else 1
-    width = tiles.merge_pieces if many else tiles.merge_pieces_of_few
-
-    def body(starts_ref, piece_out_gmem, piece_lse_gmem, out_gmem, lse_gmem) -> None:
-        sequence, first_row = lax.axis_index("sequence"), lax.axis_index("rows") * rows
-        total = starts_ref[batch_size]
-        first_part = part_of(starts_ref[sequence], total, num_parts)
-        last_part = part_of(starts_ref[sequence + 1] - 1, total, num_parts)
-        first_slot, num_pieces = first_part + sequence, last_part - first_part + 1
-
-        @pl.when(num_pieces > 1)
-        def _():
-            for row in range(rows):
-
-                def step(i, carry, row=row):
-                    acc, top, total = carry
-                    lses, values = [], []
-                    for j in range(width):
-                        index = i * width + j
-                        slot = first_slot + jnp.minimum(index, num_pieces - 1)
-                        lse = piece_lse_gmem[slot, first_row + row] * LOG2E
-                        lses.append(jnp.where(index < num_pieces, lse, -jnp.inf))
-                        values.append(
-                            plgpu.load(
-                                piece_out_gmem.at[slot, first_row + row],
-                                layout=plgpu.Layout.WG_STRIDED((KV_RANK,), vec_size=4),
-                            )
-                        )
-                    new_top = functools.reduce(jnp.maximum, lses, top)
-                    decay = jnp.exp2(top - new_top)
-                    acc, total = acc * decay, total * decay
-                    for lse, value in zip(lses, values, strict=True):
-                        weight = jnp.exp2(lse - new_top)
-                        acc, total = acc + value * weight, total + weight
-                    return acc, new_top, total
-
-                zeros = plgpu.layout_cast(
-                    jnp.zeros((KV_RANK,), jnp.float32),
-                    plgpu.Layout.WG_STRIDED((KV_RANK,), vec_size=4),
-                )
-                steps = lax.div(num_pieces + (width - 1), width)
-                acc, top, total = lax.fori_loop(
-                    0, steps, step, (zeros, jnp.float32(LOWEST), jnp.float32(0))
-                )
-                seen = total > 0
-                acc *= jnp.where(seen, 1 / total, 0.0)
-                out_gmem.at[sequence, first_row + row][...] = acc.astype(out_BMC.dtype)
-                lse = top * (1 / LOG2E) + jnp.log(total)
-                lse_gmem[sequence, first_row + row] = jnp.where(seen, lse, -jnp.inf)
-
-    mesh = plgpu.Mesh(grid=(batch_size, num_rows // rows), grid_names=("sequence", "rows"))
-    out_ref, lse_ref = jax.new_ref(out_BMC), jax.new_ref(lse_BM)
-    pl.kernel(
-        body,
-        mesh=mesh,
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(plan[0], piece_out_WMC, piece_lse_WM, out_ref, lse_ref)
-    return jax.freeze(out_ref), jax.freeze(lse_ref)
 
 
 def _opaque(index: int) -> Array:

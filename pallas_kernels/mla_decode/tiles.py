@@ -10,14 +10,12 @@ class HopperTiles:
     Attributes:
         num_sms: streaming multiprocessors of the chip: one thread block runs on each.
         merge_rows: query rows that a thread block of the merge kernel takes, where there are many.
-        merge_pieces: partial results that it loads at a time then.
-        merge_pieces_of_few: partial results that it loads at a time where there are few rows.
+        merge_pieces: partial results that it loads at a time, at most.
     """
 
     num_sms: int = 132
     merge_rows: int = 8
-    merge_pieces: int = 4
-    merge_pieces_of_few: int = 33
+    merge_pieces: int = 33
 
 
 # The SXM parts of both have 132 multiprocessors.

@@ -16,7 +16,7 @@ from pallas_kernels.mla_decode import (
     mla_decode,
     quantize_latents,
 )
-from pallas_kernels.mla_decode.hopper import part_bound, part_of, plan_work
+from pallas_kernels.mla_decode.split import part_bound, part_of, plan_work
 from tests import oracle_decode
 from tests.oracle_decode import relative_error
 from tests.pallas_kernels.mla_decode_cases import CASES, ODD_CASES, Case
@@ -370,13 +370,15 @@ def lower_for_cuda(batch, num_tokens, num_heads, columns, page_size):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
-    [(128, 1, 16, 128, 64), (128, 2, 128, 128, 64), (1, 3, 32, 1024, 128), (2, 4, 128, 3, 256)],
-    ids=["lite", "v2_two_queries", "odd_rows", "many_rows"],
+    [(128, 1, 16, 128, 64), (2, 3, 32, 3, 128)],
+    ids=["one_tile", "last_tile_not_full"],
 )
 def test_hopper_lowers_for_cuda(sizes):
-    """Shared memory, tensor core shapes and dtypes are checked here; two kernels come out."""
+    """Shared memory, tensor core shapes and dtypes are checked here."""
+    # The attention and the merge of its pieces.
     assert lower_for_cuda(*sizes).count("stablehlo.custom_call @mosaic_gpu") == 2
 
 
@@ -393,6 +395,13 @@ def test_hopper_errors_name_the_argument(index, change, message):
     arguments = list(Case("bad", (20,)).draw(seed=17, dtype=jnp.bfloat16))
     arguments[index] = change(arguments[index])
     with pytest.raises(ValueError, match=message):
+        mla_decode(*arguments, scale=1.0, implementation="hopper")
+
+
+@pytest.mark.parametrize("pages_dtype", [jnp.int8, FLOAT8], ids=["int8", "float8"])
+def test_hopper_refuses_quantized_pages(pages_dtype):
+    arguments = Case("bad", (20,)).draw(seed=20, dtype=jnp.bfloat16, pages_dtype=pages_dtype)
+    with pytest.raises(ValueError, match=r"pages\.latent has dtype"):
         mla_decode(*arguments, scale=1.0, implementation="hopper")
 
 

@@ -333,7 +333,7 @@ def walk(starts, firsts, lengths, capacity, num_parts):
     return np.diff(bounds)
 
 
-@pytest.mark.parametrize("num_parts", [1, 2, 7, 66, 132])
+@pytest.mark.parametrize("num_parts", [1, 7, 132])
 @pytest.mark.parametrize(
     "lengths",
     [

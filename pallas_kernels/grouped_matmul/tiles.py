@@ -32,20 +32,24 @@ def num_multiprocessors() -> int:
     return device.core_count if device.platform == "gpu" else HOPPER_MULTIPROCESSORS
 
 
-def hopper_tile(num_rows: int, num_groups: int, num_n: int, activation: bool) -> HopperTile:
-    """Tile of the rows kernel, by the mean number of rows of a group."""
+def hopper_tile(
+    num_rows: int, num_groups: int, num_n: int, activation: bool, quantised: bool
+) -> HopperTile:
+    """Tile of the rows kernel, by the mean number of rows of a group.
+
+    Few rows: low tiles, many stages, and two blocks of 64 columns, so that the weights stream.
+    Quantised weights are widened by the warpgroup that multiplies them, so a tile stays low.
+    """
     mean = num_rows / num_groups
     if mean <= 32:
         return HopperTile(16 if mean <= 8 else 32, 64 if activation else 128, 8, 16)
-    if mean <= 64:
-        return HopperTile(64, 128 if activation else 256, 4, 16)
-    if activation or num_n % 256 == 0 or mean <= 128:
-        return HopperTile(128, 128 if activation else 256, 4, 16)
-    return HopperTile(256, 128, 4, 16) if num_n % 256 else HopperTile(128, 256, 4, 16)
+    if mean <= 64 or quantised:
+        return HopperTile(64, 128, 4, 16) if activation or quantised else HopperTile(64, 256, 4, 16)
+    if activation or (num_n % 256 and mean > 128):
+        return HopperTile(128, 128, 4, 16) if activation else HopperTile(256, 128, 4, 16)
+    return HopperTile(128, 256, 4, 16)
 
 
-def weight_gradient_tile(num_k: int, num_n: int) -> HopperTile:
+def weight_gradient_tile(num_k: int) -> HopperTile:
     """Tile of the weight gradient kernel."""
-    if num_n % 256 == 0 or num_k % 256:
-        return HopperTile(128, 256, 4, 16)
-    return HopperTile(256, 128, 4, 16)
+    return HopperTile(256, 128, 4, 16) if num_k % 256 == 0 else HopperTile(128, 256, 4, 16)

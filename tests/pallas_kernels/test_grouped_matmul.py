@@ -271,6 +271,7 @@ def hopper_shapes(num_rows, width_in, width_out, num_groups):
 
 
 # V2-Lite's experts in training and V2's in decoding, then rows that no tile divides.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [(49152, 2048, 1408, 64), (48, 5120, 1536, 160), (1, 1536, 5120, 8), (323, 128, 192, 3)],
@@ -286,6 +287,23 @@ def test_hopper_lowers(sizes):
     assert lower_for_cuda(run, lhs, rhs, rhs, group_sizes).count("mosaic_gpu_v2") == 2
 
 
+@pytest.mark.parametrize(
+    ("dtype", "num_rows"), [("int8", 6), ("int8", 4096), ("float8_e4m3fn", 384)]
+)
+def test_hopper_lowers_quantised_weights(dtype, num_rows):
+    lhs, _, group_sizes = hopper_shapes(num_rows, 256, 384, 8)
+    values = jax.ShapeDtypeStruct((8, 256, 384), jnp.dtype(dtype))
+    scales = jax.ShapeDtypeStruct((8, 2, 3), jnp.float32)
+
+    def run(lhs, values, scales, group_sizes):
+        rhs = BlockScaledWeights(values, scales)
+        out = grouped_matmul(lhs, rhs, group_sizes, implementation="hopper")
+        return out, grouped_swiglu(lhs, rhs, rhs, group_sizes, implementation="hopper")
+
+    assert lower_for_cuda(run, lhs, values, scales, group_sizes).count("mosaic_gpu_v2") == 2
+
+
+@pytest.mark.slow
 def test_hopper_lowers_gradients():
     lhs, rhs, group_sizes = hopper_shapes(4096, 2048, 1408, 64)
 
@@ -297,6 +315,25 @@ def test_hopper_lowers_gradients():
     gradient = jax.value_and_grad(loss, argnums=(0, 1, 2))
     # Forward 2; backward: rows and weights of the product, rows and two weights of SwiGLU.
     assert lower_for_cuda(gradient, lhs, rhs, rhs, group_sizes).count("mosaic_gpu_v2") == 7
+
+
+def test_hopper_lowers_inside_shard_map():
+    """Experts sharded: each shard has its own offset, and rows that all shards hold."""
+    mesh = jax.make_mesh((1,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    lhs, rhs, group_sizes = hopper_shapes(256, 128, 128, 4)
+    own, whole = jax.P("expert"), jax.P()
+
+    def loss(lhs, gate, up, group_sizes):
+        offset = jax.lax.axis_index("expert") * 4
+        out = grouped_swiglu(
+            lhs, gate, up, group_sizes, group_offset=offset, implementation="hopper"
+        )
+        return jax.lax.psum(out.astype(jnp.float32).sum(), "expert")
+
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(whole, own, own, whole), out_specs=whole)
+    gradient = jax.value_and_grad(sharded, argnums=(0, 1, 2))
+    # Products with SwiGLU, then the gradients of the rows and of both weights.
+    assert lower_for_cuda(gradient, lhs, rhs, rhs, group_sizes).count("mosaic_gpu_v2") == 4
 
 
 @pytest.mark.parametrize(
@@ -312,3 +349,15 @@ def test_hopper_refuses(lhs_dtype, widths, message):
     rhs = jnp.ones((2, *widths), lhs_dtype)
     with pytest.raises(ValueError, match=message):
         grouped_matmul(lhs, rhs, jnp.array([4, 4]), implementation="hopper")
+
+
+def test_hopper_refuses_transposed_quantised_weights():
+    rhs = block_scaled(jnp.ones((2, 128, 128)), jnp.int8)
+    with pytest.raises(ValueError, match="transpose_rhs: True must be False for quantised"):
+        grouped_matmul(
+            jnp.ones((8, 128), jnp.bfloat16),
+            rhs,
+            jnp.array([4, 4]),
+            transpose_rhs=True,
+            implementation="hopper",
+        )

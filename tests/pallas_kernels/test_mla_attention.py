@@ -4,15 +4,23 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.mla_attention import mla_attention, mla_attention_with_lse
+from pallas_kernels.mla_attention import (
+    hopper,
+    hopper_backward,
+    hopper_forward,
+    mla_attention,
+    mla_attention_with_lse,
+)
 from pallas_kernels.mla_attention.hopper_blocks import key_ranges
 from pallas_kernels.mla_attention.reference import visible_BTS
 from tests import oracle_attention
 from tests.oracle_attention import relative_error
+from tests.pallas_kernels import hopper_simulator
 from tests.pallas_kernels.mla_attention_cases import CASES, LARGE_CASES, Case
 
 NAMES = ("dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv")
@@ -45,7 +53,12 @@ def run(case, arrays, masks, d_out, implementation):
 
 def check(case, implementation, dtype, tolerance, seed):
     arrays, masks, d_out = case.draw(seed, dtype)
-    out, lse, grads = run(case, arrays, masks, d_out, implementation)
+    results = run(case, arrays, masks, d_out, implementation)
+    compare(case, arrays, masks, d_out, results, dtype, tolerance)
+
+
+def compare(case, arrays, masks, d_out, results, dtype, tolerance):
+    out, lse, grads = results
     want_out, want_lse, want_grads = oracle_attention.attend(
         *arrays, *masks, d_out, scale=case.scale, causal=case.causal
     )
@@ -196,6 +209,27 @@ def test_errors_name_the_argument():
 @pytest.mark.parametrize("case", CASES + LARGE_CASES, ids=lambda case: case.name)
 def test_hopper(case):
     check(case, "hopper", jnp.bfloat16, 5e-3, seed=11)
+
+
+SIMULATED = ("one_token", "65", "129_full", "foreign", "offset_negative", "offset_segments")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in SIMULATED], ids=lambda case: case.name
+)
+def test_hopper_simulated(case, monkeypatch):
+    """The kernels' bodies on NumPy arrays give the oracle's values, and all barriers agree."""
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # NumPy's arrays, and stand-ins.
+    for module in (hopper_forward, hopper_backward):
+        hopper_simulator.simulate(module, monkeypatch)
+    arrays, masks, d_out = case.draw(12, jnp.bfloat16)
+    options = {"scale": case.scale, "causal": case.causal}
+    out, lse = hopper.forward(*arrays, *masks, **options)
+    grads = hopper.backward(*arrays, *masks, out, lse, d_out, **options)
+    compare(case, arrays, masks, d_out, (out, lse, grads), jnp.bfloat16, 5e-3)
 
 
 LOWERED = (

@@ -1,0 +1,56 @@
+"""Measures the Hopper attention kernels under other tiles; the best go into tiles.py by hand.
+
+python scripts/tune_mla_attention.py [--shapes 16x16384 128x4096]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+
+from pallas_kernels.mla_attention import hopper_backward, hopper_forward
+from pallas_kernels.mla_attention.tiles import HopperBackward, HopperForward
+from scripts.benchmark_mla_attention import BACKWARD_DIMS, FORWARD_DIMS, SCALE, draw, seconds
+
+FORWARD = [HopperForward(heads_per_group=heads) for heads in (1, 4, 8, 16, 32)]
+BACKWARD = [
+    HopperBackward(heads_per_group=heads, values_early=early)
+    for heads in (4, 8, 16, 32)
+    for early in (False, True)
+]
+
+
+def main() -> None:
+    """Prints TFLOP/s of every tile and shape."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["16x4096", "16x16384", "128x4096"])
+    options = parser.parse_args()
+    masks = (None, None, None, None)
+    for shape in options.shapes:
+        heads, tokens = map(int, shape.split("x"))
+        arrays, d_out = draw(heads, tokens, 1)
+        rows = jax.random.normal(jax.random.key(2), (1, heads, tokens))  # any: the work is the same
+        for tiles in [*FORWARD, *BACKWARD]:
+            if isinstance(tiles, HopperForward):
+                dims, inputs = FORWARD_DIMS, arrays
+                run = jax.jit(
+                    lambda *x, tiles=tiles, n=tokens: hopper_forward.attend(
+                        *x, *masks, scale=SCALE, causal=True, num_keys=n, tiles=tiles
+                    )
+                )
+            else:
+                dims, inputs = BACKWARD_DIMS, (*arrays, d_out, rows + 10, rows)
+                run = jax.jit(
+                    lambda *x, tiles=tiles: hopper_backward.differentiate(
+                        *x, *masks, scale=SCALE, causal=True, tiles=tiles
+                    )
+                )
+            time = seconds(lambda run=run, inputs=inputs: run(*inputs), jax.block_until_ready)
+            print(f"{shape:9} {heads * tokens**2 * dims / time / 1e12:4.0f} {tiles}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

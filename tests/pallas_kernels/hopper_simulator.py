@@ -1,0 +1,296 @@
+"""Runs the bodies of Mosaic GPU kernels on NumPy arrays, a thread for each warpgroup.
+
+What is checked: indices, masks, the order of the products' operands, that barriers are arrived at
+as often as they are waited for and never pass a waiter by, that shared memory (poisoned with NaN)
+is written before it is read, and that sums in device memory come in the order of the key blocks.
+What is not: anything asynchronous within a thread, layouts, and the compiler. Blocks run one after
+another.
+"""
+
+import threading
+from types import ModuleType, SimpleNamespace
+
+import jax
+import numpy as np
+
+WAIT_S = 60
+_thread = threading.local()
+
+
+class Ref:
+    """A view of an array with the interface of a Pallas reference."""
+
+    def __init__(self, array):
+        self.array = array
+        self.at = self
+
+    shape = property(lambda self: self.array.shape)
+
+    def __getitem__(self, index):
+        if index is Ellipsis:
+            return self.array.copy()
+        view = self.array[index]
+        if view.ndim == 0:
+            return Scalar(self.array, index)
+        return Ref(view)
+
+    def __setitem__(self, index, value):
+        target = self.array[index]
+        assert target.shape == value.shape, (target.shape, value.shape)
+        assert target.dtype == value.dtype, (target.dtype, value.dtype)
+        self.array[index] = value
+
+    def transpose(self, axes):
+        return Ref(self.array.transpose(axes))
+
+
+class Scalar(np.int32):
+    """A number read from a reference, which still knows where it stands."""
+
+    def __new__(cls, array, index):
+        number = super().__new__(cls, array[index])
+        number.array, number.index = array, index
+        return number
+
+
+class Accumulator:
+    """The registers of a product."""
+
+    def __init__(self, shape):
+        self.value = np.zeros(shape, np.float32)
+
+    def __getitem__(self, index):
+        assert index is Ellipsis
+        return self.value.copy()
+
+    def __setitem__(self, index, value):
+        assert index is Ellipsis
+        self.value = value.astype(np.float32)
+
+
+class Barriers:
+    """Barriers that count arrivals; each thread waits for one phase after the other."""
+
+    def __init__(self, num_arrivals, num_barriers):
+        self.num_arrivals = num_arrivals
+        self.arrived, self.phases = [0] * num_barriers, [0] * num_barriers
+        self.waited = {}
+        self.condition = threading.Condition()
+        self.at = self
+
+    def __getitem__(self, index):
+        return self, int(index)
+
+    def arrive(self, index):
+        with self.condition:
+            self.arrived[index] += 1
+            if self.arrived[index] == self.num_arrivals:
+                self.arrived[index] = 0
+                self.phases[index] += 1
+                self.condition.notify_all()
+
+    def wait(self, index):
+        key = (threading.get_ident(), index)
+        with self.condition:
+            number = self.waited.get(key, 0)
+            ready = self.condition.wait_for(lambda: self.phases[index] > number, WAIT_S)
+            assert ready, "a barrier is never arrived at: deadlock"
+            # The hardware knows a phase's parity only.
+            assert self.phases[index] == number + 1, "a barrier has passed a waiting thread by"
+            self.waited[key] = number + 1
+
+
+def _barrier(ref):
+    return ref if isinstance(ref, tuple) else (ref, 0)
+
+
+def _array(value):
+    return value.array if isinstance(value, Ref) else value
+
+
+def _copy(source, target, *, reduction_op=None):
+    assert source.shape == target.shape, (source.shape, target.shape)
+    assert source.array.dtype == target.array.dtype
+    if reduction_op is None:
+        target.array[...] = source.array
+    else:
+        assert reduction_op == "add"
+        target.array[...] += source.array
+
+
+def _spawn(calls):
+    """Runs functions in threads of their own and raises what any of them raises."""
+    errors, context = [], dict(_thread.__dict__)
+
+    def run(axes, function):
+        _thread.__dict__.update(context | axes)
+        try:
+            with np.errstate(all="ignore"):
+                function()
+        except BaseException as error:  # Raised again by the caller.
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+class _Spec(SimpleNamespace):
+    def make(self):
+        if self.kind == "barrier":
+            return Barriers(self.num_arrivals, self.num_barriers)
+        if self.kind == "acc":
+            return Accumulator(self.shape)
+        array = np.empty(self.shape, self.dtype)
+        array.fill(-7 if np.issubdtype(array.dtype, np.integer) else np.nan)
+        return Ref(array)
+
+
+def _smem(shape, dtype, **_):
+    return _Spec(kind="smem", shape=shape, dtype=dtype)
+
+
+def _iota(dtype, shape, dim, layout):
+    del layout
+    numbers = np.arange(shape[dim], dtype=dtype)
+    return np.broadcast_to(numbers[:, None] if dim == 0 else numbers, shape)
+
+
+def _when(condition):
+    return lambda function: function() if condition else None
+
+
+def _loop(start, stop):
+    def run(body):
+        for step in range(int(start), int(stop)):
+            body(np.int32(step))
+
+    return run
+
+
+def _fori_loop(start, stop, body, carry):
+    for step in range(int(start), int(stop)):
+        carry = body(np.int32(step), carry)
+    return carry
+
+
+def _wgmma(acc, a, b):
+    product = _array(a).astype(np.float32) @ _array(b).astype(np.float32)
+    assert acc.value.shape == product.shape
+    acc.value = acc.value + product
+
+
+def _copy_in(source, target, barrier):
+    _copy(source, target)
+    barriers, index = _barrier(barrier)
+    barriers.arrive(index)
+
+
+def _wait_semaphore(semaphore, value, *, decrement, memory_scope):
+    del decrement, memory_scope
+    assert semaphore.array[semaphore.index] == value, "a sum comes out of its turn"
+
+
+def _signal_semaphore(semaphore, value, *, memory_scope):
+    del memory_scope
+    semaphore.array[semaphore.index] += value
+
+
+def _wait(barrier):
+    barriers, index = _barrier(barrier)
+    barriers.wait(index)
+
+
+def _arrive(barrier):
+    barriers, index = _barrier(barrier)
+    barriers.arrive(index)
+
+
+def simulate(module: ModuleType, monkeypatch) -> None:
+    """Replaces what a kernel's module uses of jax by the simulation."""
+
+    def run_scoped(function, *specs, collective_axes=None):
+        scratch = jax.tree.map(lambda spec: spec.make(), specs)
+        if collective_axes is None:
+            return function(*scratch)
+        numbers = range(_thread.num_threads)
+        _spawn([({"wg": np.int32(wg)}, lambda: function(*scratch)) for wg in numbers])
+        return None
+
+    def kernel(body, *, out_type, grid, num_threads, **_):
+        def run(*inputs):
+            outs = [np.full(out.shape, np.nan, out.dtype) for out in out_type]
+            refs = [Ref(np.array(array)) for array in inputs] + [Ref(out) for out in outs]
+            _thread.semaphores, _thread.num_threads = {}, num_threads
+            for tile in range(grid[0]):
+                _thread.tile = np.int32(tile)
+                body(*refs)
+            return [jax.numpy.asarray(out) for out in outs]
+
+        return run
+
+    def get_global(spec):
+        return Ref(_thread.semaphores.setdefault(spec.shape, np.zeros(spec.shape, np.int32)))
+
+    def warp_map(function):
+        return _spawn([({}, lambda warp=warp: function(warp)) for warp in range(4)])
+
+    def broadcast_in_dim(array, shape, dims):
+        (dim,) = dims
+        return np.broadcast_to(array[:, None] if dim == 0 else array[None], shape)
+
+    nothing = lambda *_, **__: None  # noqa: E731
+    plgpu = SimpleNamespace(
+        ACC=lambda shape, dtype: _Spec(kind="acc", shape=shape),
+        SMEM=_smem,
+        Barrier=lambda num_arrivals=1, num_barriers=1: _Spec(
+            kind="barrier", num_arrivals=int(num_arrivals), num_barriers=num_barriers
+        ),
+        SemaphoreType=SimpleNamespace(REGULAR=lambda shape: _Spec(kind="semaphore", shape=shape)),
+        CompilerParams=nothing,
+        barrier_arrive=_arrive,
+        barrier_wait=_wait,
+        broadcasted_iota=_iota,
+        commit_smem=nothing,
+        commit_smem_to_gmem_group=nothing,
+        copy_gmem_to_smem=_copy_in,
+        copy_smem_to_gmem=lambda source, target, commit_group=True, **how: _copy(
+            source, target, **how
+        ),
+        kernel=kernel,
+        layout_cast=lambda array, layout: array,
+        load=lambda ref, layout: ref.array.copy(),
+        semaphore_signal=_signal_semaphore,
+        semaphore_wait=_wait_semaphore,
+        set_max_registers=nothing,
+        wait_smem_to_gmem=nothing,
+        warp_map=warp_map,
+        wgmma=_wgmma,
+        wgmma_accumulator_load=lambda acc, wait_n: acc.value.copy(),
+        wgmma_wait=nothing,
+    )
+    lax = SimpleNamespace(
+        axis_index=lambda name: getattr(_thread, name),
+        broadcast_in_dim=broadcast_in_dim,
+        cond=lambda condition, yes, no, *args: yes(*args) if condition else no(*args),
+        div=lambda a, b: a // b,
+        fori_loop=_fori_loop,
+        optimization_barrier=lambda value: value,
+        rem=lambda a, b: a % b,
+    )
+    pl = SimpleNamespace(
+        ds=lambda start, size: slice(int(start), int(start) + size),
+        get_global=get_global,
+        loop=_loop,
+        run_scoped=run_scoped,
+        when=_when,
+    )
+    monkeypatch.setattr(module, "pl", pl)
+    monkeypatch.setattr(module, "plgpu", plgpu)
+    monkeypatch.setattr(module, "lax", lax)
+    monkeypatch.setattr(module, "jnp", np)
+    monkeypatch.setattr(module, "tiled_smem", _smem)

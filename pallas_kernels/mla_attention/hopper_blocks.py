@@ -20,8 +20,8 @@ def tiled_smem(shape: tuple[int, ...], dtype: Any, swizzle: int = 128) -> Any:
     """Returns an SMEM allocation in the layout that wgmma reads, rows of `swizzle` bytes."""
     columns = swizzle // jnp.dtype(dtype).itemsize
     transforms = (
-        plgpu.TilingTransform((8, columns)),  # type: ignore[abstract]
-        plgpu.SwizzleTransform(swizzle),  # type: ignore[abstract]
+        plgpu.TilingTransform((8, columns)),
+        plgpu.SwizzleTransform(swizzle),
     )
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 

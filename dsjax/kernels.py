@@ -14,6 +14,8 @@ _LOG = logging.getLogger(__name__)
 
 # Head dims that the Pallas attention kernels are written for: nope, rope, value, latent.
 _KERNEL_HEAD_DIMS = (128, 64, 128, 512)
+# Widths that Hopper's grouped matmul takes are multiples of this.
+_GROUPED_MATMUL_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,16 @@ def choose_kernels(device: jax.Device, config: ModelConfig) -> Kernels:
     Args:
         device: one device of the mesh; a compile-only device of a TPU topology counts as a TPU,
             so a CPU host that compiles for a pod gets the pod's kernels.
-        config: the model; sizes that the Pallas kernels are not written for take the portable
-            implementation.
+        config: the model; sizes and types that the Pallas kernels are not written for take the
+            portable implementation.
     """
+    return _choose(device.platform, device.device_kind, config)
+
+
+@functools.cache  # so that each choice is logged once
+def _choose(platform: str, kind: str, config: ModelConfig) -> Kernels:
+    tpu = platform == "tpu"
+    hopper = platform in ("gpu", "cuda") and ("H100" in kind or "H200" in kind)
     attention = config.attention
     head_dims = (
         attention.qk_nope_head_dim,
@@ -41,22 +50,17 @@ def choose_kernels(device: jax.Device, config: ModelConfig) -> Kernels:
         attention.v_head_dim,
         attention.kv_lora_rank,
     )
-    return _choose(device.platform, device.device_kind, head_dims, config.dtype)
-
-
-@functools.cache  # so that each choice is logged once
-def _choose(platform: str, kind: str, head_dims: tuple[int, ...], dtype: str) -> Kernels:
-    hopper = platform in ("gpu", "cuda") and ("H100" in kind or "H200" in kind)
-    family = "tpu" if platform == "tpu" else "hopper" if hopper else "xla"
-    grouped_matmul = "hopper" if hopper else "xla"  # there is no TPU kernel of it yet
-    if family == "xla":
-        chosen, why = Kernels(), "no kernels are written for this chip"
-    elif dtype != "bfloat16":
-        chosen, why = Kernels(), f"the {family} kernels compute in bfloat16, the model in {dtype}"
-    elif head_dims != _KERNEL_HEAD_DIMS:
-        chosen = Kernels(grouped_matmul=grouped_matmul)
-        why = f"head dims {head_dims} are not the attention kernels' {_KERNEL_HEAD_DIMS}"
-    else:
-        chosen, why = Kernels(family, family, grouped_matmul), "all fit"
-    _LOG.info("kernels on %s: %s (%s)", kind, chosen, why)
+    bf16 = config.dtype == "bfloat16"  # what all the kernels compute in
+    heads_fit = bf16 and head_dims == _KERNEL_HEAD_DIMS
+    widths = () if config.moe is None else (config.hidden_dim, config.moe.intermediate_dim)
+    widths_fit = bf16 and all(width % _GROUPED_MATMUL_WIDTH == 0 for width in widths)
+    chosen = Kernels(
+        # Hopper's is there to be asked for: its backward and its masks, which training needs, have
+        # been simulated and compiled, but not run on the chip as they are now.
+        mla_attention="tpu" if tpu and heads_fit else "xla",
+        mla_decode="tpu" if tpu and heads_fit else "hopper" if hopper and heads_fit else "xla",
+        # There is no TPU kernel of this one yet.
+        grouped_matmul="hopper" if hopper and widths_fit else "xla",
+    )
+    _LOG.info("kernels on %s: %s", kind, chosen)
     return chosen

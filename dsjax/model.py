@@ -113,20 +113,20 @@ class DeepSeekV2(nnx.Module):
     def __call__(
         self,
         tokens_BT: jax.Array,
-        positions_BT: jax.Array | None = None,
-        segment_ids_BT: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         """Computes the logits of the token after each token.
 
         Args:
             tokens_BT: int32 token ids.
-            positions_BT: int32, counted from the start of each document; None counts the row.
-            segment_ids_BT: int32 document of each token, 0 for padding; None for one a row.
+            positions: int32 [B, T], counted from the start of each document; None counts the row.
+            segment_ids: int32 [B, T], document of each token, 0 for padding; None for one a row.
 
         Returns:
             logits_BTW: float32.
         """
-        hidden_BTD, _ = self.hidden(tokens_BT, positions_BT, segment_ids_BT)
+        hidden_BTD, _ = self.hidden(tokens_BT, positions, segment_ids)
         return self.unembed(hidden_BTD)
 
     def hidden(

@@ -87,12 +87,15 @@ def _is_decayed(params: nnx.State) -> Any:
 def init_train_state(optimizer: OptimizerConfig, params: nnx.State) -> TrainState:
     """Returns the state before the first step."""
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+
+    def zero(dtype: jnp.dtype) -> jax.Array:
+        return jnp.zeros((), dtype)  # each its own array: a step donates them all
+
     return TrainState(
-        step=count,
+        step=zero(jnp.int32),
         params=params,
         moments=make_optimizer(optimizer).init(wide),
-        guard=Guard(zero, zero, count, count),
+        guard=Guard(zero(jnp.float32), zero(jnp.float32), zero(jnp.int32), zero(jnp.int32)),
     )
 
 

@@ -1,0 +1,40 @@
+"""Kernels are chosen from the chip and the model's sizes, in one place."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from configs.models import deepseek_v2, deepseek_v2_lite, tiny
+from dsjax.kernels import Kernels, choose_kernels
+
+H200 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+A100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100-SXM4-40GB")
+V5P = SimpleNamespace(platform="tpu", device_kind="TPU v5")
+CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("config", [deepseek_v2.config, deepseek_v2_lite.config])
+def test_released_sizes_get_the_chips_kernels(config):
+    assert choose_kernels(V5P, config) == Kernels("tpu", "tpu", "xla")
+    assert choose_kernels(H200, config) == Kernels("xla", "hopper", "hopper")
+    assert choose_kernels(A100, config) == choose_kernels(CPU, config) == Kernels()
+
+
+def test_sizes_and_types_that_no_kernel_takes_get_the_portable_ones():
+    # 96 wide experts and heads of 32 + 16
+    assert choose_kernels(H200, replace(tiny.config, dtype="bfloat16")) == Kernels()
+    assert choose_kernels(V5P, tiny.config) == Kernels()
+    assert choose_kernels(H200, replace(deepseek_v2.config, dtype="float32")) == Kernels()
+
+
+def test_the_choice_is_logged_once(caplog):
+    config = replace(deepseek_v2.config, vocab_size=1234)  # chosen for nowhere else
+    with caplog.at_level("INFO", logger="dsjax.kernels"):
+        for _ in range(3):
+            choose_kernels(H200, config)
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels on NVIDIA H200: "
+        "Kernels(mla_attention='xla', mla_decode='hopper', grouped_matmul='hopper')"
+    ]

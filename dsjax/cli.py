@@ -170,8 +170,13 @@ def check(
 def main() -> None:
     """Runs the command line; what a user can mend is one line, not a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("absl", "orbax", "jax", "httpx", "tensorstore"):
+    for name in ("orbax", "jax", "httpx", "tensorstore"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # orbax logs a failed save with its traceback, from its threads, and then raises it: the one
+    # line below is what a user needs of it.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if not os.environ.get("DSJAX_TRACEBACK"):
+        sys.unraisablehook = lambda _: None  # what those threads leave behind
     sys.path.insert(0, str(Path.cwd()))  # configs/ of the checkout, where run from it
     try:
         app()

@@ -179,7 +179,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(whole, tmp_path: Path, enviro
     )
     assert process.returncode == 2, process.stderr
     errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
+    assert len(errors) == 1, process.stderr
     assert f"{tmp_path / 'run' / 'checkpoints'}: saving failed: " in errors[0]
     # orbax's own thread may add to the log; what the user is told is the one line.
     finished = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]

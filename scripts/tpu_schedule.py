@@ -8,7 +8,7 @@ and prints tables. What the figures leave out is memory: they say how long the c
 
     python scripts/tpu_schedule.py attention --chips v5e,v5p,v6e,tpu7x --heads 16 --tokens 4096
     python scripts/tpu_schedule.py decode --chips v6e --heads 128 --batch 128 --tokens 8192
-    python scripts/tpu_schedule.py kernel scripts/tpu_schedule.py:attention_forward '{"heads": 16}'
+    python scripts/tpu_schedule.py kernel scripts/tpu_programs.py:attention_forward '{"heads": 16}'
 
 For kernels of one's own: `compile_schedules("module:function", {...}, chip)`, where the function
 returns a jittable function and its abstract arguments.
@@ -16,7 +16,6 @@ returns a jittable function and its abstract arguments.
 
 import argparse
 import dataclasses
-import functools
 import importlib
 import itertools
 import json
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = str(ROOT / "scripts" / "tpu_programs.py")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 # HBM bytes per second and clock of a core, from the vendor's specifications and the compiler's own
 # cost model; only `decode` uses them, to set cycles beside bytes.
@@ -179,80 +179,6 @@ def _child(target: str, arguments: str, chip: str) -> None:
 # ---- attention beside jax's splash attention
 
 
-def attention_forward(heads: int = 16, tokens: int = 4096, batch: int = 1) -> Any:
-    """Returns the forward kernel, causal, and its arguments."""
-    from pallas_kernels.mla_attention import tpu
-
-    return functools.partial(tpu.forward, scale=0.1, causal=True), _inputs(heads, tokens, batch)[:5]
-
-
-def attention_backward(heads: int = 16, tokens: int = 4096, batch: int = 1) -> Any:
-    """Returns the backward kernel, causal, and its arguments."""
-    from pallas_kernels.mla_attention import tpu
-
-    *inputs, out, lse = _inputs(heads, tokens, batch)
-    return functools.partial(tpu.backward, scale=0.1, causal=True), (
-        *inputs,
-        *(None, None, None),
-        out,
-        lse,
-        out,
-    )
-
-
-def _inputs(heads: int, tokens: int, batch: int) -> tuple[Any, ...]:
-    import jax
-    import jax.numpy as jnp
-
-    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-        return jax.ShapeDtypeStruct((batch, *shape), dtype)
-
-    nope = array(tokens, heads, 128)
-    rope, k_rope = array(tokens, heads, 64), array(tokens, 64)
-    lse = array(heads, tokens, dtype=jnp.float32)
-    return nope, rope, nope, k_rope, nope, nope, lse
-
-
-def splash(
-    heads: int = 16, tokens: int = 4096, blocks: Any = (1024, 1024, 512), grad: str = ""
-) -> Any:
-    """Returns jax's splash attention at 192/128, causal; `grad` is "", "fused" or "separate"."""
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel,
-        splash_attention_mask,
-    )
-
-    q, k, compute = blocks
-    sizes = {"block_q_dkv": q, "block_kv_dkv": k, "block_kv_dkv_compute": compute}
-    if grad == "separate":
-        sizes |= {"block_q_dq": q, "block_kv_dq": k}
-    mask = splash_attention_mask.MultiHeadMask(
-        [splash_attention_mask.CausalMask((tokens, tokens))] * heads
-    )
-    attend = splash_attention_kernel.make_splash_mha(
-        mask,
-        block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=q,
-            block_kv=k,
-            block_kv_compute=compute,
-            use_fused_bwd_kernel=grad == "fused",
-            **(sizes if grad else {}),
-        ),
-        head_shards=1,
-        q_seq_shards=1,
-    )
-
-    def loss(q: Any, k: Any, v: Any) -> Any:
-        return attend(q, k, v).astype(jnp.float32).sum()
-
-    wide = jax.ShapeDtypeStruct((heads, tokens, 192), jnp.bfloat16)
-    value = jax.ShapeDtypeStruct((heads, tokens, 128), jnp.bfloat16)
-    function = jax.grad(loss, argnums=(0, 1, 2)) if grad else lambda *args: attend(*args)
-    return function, (wide, wide, value)
-
-
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """What a kernel costs over its whole grid."""
@@ -314,7 +240,7 @@ def attention_costs(
     """Compiles both implementations for a chip; of splash's block sizes the best are yielded."""
     from pallas_kernels.mla_attention import tiles
 
-    here = f"{__file__}"
+    here = PROGRAMS
     shape = {"heads": heads, "tokens": tokens}
     for label, name, tile in (
         ("mla_attention forward", "attention_forward", tiles.TPU_FORWARD),
@@ -358,36 +284,6 @@ def attention_costs(
 # ---- decode
 
 
-def decode(
-    heads: int = 16,
-    query_tokens: int = 1,
-    batch: int = 128,
-    tokens: int = 4096,
-    page_size: int = 64,
-    dtype: str = "bfloat16",
-) -> Any:
-    """Returns the decode kernel and its arguments, with a full page table."""
-    import jax
-    import jax.numpy as jnp
-
-    from pallas_kernels.mla_decode import LatentPages, tpu
-
-    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    columns = -(-tokens // page_size)
-    num_pages = batch * columns
-    quantized = jnp.dtype(dtype).itemsize == 1
-    pages = LatentPages(
-        array(num_pages, page_size, 512, dtype=jnp.dtype(dtype)),
-        array(num_pages, page_size, 64),
-        array(num_pages, page_size, dtype=jnp.float32) if quantized else None,
-    )
-    queries = (array(batch, query_tokens, heads, 512), array(batch, query_tokens, heads, 64))
-    table, lengths = array(batch, columns, dtype=jnp.int32), array(batch, dtype=jnp.int32)
-    return functools.partial(tpu.decode, scale=0.1), (*queries, pages, table, lengths)
-
-
 def decode_row(
     chip: str, heads: int, query_tokens: int, batch: int, tokens: int, dtype: str
 ) -> str:
@@ -401,7 +297,7 @@ def decode_row(
         "tokens": tokens,
         "dtype": dtype,
     }
-    (schedule,) = compile_schedules(f"{__file__}:decode", arguments, chip, "mla_decode")
+    (schedule,) = compile_schedules(f"{PROGRAMS}:decode", arguments, chip, "mla_decode")
     # Two bodies: for whole blocks and, with the mask and so longer, for a sequence's last one.
     body = min(schedule.matmul_regions(), key=lambda region: region.cycles)
     itemsize = 1 if dtype in ("int8", "float8_e4m3fn") else 2

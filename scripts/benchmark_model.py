@@ -24,7 +24,7 @@ from flax import nnx
 
 from dsjax.cache import allocate_cache
 from dsjax.chips import peak_flops
-from dsjax.config import BatchConfig, DataConfig, ModelConfig, SourceConfig, TrainConfig
+from dsjax.config import GuardConfig, LossConfig, ModelConfig, OptimizerConfig
 from dsjax.config.load import load_model_config
 from dsjax.counts import count_parameters, train_flops_per_token
 from dsjax.kernels import Kernels, choose_kernels
@@ -81,15 +81,9 @@ def median_seconds(run: Callable[[], Any], steps: int) -> float:
 def measure_training(config: ModelConfig, kernels: Kernels, arguments: argparse.Namespace) -> None:
     """Times whole optimiser steps."""
     batch, length = arguments.batch, arguments.length
-    run = TrainConfig(
-        directory="",
-        model=config,
-        data=DataConfig(sources=(SourceConfig("unused"),), length=length),
-        batch=BatchConfig(batch),
-        num_steps=1,
-    )
+    optimizer, loss, guard = OptimizerConfig(), LossConfig(), GuardConfig()
     graphdef, params = nnx.split(create_model(config, 0, kernels=kernels))
-    state = jax.jit(functools.partial(init_train_state, run), donate_argnums=0)(params)
+    state = jax.jit(functools.partial(init_train_state, optimizer), donate_argnums=0)(params)
     tokens = jax.random.randint(jax.random.key(1), (1, batch, length), 0, config.vocab_size)
     rows = {
         "tokens": tokens,
@@ -101,7 +95,8 @@ def measure_training(config: ModelConfig, kernels: Kernels, arguments: argparse.
     held = [state]
 
     def step() -> Any:
-        held[0], step_report = train_step(graphdef, run, held[0], rows, jnp.float32(1e-4))
+        rate = jnp.float32(1e-4)
+        held[0], step_report = train_step(graphdef, optimizer, loss, guard, held[0], rows, rate)
         return step_report
 
     seconds = median_seconds(step, arguments.steps)

@@ -47,7 +47,8 @@ def main() -> None:
     if arguments.kernels == "auto":
         kernels = choose_kernels(jax.devices()[0], config)
     else:
-        kernels = Kernels(*[arguments.kernels] * len(dataclasses.fields(Kernels)))
+        name = arguments.kernels
+        kernels = Kernels(mla_attention=name, mla_decode=name, grouped_matmul=name)
     run = {"train": measure_training, "generate": measure_generation}[arguments.what]
     run(config, kernels, arguments)
 
@@ -61,7 +62,7 @@ def report(name: str, config: ModelConfig, kernels: Kernels, figures: dict[str, 
         "parameters": total,
         "active": active,
         "dtype": config.dtype,
-        "kernels": dataclasses.astuple(kernels),
+        "kernels": dataclasses.asdict(kernels),
     }
     print(json.dumps(about | figures), flush=True)
 

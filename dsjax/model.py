@@ -13,7 +13,7 @@ from flax import nnx
 from dsjax.cache import LatentCache
 from dsjax.config import ModelConfig, TokenDropping
 from dsjax.kernels import Kernels
-from dsjax.layers.basic import MLP, LayerOptions, RMSNorm
+from dsjax.layers.basic import MLP, LayerOptions, RMSNorm, float32_matmul
 from dsjax.layers.mla import MLA
 from dsjax.layers.moe import MoE
 from dsjax.layers.router import RouterStats
@@ -156,14 +156,17 @@ class DeepSeekV2(nnx.Module):
                 x_BTD, stats = jax.lax.scan(run_block, x_BTD, layers)
         return self.norm(x_BTD), stats
 
-    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Projects to the vocabulary; returns float32 logits [B, T, W]."""
-        logits_BTW = jnp.einsum(
-            "BTD,DW->BTW",
-            hidden_BTD,
-            self.lm_head[...].astype(hidden_BTD.dtype),
-            preferred_element_type=jnp.float32,
-        )
+    def unembed(self, hidden_BTD: jax.Array, head: jax.Array | None = None) -> jax.Array:
+        """Projects to the vocabulary.
+
+        Args:
+            hidden_BTD: what `hidden` gave.
+            head: [D, W] stands in for `lm_head`, so that its gradient may have another dtype.
+
+        Returns:
+            logits_BTW: float32.
+        """
+        logits_BTW = float32_matmul(hidden_BTD, self.lm_head[...] if head is None else head)
         return self.options.rules.constrain(logits_BTW, "batch", "length", "vocab")
 
     def prefill(

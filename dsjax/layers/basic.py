@@ -53,6 +53,42 @@ class LayerOptions:
         return nnx.Param(values.astype(self.param_dtype), dims=dims)
 
 
+@jax.custom_vjp
+def float32_matmul(x_MD: jax.Array, w_DN: jax.Array) -> jax.Array:
+    """Multiplies in x's dtype into a float32 result; the gradient's products run in x's dtype too.
+
+    Without this the float32 cotangent would drag both products of the backward pass to float32.
+
+    Args:
+        x_MD: [..., D], compute dtype.
+        w_DN: [D, N], any float dtype; its gradient is summed in that dtype.
+
+    Returns:
+        [..., N], float32.
+    """
+    w_DN = w_DN.astype(x_MD.dtype)
+    return jnp.einsum("...D,DN->...N", x_MD, w_DN, preferred_element_type=jnp.float32)
+
+
+def _float32_matmul_forward(
+    x_MD: jax.Array, w_DN: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return float32_matmul(x_MD, w_DN), (x_MD, w_DN)
+
+
+def _float32_matmul_backward(
+    kept: tuple[jax.Array, jax.Array], dout_MN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_MD, w_DN = kept
+    dout_MN = dout_MN.astype(x_MD.dtype)
+    dx_MD = jnp.einsum("...N,DN->...D", dout_MN, w_DN.astype(x_MD.dtype))
+    dw_DN = jnp.einsum("...D,...N->DN", x_MD, dout_MN, preferred_element_type=jnp.float32)
+    return dx_MD, dw_DN.astype(w_DN.dtype)
+
+
+float32_matmul.defvjp(_float32_matmul_forward, _float32_matmul_backward)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation, in float32."""
 

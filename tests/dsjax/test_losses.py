@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dsjax.config import BalanceConfig, LossConfig
+from dsjax.layers.basic import float32_matmul
 from dsjax.layers.router import RouterStats
 from dsjax.losses import balance_terms, sum_cross_entropy, training_loss
 from dsjax.sharding import ShardingRules
@@ -19,11 +20,11 @@ class Head:
     """What the loss needs of a model: an output head over a vocabulary of any size."""
 
     def __init__(self, weight_DW: jax.Array):
-        self.weight_DW = weight_DW
+        self.lm_head = weight_DW
         self.options = SimpleNamespace(rules=ShardingRules())
 
-    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
-        return jnp.einsum("BTD,DW->BTW", hidden_BTD, self.weight_DW)
+    def unembed(self, hidden_BTD: jax.Array, head: jax.Array) -> jax.Array:
+        return float32_matmul(hidden_BTD, head)
 
 
 def direct(weight_DW, hidden_BTD, targets_BT, weights_BT):
@@ -55,6 +56,31 @@ def test_chunks_give_the_direct_value_and_gradient(rng, length: int, chunk: int)
     np.testing.assert_allclose(found[1], expected[1], rtol=2e-6)
     for a, b in zip(found_gradient, gradient, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_multiplies_in_bfloat16_and_adds_up_in_float32(rng):
+    hidden = jnp.asarray(rng.standard_normal((2, 64, 32)), jnp.bfloat16)
+    weight = jnp.asarray(rng.standard_normal((32, 300)) / 6, jnp.bfloat16)
+    targets = jnp.asarray(rng.integers(0, 300, (2, 64)), jnp.int32)
+    weights = jnp.ones((2, 64))
+
+    def nats(weight, hidden):
+        return sum_cross_entropy(Head(weight), hidden, targets, weights, 16)[0]
+
+    def whole(weight, hidden):
+        return direct(weight, hidden, targets, weights)[0]
+
+    gradient = jax.grad(nats, (0, 1))
+    text = jax.jit(gradient).lower(weight, hidden).as_text()
+    dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(dots) >= 3
+    for line in dots:  # both operands, whatever the result is
+        assert line.split(" : (")[1].split(")")[0].count("bf16") == 2, line
+    wide = [x.astype(jnp.float32) for x in (weight, hidden)]
+    for found, expected in zip(gradient(weight, hidden), jax.grad(whole, (0, 1))(*wide), strict=True):
+        assert found.dtype == jnp.bfloat16
+        error = jnp.linalg.norm(found.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+        assert error < 5e-3
 
 
 def test_memory_is_bounded_by_a_chunk(rng):

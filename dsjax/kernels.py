@@ -55,9 +55,7 @@ def _choose(platform: str, kind: str, config: ModelConfig) -> Kernels:
     widths = () if config.moe is None else (config.hidden_dim, config.moe.intermediate_dim)
     widths_fit = bf16 and all(width % _GROUPED_MATMUL_WIDTH == 0 for width in widths)
     chosen = Kernels(
-        # Hopper's is there to be asked for: its backward and its masks, which training needs, have
-        # been simulated and compiled, but not run on the chip as they are now.
-        mla_attention="tpu" if tpu and heads_fit else "xla",
+        mla_attention="tpu" if tpu and heads_fit else "hopper" if hopper and heads_fit else "xla",
         mla_decode="tpu" if tpu and heads_fit else "hopper" if hopper and heads_fit else "xla",
         # There is no TPU kernel of this one yet.
         grouped_matmul="hopper" if hopper and widths_fit else "xla",

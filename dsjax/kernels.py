@@ -20,11 +20,26 @@ _GROUPED_MATMUL_WIDTH = 64
 
 @dataclass(frozen=True)
 class Kernels:
-    """Implementation names, one per op of `pallas_kernels`; hashable, so part of a jit key."""
+    """Implementation names, one per op of `pallas_kernels`; hashable, so part of a jit key.
+
+    Attributes:
+        mla_attention: of attention in training and prefill.
+        mla_decode: of absorbed decode.
+        grouped_matmul: of the experts' products.
+        expert_exchange: how tokens move between devices that divide the experts: "ragged" sends
+            what there is; "fixed", for backends that cannot, as much as there might be.
+        exchange_chunks: parts of a device's tokens that are exchanged one by one, so that one is
+            computed while the next is under way.
+        exchange_room: tokens that one pass over a device's experts has room for, over an even
+            share of them; where there are more, it takes more passes.
+    """
 
     mla_attention: str = "xla"
     mla_decode: str = "xla"
     grouped_matmul: str = "xla"
+    expert_exchange: str = "fixed"
+    exchange_chunks: int = 1
+    exchange_room: float = 1.5
 
 
 def choose_kernels(device: jax.Device, config: ModelConfig) -> Kernels:
@@ -59,6 +74,8 @@ def _choose(platform: str, kind: str, config: ModelConfig) -> Kernels:
         mla_decode="tpu" if tpu and heads_fit else "hopper" if hopper and heads_fit else "xla",
         # There is no TPU kernel of this one yet.
         grouped_matmul="hopper" if hopper and widths_fit else "xla",
+        # XLA's CPU backend does not have the ragged one.
+        expert_exchange="ragged" if platform in ("tpu", "gpu", "cuda", "rocm") else "fixed",
     )
     _LOG.info("kernels on %s: %s", kind, chosen)
     return chosen

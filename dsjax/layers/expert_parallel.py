@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
+from dsjax.config import MoEConfig
+from dsjax.kernels import Kernels
 from dsjax.layers.basic import LayerOptions
+from dsjax.layers.expert_passes import PassSize, Weights, apply_local_experts
 from dsjax.layers.router import Routing
-from pallas_kernels.expert_exchange import combine_rows, gather_rows, sort_by_expert
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.expert_exchange import (
+    plan_exchange,
+    return_tokens,
+    send_choices,
+    send_tokens,
+)
+
+# Room of a pass comes in multiples of _ROUND; with at least _MIN_PASS, few tokens take one pass.
+_ROUND, _MIN_PASS = 128, 256
 
 
 def apply_experts(
@@ -19,6 +30,7 @@ def apply_experts(
     w_gate: jax.Array,
     w_up: jax.Array,
     w_down: jax.Array,
+    config: MoEConfig,
     options: LayerOptions,
 ) -> jax.Array:
     """Sums each token's experts, weighted by its gates.
@@ -29,85 +41,167 @@ def apply_experts(
         w_gate: [E, D, F], compute dtype.
         w_up: [E, D, F].
         w_down: [E, F, D].
+        config: how tokens are routed, which bounds the devices a token goes to.
         options: rules and kernels.
 
     Returns:
         out_BTD in x's dtype.
+
+    Raises:
+        ValueError: `kernels.exchange_chunks` does not divide a device's tokens.
     """
     rules = options.rules
-    grouped = options.kernels.grouped_matmul
-    if rules.mesh is None:
-        return _local_experts(
-            x_BTD, routing.weights_BTK, routing.indices_BTK, w_gate, w_up, w_down, grouped
-        )
+    table = dict(rules.table)
     tokens, chosen = ("batch", "length", "embed"), ("batch", "length", None)
     into, out = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
-    run = rules.shard_map(
-        functools.partial(
-            _sharded_experts,
-            gather_axes=dict(rules.table)["expert_embed"],
-            tokens_divided="expert" in dict(rules.table)["batch"],
-            implementation=grouped,
-        ),
-        in_dims=(tokens, chosen, chosen, into, into, out),
-        out_dims=tokens,
+    num_shards = rules.axis_size("expert")
+    of_device = functools.partial(
+        _experts_of_device,
+        config=config,
+        kernels=options.kernels,
+        gather_axes=() if rules.mesh is None else table["expert_embed"],
+        sum_axes=() if rules.mesh is None else table["mlp"],
+        num_shards=num_shards,
+        tokens_divided="expert" in table["batch"],
     )
+    run = rules.shard_map(of_device, (tokens, chosen, chosen, into, into, out), tokens)
     return run(x_BTD, routing.weights_BTK, routing.indices_BTK, w_gate, w_up, w_down)
 
 
-def _local_experts(
-    x_BTD: jax.Array,
-    weights_BTK: jax.Array,
-    indices_BTK: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
-    implementation: str,
-) -> jax.Array:
-    """Sums the experts given here; an index outside 0 .. E - 1 belongs to none of them."""
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    top_k = indices_BTK.shape[-1]
-    order = sort_by_expert(indices_BTK.reshape(-1, top_k), w_gate.shape[0])
-    rows_MD = gather_rows(x_ND, order)
-    hidden_MF = grouped_swiglu(
-        rows_MD, w_gate, w_up, order.group_sizes_E, implementation=implementation
+def max_shards(config: MoEConfig, num_shards: int) -> int:
+    """Returns how many devices of the expert axis a token may go to.
+
+    A group of experts (§2.2.2) lies on one device where the axis has at most as many devices as
+    there are groups and divides them, so that this is the paper's M; else it spans several.
+    """
+    reachable = min(config.top_k, num_shards)
+    if config.routing != "group_limited_greedy":
+        return reachable
+    return min(reachable, config.top_groups * _shards_of_a_group(config, num_shards))
+
+
+def _shards_of_a_group(config: MoEConfig, num_shards: int) -> int:
+    """Devices that a group of experts may span."""
+    per_group = config.num_experts // config.num_groups
+    per_shard = config.num_experts // num_shards
+    return max(
+        (first + per_group - 1) // per_shard - first // per_shard + 1
+        for first in range(0, config.num_experts, per_group)
     )
-    rows_MD = grouped_matmul(hidden_MF, w_down, order.group_sizes_E, implementation=implementation)
-    out_ND = combine_rows(rows_MD, weights_BTK.reshape(-1, top_k), order)
-    return out_ND.reshape(x_BTD.shape)
 
 
-def _sharded_experts(
+def _experts_of_device(
     x_BTD: jax.Array,
-    weights_BTK: jax.Array,
+    gates_BTK: jax.Array,
     indices_BTK: jax.Array,
     w_gate: jax.Array,
     w_up: jax.Array,
     w_down: jax.Array,
     *,
+    config: MoEConfig,
+    kernels: Kernels,
     gather_axes: tuple[str, ...],
+    sum_axes: tuple[str, ...],
+    num_shards: int,
     tokens_divided: bool,
-    implementation: str,
 ) -> jax.Array:
-    """Runs on one device of the mesh: its experts, for every token of its expert axis."""
+    """Runs on one device of the mesh, with its experts and its tokens."""
     for axis in gather_axes:  # fsdp: weights are gathered just in time
         w_gate = jax.lax.all_gather(w_gate, axis, axis=1, tiled=True)
         w_up = jax.lax.all_gather(w_up, axis, axis=1, tiled=True)
         w_down = jax.lax.all_gather(w_down, axis, axis=2, tiled=True)
-    if tokens_divided:
-        x_BTD, weights_BTK, indices_BTK = (
-            jax.lax.all_gather(array, "expert", axis=0, tiled=True)
-            for array in (x_BTD, weights_BTK, indices_BTK)
+    weights = Weights(w_gate, w_up, w_down)
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    gates_NK = gates_BTK.reshape(-1, config.top_k)
+    indices_NK = indices_BTK.reshape(-1, config.top_k)
+    if num_shards > 1 and tokens_divided:
+        chunks = kernels.exchange_chunks
+        if x_ND.shape[0] % chunks:
+            raise ValueError(
+                f"kernels.exchange_chunks={chunks}: must divide a device's {x_ND.shape[0]} tokens"
+            )
+        # Pieces do not depend on one another, so one is computed while the next is exchanged.
+        out_ND = jnp.concatenate(
+            [
+                _exchanged(x, gates, indices, weights, config, kernels, num_shards)
+                for x, gates, indices in zip(
+                    *(jnp.split(array, chunks) for array in (x_ND, gates_NK, indices_NK)),
+                    strict=True,
+                )
+            ]
         )
-    num_local = w_gate.shape[0]
-    first = jax.lax.axis_index("expert") * num_local
-    local_BTK = indices_BTK - first
-    elsewhere = (local_BTK < 0) | (local_BTK >= num_local)
-    local_BTK = jnp.where(elsewhere, num_local, local_BTK)
-    weights_BTK = jnp.where(elsewhere, 0, weights_BTK)
-    out_BTD = _local_experts(x_BTD, weights_BTK, local_BTK, w_gate, w_up, w_down, implementation)
-    # Hidden widths are divided over the tensor axis, so each device has a part of every sum.
-    out_BTD = jax.lax.psum(out_BTD, "tensor")
-    if tokens_divided:
-        return jax.lax.psum_scatter(out_BTD, "expert", scatter_dimension=0, tiled=True)
-    return jax.lax.psum(out_BTD, "expert")
+    else:
+        out_ND = _of_all_tokens(x_ND, gates_NK, indices_NK, weights, config, kernels, num_shards)
+        sum_axes = ("expert", *sum_axes) if num_shards > 1 else sum_axes
+    if sum_axes:
+        # Hidden widths are divided over the tensor axis, so each device has a part of every sum.
+        out_ND = jax.lax.psum(out_ND, sum_axes)
+    return out_ND.reshape(x_BTD.shape)
+
+
+def _exchanged(
+    x_ND: jax.Array,
+    gates_NK: jax.Array,
+    indices_NK: jax.Array,
+    weights: Weights,
+    config: MoEConfig,
+    kernels: Kernels,
+    num_shards: int,
+) -> jax.Array:
+    """Sends this device's tokens to the devices of their experts, and sums what comes back."""
+    plan = plan_exchange(
+        indices_NK,
+        num_experts=config.num_experts,
+        max_shards=max_shards(config, num_shards),
+        axis_name="expert",
+        transport=kernels.expert_exchange,
+    )
+    rows_RD = send_tokens(x_ND, plan)
+    experts_RK, gates_RK = send_choices(indices_NK, gates_NK, plan)
+    num_tokens, top_k = indices_NK.shape
+    size = PassSize(
+        tokens=_with_room(num_tokens * _mean_shards(config, num_shards), kernels),
+        rows=_with_room(num_tokens * top_k, kernels),
+    )
+    rows_RD = apply_local_experts(
+        rows_RD, experts_RK, gates_RK, plan.num_received, weights, size, kernels.grouped_matmul
+    )
+    return return_tokens(rows_RD, plan)
+
+
+def _of_all_tokens(
+    x_ND: jax.Array,
+    gates_NK: jax.Array,
+    indices_NK: jax.Array,
+    weights: Weights,
+    config: MoEConfig,
+    kernels: Kernels,
+    num_shards: int,
+) -> jax.Array:
+    """Sums this device's experts for tokens that all devices have: what decoding does."""
+    num_tokens, top_k = indices_NK.shape
+    num_local = weights.gate.shape[0]
+    rows = num_tokens * top_k
+    if num_shards > 1:
+        indices_NK = indices_NK - jax.lax.axis_index("expert") * num_local
+        here_NK = (indices_NK >= 0) & (indices_NK < num_local)
+        indices_NK = jnp.where(here_NK, indices_NK, num_local)
+        gates_NK = jnp.where(here_NK, gates_NK, 0)
+        rows = _with_room(rows / num_shards, kernels)
+    size = PassSize(num_tokens, rows)
+    return apply_local_experts(
+        x_ND, indices_NK, gates_NK, num_tokens, weights, size, kernels.grouped_matmul
+    )
+
+
+def _with_room(even_share: float, kernels: Kernels) -> int:
+    room = math.ceil(kernels.exchange_room * even_share / _ROUND) * _ROUND
+    return max(room, _MIN_PASS)
+
+
+def _mean_shards(config: MoEConfig, num_shards: int) -> float:
+    """Devices a token goes to when its experts are spread evenly over those it may go to."""
+    reach = num_shards
+    if config.routing == "group_limited_greedy":
+        reach = min(num_shards, config.top_groups * _shards_of_a_group(config, num_shards))
+    return reach * (1 - (1 - 1 / reach) ** config.top_k)

@@ -23,6 +23,7 @@ class MoE(nnx.Module):
         self.w_down = options.weight(rngs, out, ("experts", "mlp", "expert_embed"))
         width = config.shared_intermediate_dim
         self.shared = MLP(hidden_dim, width, options, rngs) if width else None
+        self.config = config
         self.options = options
 
     def __call__(
@@ -46,8 +47,10 @@ class MoE(nnx.Module):
             self.w_gate[...].astype(dtype),
             self.w_up[...].astype(dtype),
             self.w_down[...].astype(dtype),
+            self.config,
             self.options,
         )
+        # Nothing here waits for the experts, so the compiler can hide their exchange behind it.
         if self.shared is not None:
             out_BTD += self.shared(x_BTD)
         return out_BTD, stats

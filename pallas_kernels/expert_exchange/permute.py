@@ -10,11 +10,11 @@ from jaxtyping import Array, Float, Int
 
 
 class ExpertOrder(NamedTuple):
-    """A permutation of M = N * K assignments into rows sorted by expert.
+    """Assignments as M rows sorted by expert; M is N * K, or less where fewer go anywhere.
 
     Attributes:
         token_M: int32, the token that each row is a copy of.
-        row_NK: int32, the row that each assignment went to.
+        row_NK: int32, the row that each assignment went to; M or more for one that has none.
         group_sizes_E: int32, rows of each expert; rows behind the last belong to none.
     """
 
@@ -23,12 +23,15 @@ class ExpertOrder(NamedTuple):
     group_sizes_E: Int[Array, " E"]
 
 
-def sort_by_expert(indices_NK: Int[Array, "N K"], num_experts: int) -> ExpertOrder:
+def sort_by_expert(
+    indices_NK: Int[Array, "N K"], num_experts: int, max_rows: int | None = None
+) -> ExpertOrder:
     """Sorts assignments by expert, tokens of one expert in their order.
 
     Args:
         indices_NK: int32 expert of each assignment; `num_experts` for one that goes nowhere.
         num_experts: experts that rows are for.
+        max_rows: M, which the caller knows to be enough for all that go somewhere; None for N * K.
     """
     top_k = indices_NK.shape[1]
     flat_M = indices_NK.reshape(-1)
@@ -39,10 +42,36 @@ def sort_by_expert(indices_NK: Int[Array, "N K"], num_experts: int) -> ExpertOrd
         .set(jnp.arange(order_M.size, dtype=order_M.dtype), unique_indices=True)
     )
     return ExpertOrder(
-        token_M=order_M // top_k,
+        token_M=(order_M // top_k)[:max_rows],
         row_NK=row_M.reshape(indices_NK.shape),
-        group_sizes_E=jnp.bincount(flat_M, length=num_experts),
+        # By comparison: counting by a scatter makes all rows wait for a few counters.
+        group_sizes_E=jnp.sum(
+            flat_M == jnp.arange(num_experts, dtype=flat_M.dtype)[:, None], axis=1, dtype=jnp.int32
+        ),
     )
+
+
+def _rows_of_choice(rows_MD: Array, order: ExpertOrder, choice: int) -> Array:
+    """Row of each token's choice-th assignment in float32, [N, D]; 0 for one that has no row."""
+    whole = rows_MD.shape[0] == order.row_NK.size
+    mode = "promise_in_bounds" if whole else "fill"
+    rows_ND = rows_MD.at[order.row_NK[:, choice]].get(mode=mode, fill_value=None if whole else 0)
+    return rows_ND.astype(jnp.float32)
+
+
+def _sum_rows(rows_MD: Array, order: ExpertOrder, weights_NK: Array | None = None) -> Array:
+    """Sum of each token's rows in float32, [N, D].
+
+    One choice after another: the compiler makes all one pass over the rows, where it would write
+    an array [N, K, D] of float32 first.
+    """
+    sum_ND = None
+    for choice in range(order.row_NK.shape[1]):
+        part_ND = _rows_of_choice(rows_MD, order, choice)
+        if weights_NK is not None:
+            part_ND *= weights_NK[:, choice, None]
+        sum_ND = part_ND if sum_ND is None else sum_ND + part_ND
+    return sum_ND
 
 
 @jax.custom_vjp
@@ -60,8 +89,7 @@ def _gather_rows_forward(x_ND: Array, order: ExpertOrder) -> tuple[Array, Expert
 
 def _gather_rows_backward(order: ExpertOrder, d_rows_MD: Array) -> tuple[Array, None]:
     # Rows behind the last group take part in nothing, so their cotangent is 0 by construction.
-    d_x_NKD = d_rows_MD[order.row_NK].astype(jnp.float32)
-    return jnp.sum(d_x_NKD, axis=1).astype(d_rows_MD.dtype), None
+    return _sum_rows(d_rows_MD, order).astype(d_rows_MD.dtype), None
 
 
 gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
@@ -72,8 +100,7 @@ def combine_rows(
     rows_MD: Float[Array, "M D"], weights_NK: Float[Array, "N K"], order: ExpertOrder
 ) -> Float[Array, "N D"]:
     """Sums each token's rows, weighted, in float32; returns the rows' dtype."""
-    rows_NKD = rows_MD[order.row_NK].astype(jnp.float32)
-    return jnp.einsum("NKD,NK->ND", rows_NKD, weights_NK).astype(rows_MD.dtype)
+    return _sum_rows(rows_MD, order, weights_NK).astype(rows_MD.dtype)
 
 
 def _combine_forward(
@@ -87,11 +114,17 @@ def _combine_backward(
 ) -> tuple[Array, Array, None]:
     rows_MD, weights_NK, order = residuals
     weight_M = jnp.zeros(order.token_M.shape, weights_NK.dtype)
-    weight_M = weight_M.at[order.row_NK].set(weights_NK, unique_indices=True)
+    weight_M = weight_M.at[order.row_NK].set(weights_NK, mode="drop", unique_indices=True)
     d_rows_MD = d_out_ND[order.token_M].astype(jnp.float32) * weight_M[:, None]
-    rows_NKD = rows_MD[order.row_NK].astype(jnp.float32)
-    d_weights_NK = jnp.einsum("NKD,ND->NK", rows_NKD, d_out_ND.astype(jnp.float32))
-    return d_rows_MD.astype(rows_MD.dtype), d_weights_NK, None
+    d_out_ND = d_out_ND.astype(jnp.float32)
+    d_weights_NK = jnp.stack(
+        [
+            jnp.sum(_rows_of_choice(rows_MD, order, choice) * d_out_ND, axis=1)
+            for choice in range(weights_NK.shape[1])
+        ],
+        axis=1,
+    )
+    return d_rows_MD.astype(rows_MD.dtype), d_weights_NK.astype(weights_NK.dtype), None
 
 
 combine_rows.defvjp(_combine_forward, _combine_backward)

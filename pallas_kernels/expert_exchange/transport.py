@@ -1,0 +1,80 @@
+"""Moving rows between the shards of a mesh axis: two transports of one meaning.
+
+Rows lie sorted by the shard they go to, and arrive sorted by the shard they come from, without
+gaps; what is behind the last is 0. The same exchange with the sizes transposed brings them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
+
+
+def exchange_rows(
+    rows_S: Shaped[Array, "S ..."],
+    sizes_PQ: Int[Array, "P P"],
+    *,
+    num_rows: int,
+    max_size: int,
+    axis_name: str,
+    transport: str,
+) -> Shaped[Array, "R ..."]:
+    """Sends each shard its rows; to be called within shard_map.
+
+    Args:
+        rows_S: what this shard sends, sorted by the shard it goes to.
+        sizes_PQ: int32, rows that shard p sends to shard q; the same on every shard.
+        num_rows: R, room for what is received.
+        max_size: a bound on every size.
+        axis_name: the mesh axis of the shards.
+        transport: one of TRANSPORTS.
+
+    Returns:
+        The rows received, sorted by the shard they come from; 0 behind the last.
+    """
+    return TRANSPORTS[transport](rows_S, sizes_PQ, num_rows, max_size, axis_name)
+
+
+def _ragged(rows_S: Array, sizes_PQ: Array, num_rows: int, max_size: int, axis_name: str) -> Array:
+    """Sends the rows there are: for TPUs and GPUs, XLA's CPU backend does not have it."""
+    me = jax.lax.axis_index(axis_name)
+    return jax.lax.ragged_all_to_all(
+        rows_S,
+        jnp.zeros((num_rows, *rows_S.shape[1:]), rows_S.dtype),
+        input_offsets=_starts(sizes_PQ[me]),
+        send_sizes=sizes_PQ[me],
+        # Where this shard's rows go on each other one: behind those of the shards before it.
+        output_offsets=_starts(sizes_PQ)[me],
+        recv_sizes=sizes_PQ[:, me],
+        axis_name=axis_name,
+    )
+
+
+def _fixed(rows_S: Array, sizes_PQ: Array, num_rows: int, max_size: int, axis_name: str) -> Array:
+    """Sends blocks of the largest size there can be, for backends that have nothing else."""
+    me = jax.lax.axis_index(axis_name)
+    block_row = jnp.arange(max_size)
+    blocks = rows_S.at[_starts(sizes_PQ[me])[:, None] + block_row].get(mode="clip")
+    blocks = jax.lax.all_to_all(blocks, axis_name, split_axis=0, concat_axis=0)
+    received_P = sizes_PQ[:, me]
+    row_R = jnp.arange(num_rows)
+    source_R = jnp.searchsorted(jnp.cumsum(received_P), row_R, side="right", method="compare_all")
+    place_R = source_R * max_size + row_R - _starts(received_P).at[source_R].get(mode="clip")
+    # A source behind the last shard is a row that nothing was received for.
+    place_R = jnp.where(source_R < sizes_PQ.shape[0], place_R, blocks.shape[0] * max_size)
+    flat = blocks.reshape(-1, *blocks.shape[2:])
+    return flat.at[place_R].get(mode="fill", fill_value=0)
+
+
+def _starts(sizes: Array) -> Array:
+    """First row of each part, along the first dim."""
+    return jnp.cumsum(sizes, axis=0) - sizes
+
+
+TRANSPORTS: dict[str, Callable[[Array, Array, int, int, str], Array]] = {
+    "ragged": _ragged,
+    "fixed": _fixed,
+}

@@ -1,0 +1,178 @@
+"""The experts of one device in passes, and of a mesh: any room and any chunks give one result."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.models import deepseek_v2, deepseek_v2_lite
+from dsjax.config import MeshConfig, MoEConfig
+from dsjax.kernels import Kernels
+from dsjax.layers import expert_parallel
+from dsjax.layers.basic import LayerOptions
+from dsjax.layers.expert_parallel import apply_experts, max_shards
+from dsjax.layers.expert_passes import PassSize, Weights, apply_local_experts
+from dsjax.layers.router import Routing, choose_experts
+from dsjax.sharding import ShardingRules, inference_rules, make_mesh, train_rules
+from tests.small_models import SMALL
+
+TOKENS, TOP_K, EXPERTS, WIDTH, HIDDEN = 24, 3, 4, 16, 8
+
+
+def draw_layer(rng, tokens, experts):
+    x = rng.standard_normal((tokens, WIDTH))
+    gates = rng.random((tokens, TOP_K))
+    weights = [
+        rng.standard_normal(shape) / 4
+        for shape in ((experts, WIDTH, HIDDEN), (experts, WIDTH, HIDDEN), (experts, HIDDEN, WIDTH))
+    ]
+    return [jnp.asarray(a, jnp.float32) for a in (x, gates, *weights)]
+
+
+def draw_choices(rng, share_here, num_tokens=TOKENS):
+    """Different experts of each token; `EXPERTS` for the share that is elsewhere."""
+    experts = np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(TOKENS)])
+    experts[rng.random(experts.shape) >= share_here] = EXPERTS
+    experts[num_tokens:] = EXPERTS
+    return experts.astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def run_passes(arguments, experts_NK, num_tokens, probe_ND, size):
+    def run(x_ND, gates_NK, *weights):
+        return apply_local_experts(
+            x_ND, experts_NK, gates_NK, num_tokens, Weights(*weights), size, "xla"
+        )
+
+    out_ND, pull = jax.vjp(run, *arguments)
+    return out_ND, pull(probe_ND)
+
+
+# Two tokens a pass; one token's rows a pass; both bind; a window that ends behind the arrays.
+@pytest.mark.parametrize("size", [(2, 99), (99, 3), (7, 9), (10, 99)])
+def test_passes_of_any_size_give_one_result(size, rng):
+    whole = PassSize(TOKENS, TOKENS * TOP_K)
+    for share_here, num_tokens in ((0.5, TOKENS), (1.0, 17), (0.1, TOKENS), (0.0, TOKENS)):
+        arguments = draw_layer(rng, TOKENS, EXPERTS)
+        experts = draw_choices(rng, share_here, num_tokens)
+        probe = jnp.asarray(rng.standard_normal((TOKENS, WIDTH)), jnp.float32)
+        want = run_passes(arguments, experts, num_tokens, probe, whole)
+        got = run_passes(arguments, experts, num_tokens, probe, PassSize(*size))
+        assert (np.abs(want[0]).max() > 0) == (share_here > 0)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pass_too_small_for_one_token(rng):
+    arguments = draw_layer(rng, TOKENS, EXPERTS)
+    experts = draw_choices(rng, 1.0)
+    with pytest.raises(ValueError, match=r"rows=2\) must be at least 1 token and the 3 rows"):
+        run_passes(arguments, experts, TOKENS, arguments[0], PassSize(4, 2))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("config", "shards", "bound"),
+    [
+        (deepseek_v2.config.moe, 8, 3),  # the paper's: a group on each device
+        (deepseek_v2.config.moe, 4, 3),
+        (deepseek_v2.config.moe, 2, 2),
+        (deepseek_v2.config.moe, 16, 6),
+        (deepseek_v2.config.moe, 5, 5),  # 32 experts a device, 20 a group: groups straddle
+        (deepseek_v2.config.moe, 160, 6),
+        (deepseek_v2_lite.config.moe, 8, 6),
+        (deepseek_v2_lite.config.moe, 4, 4),
+    ],
+)
+def test_bound_on_the_devices_of_a_token(config, shards, bound, rng):
+    assert max_shards(config, shards) == bound
+    scores = jax.nn.softmax(jnp.asarray(rng.standard_normal((2, 500, config.num_experts))))
+    _, indices = choose_experts(scores, config)
+    devices = np.asarray(indices) // (config.num_experts // shards)
+    assert max(len(set(token)) for token in devices.reshape(-1, config.top_k).tolist()) <= bound
+
+
+MOE = MoEConfig(
+    num_experts=8,
+    top_k=TOP_K,
+    intermediate_dim=HIDDEN,
+    num_groups=4,
+    top_groups=2,
+    routing="group_limited_greedy",
+)
+BATCH, LENGTH = 8, 6
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options"))
+def run_layer(x_BTD, gates_BTK, indices_BTK, weights, probe_BTD, config, options):
+    def run(x_BTD, gates_BTK, *weights):
+        return apply_experts(x_BTD, Routing(gates_BTK, indices_BTK), *weights, config, options)
+
+    out_BTD, pull = jax.vjp(run, x_BTD, gates_BTK, *weights)
+    return out_BTD, pull(probe_BTD)
+
+
+def draw_routed_layer(rng, config, skew=0.0):
+    x, gates, *weights = draw_layer(rng, BATCH * LENGTH, config.num_experts)
+    scores = rng.standard_normal((BATCH, LENGTH, config.num_experts))
+    scores[..., 2] += skew
+    _, indices = choose_experts(jax.nn.softmax(jnp.asarray(scores)), config)
+    probe = jnp.asarray(rng.standard_normal((BATCH, LENGTH, WIDTH)), jnp.float32)
+    # Some are dropped, as the token-dropping option does it.
+    indices = jnp.where(jnp.arange(LENGTH)[:, None] == 4, config.num_experts, indices)
+    gates = gates.reshape(indices.shape)
+    return x.reshape(probe.shape), gates, indices, weights, probe
+
+
+def options_of(rules, **kernels):
+    return LayerOptions.of(SMALL, rules, Kernels(**kernels))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kernels"),
+    [
+        (MeshConfig(data=1, fsdp=2, expert=2, tensor=2), {"exchange_chunks": 3}),
+        (MeshConfig(data=2, fsdp=1, expert=4), {"exchange_room": 0.2, "exchange_chunks": 2}),
+    ],
+)
+def test_chunks_and_room_change_nothing(mesh, kernels, rng, monkeypatch):
+    monkeypatch.setattr(expert_parallel, "_ROUND", 1)
+    monkeypatch.setattr(expert_parallel, "_MIN_PASS", 3)
+    batch = draw_routed_layer(rng, MOE, skew=4.0)
+    want = run_layer(*batch, MOE, options_of(ShardingRules()))
+    got = run_layer(*batch, MOE, options_of(train_rules(make_mesh(mesh)), **kernels))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_chunks_that_do_not_divide_the_tokens(rng):
+    rules = train_rules(make_mesh(MeshConfig(fsdp=1, expert=4, tensor=2)))
+    with pytest.raises(ValueError, match="exchange_chunks=5: must divide a device's 12 tokens"):
+        run_layer(*draw_routed_layer(rng, MOE), MOE, options_of(rules, exchange_chunks=5))
+
+
+def test_decoding_sums_over_the_devices_once_and_moves_no_token(rng):
+    """Few tokens, not divided: each device reads its experts once; one sum is all they exchange."""
+    rules = inference_rules(make_mesh(MeshConfig(fsdp=1, expert=4, tensor=2)))
+    options = options_of(rules)
+    x, gates, indices, weights, _ = draw_routed_layer(rng, MOE)
+
+    @functools.partial(jax.jit, static_argnames="options")
+    def run(x_BTD, gates_BTK, indices_BTK, weights, options):
+        return apply_experts(x_BTD, Routing(gates_BTK, indices_BTK), *weights, MOE, options)
+
+    def shard(array, *dims):
+        return jax.device_put(array, rules.sharding(*dims))
+
+    arguments = (x, gates, indices)
+    on_mesh = [shard(a, "batch", "length", None) for a in arguments]
+    into, out = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+    on_mesh.append([shard(w, *dims) for w, dims in zip(weights, (into, into, out), strict=True)])
+    compiled = run.lower(*on_mesh, options=options).compile()
+    found = re.findall(r"(all-[a-z\-]+|reduce-scatter|collective-permute)\(", compiled.as_text())
+    assert found == ["all-reduce"]
+    want = run(*arguments, weights, options_of(ShardingRules()))
+    np.testing.assert_allclose(compiled(*on_mesh), want, rtol=1e-5, atol=1e-5)

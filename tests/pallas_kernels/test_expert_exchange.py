@@ -1,0 +1,230 @@
+"""The exchange between shards, both transports, and the permutation, against what they mean."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.expert_exchange import (
+    combine_rows,
+    exchange_rows,
+    gather_rows,
+    plan_exchange,
+    return_tokens,
+    send_choices,
+    send_tokens,
+    sort_by_expert,
+)
+
+SHARDS, EXPERTS, TOKENS, TOP_K, WIDTH = 4, 12, 7, 3, 5
+MAX_SHARDS = 3
+
+
+def emulate_ragged_all_to_all(
+    operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
+):
+    """What jax.lax.ragged_all_to_all is documented to do, for a backend that does not have it."""
+    me = jax.lax.axis_index(axis_name)
+    operands, starts, places, sizes = (
+        jax.lax.all_gather(array, axis_name)
+        for array in (operand, input_offsets, output_offsets, send_sizes)
+    )
+    row = jnp.arange(output.shape[0])
+    for source in range(operands.shape[0]):
+        index = row - places[source, me]
+        hit = (index >= 0) & (index < recv_sizes[source])
+        values = operands[source].at[starts[source, me] + index].get(mode="fill", fill_value=0)
+        output = jnp.where(jnp.expand_dims(hit, range(1, output.ndim)), values, output)
+    # Sizes that do not agree would hang or corrupt a real exchange.
+    agree = jnp.all(sizes[:, me] == recv_sizes)
+    return jnp.where(agree, output, jnp.full_like(output, -77))
+
+
+@pytest.fixture(params=["fixed", "ragged"])
+def transport(request, monkeypatch):
+    if request.param == "ragged":
+        monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulate_ragged_all_to_all)
+    return request.param
+
+
+def on_shards(function):
+    mesh = jax.make_mesh((SHARDS,), ("expert",), (AxisType.Auto,), devices=jax.devices()[:SHARDS])
+    return jax.jit(
+        jax.shard_map(
+            function, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+        )
+    )
+
+
+def draw_indices(kind, rng):
+    """Experts of every token, over at most MAX_SHARDS shards; EXPERTS is one that was dropped."""
+    tokens = SHARDS * TOKENS
+    indices = np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens)])
+    match kind:
+        case "one_shard":  # every row goes to one device
+            indices = np.stack([6 + rng.permutation(3)[:TOP_K] for _ in range(tokens)])
+        case "dropped":
+            indices[rng.random(indices.shape) < 0.4] = EXPERTS
+            indices[TOKENS : 2 * TOKENS] = EXPERTS  # a shard that sends nothing
+        case "nothing":
+            indices[:] = EXPERTS
+    return indices.astype(np.int32)
+
+
+def exchange_of(transport):
+    """One function of the whole exchange and its gradients, with experts that only scale."""
+
+    def run(x_ND, gates_NK, indices_NK, scale_E, probe_ND):
+        plan = plan_exchange(
+            indices_NK,
+            num_experts=EXPERTS,
+            max_shards=MAX_SHARDS,
+            axis_name="expert",
+            transport=transport,
+        )
+
+        def forward(x_ND, gates_NK):
+            rows_RD = send_tokens(x_ND, plan)
+            experts_RK, gates_RK = send_choices(indices_NK, gates_NK, plan)
+            scale_RK = scale_E.at[experts_RK].get(mode="fill", fill_value=0)
+            out_RD = rows_RD * jnp.sum(gates_RK * scale_RK, axis=1, keepdims=True)
+            return return_tokens(out_RD, plan), (rows_RD, experts_RK, gates_RK)
+
+        out_ND, pull, received = jax.vjp(forward, x_ND, gates_NK, has_aux=True)
+        return out_ND, *pull(probe_ND), *received, plan.num_received[None]
+
+    return on_shards(run)
+
+
+@pytest.mark.core
+def test_exchange(transport, rng):
+    run = exchange_of(transport)
+    per_shard, tokens = EXPERTS // SHARDS, SHARDS * TOKENS
+    for kind in ("random", "one_shard", "dropped", "nothing"):
+        indices = draw_indices(kind, rng)
+        x, probe = rng.standard_normal((2, tokens, WIDTH)).astype(np.float32)
+        gates = rng.random((tokens, TOP_K)).astype(np.float32)
+        scale = rng.standard_normal(EXPERTS).astype(np.float32)
+        out, d_x, d_gates, rows, experts, received_gates, counts = map(
+            np.asarray, run(x, gates, indices, scale, probe)
+        )
+
+        scale_of = np.where(indices < EXPERTS, np.append(scale, 0)[indices], 0)
+        factor = np.sum(gates * scale_of, axis=1, keepdims=True)
+        np.testing.assert_allclose(out, x * factor, rtol=2e-6, atol=1e-6, err_msg=kind)
+        np.testing.assert_allclose(d_x, probe * factor, rtol=2e-6, atol=1e-6, err_msg=kind)
+        want = np.sum(x * probe, axis=1, keepdims=True) * scale_of
+        np.testing.assert_allclose(d_gates, want, rtol=2e-6, atol=2e-6, err_msg=kind)
+
+        # Each token once to every shard with an expert of it, in the order of shard and token.
+        rows, experts, received_gates = (
+            a.reshape(SHARDS, tokens, -1) for a in (rows, experts, received_gates)
+        )
+        for shard in range(SHARDS):
+            here = indices // per_shard == shard
+            sent = np.flatnonzero(here.any(axis=1))
+            assert counts[shard] == len(sent)
+            np.testing.assert_array_equal(rows[shard, : len(sent)], x[sent])
+            local = np.where(here, indices - shard * per_shard, per_shard)
+            np.testing.assert_array_equal(experts[shard, : len(sent)], local[sent])
+            want = np.where(here, gates, 0)[sent]
+            np.testing.assert_array_equal(received_gates[shard, : len(sent)], want)
+            assert not rows[shard, len(sent) :].any()
+            assert (experts[shard, len(sent) :] == per_shard).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
+def test_exchanged_rows_keep_their_type_and_come_back(transport, dtype, rng):
+    sizes = rng.integers(0, TOKENS + 1, (SHARDS, SHARDS)).astype(np.int32)
+    sizes[1] = 0
+    rows = rng.integers(-9, 9, (SHARDS, SHARDS * TOKENS, 2))
+
+    def there_and_back(rows_S):
+        move = functools.partial(
+            exchange_rows,
+            num_rows=SHARDS * TOKENS,
+            max_size=TOKENS,
+            axis_name="expert",
+            transport=transport,
+        )
+        received_R = move(rows_S, jnp.asarray(sizes))
+        return received_R, move(received_R, jnp.asarray(sizes.T))
+
+    there, back = on_shards(there_and_back)(jnp.asarray(rows.reshape(-1, 2), dtype))
+    assert there.dtype == back.dtype == dtype
+    back = np.asarray(back).astype(int).reshape(rows.shape)
+    for shard, sent in enumerate(sizes.sum(axis=1)):
+        np.testing.assert_array_equal(back[shard, :sent], rows[shard, :sent])
+        assert not back[shard, sent:].any()
+
+
+def plan_with(**changes):
+    arguments = {
+        "num_experts": EXPERTS,
+        "max_shards": MAX_SHARDS,
+        "axis_name": "expert",
+        "transport": "fixed",
+    } | changes
+
+    def run(indices_NK):
+        return plan_exchange(indices_NK, **arguments).token_S
+
+    return on_shards(run)(np.zeros((SHARDS * TOKENS, TOP_K), np.int32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transport": "pigeon"}, "transport: 'pigeon' must be one of"),
+        ({"num_experts": 10}, "num_experts: 10 must be a multiple of the 4 shards of mesh axis"),
+        ({"max_shards": 5}, "max_shards: 5 must be between 1 and 4"),
+    ],
+)
+def test_errors_name_the_argument(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plan_with(**changes)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("max_rows", [None, 60])
+def test_permutation_and_its_gradients(max_rows, rng):
+    """With room for the rows there are, those of dropped assignments left out, or for all."""
+    tokens, experts = 40, 6
+    indices = rng.integers(0, experts + 1, (tokens, TOP_K)).astype(np.int32)
+    indices[rng.random(indices.shape) < 0.5] = experts
+    there = indices < experts
+    assert 0 < there.sum() <= 60
+    x, probe = rng.standard_normal((2, tokens, WIDTH)).astype(np.float32)
+    gates = rng.random(indices.shape).astype(np.float32)
+    scale = rng.standard_normal(experts).astype(np.float32)
+
+    @jax.jit
+    def run(x_ND, gates_NK):
+        order = sort_by_expert(jnp.asarray(indices), experts, max_rows)
+        expert_M = jnp.repeat(
+            jnp.append(scale, 0),  # rows that are no expert's give 0, as the grouped matmul has it
+            jnp.append(order.group_sizes_E, order.token_M.size - order.group_sizes_E.sum()),
+            total_repeat_length=order.token_M.size,
+        )
+        out, pull = jax.vjp(
+            lambda x, g: combine_rows(gather_rows(x, order) * expert_M[:, None], g, order),
+            x_ND,
+            gates_NK,
+        )
+        return out, *pull(jnp.asarray(probe)), order.token_M, order.group_sizes_E
+
+    out, d_x, d_gates, token, sizes = map(np.asarray, run(x, gates))
+    scale_of = np.where(there, np.append(scale, 0)[indices], 0)
+    factor = np.sum(gates * scale_of, axis=1, keepdims=True)
+    np.testing.assert_allclose(out, x * factor, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(d_x, probe * factor, rtol=2e-6, atol=1e-6)
+    want = np.sum(x * probe, axis=1, keepdims=True) * scale_of
+    np.testing.assert_allclose(d_gates, want, rtol=2e-6, atol=2e-6)
+    np.testing.assert_array_equal(sizes, np.bincount(indices.ravel(), minlength=experts)[:experts])
+    want = np.argsort(indices.ravel(), kind="stable")[: sizes.sum()] // TOP_K
+    np.testing.assert_array_equal(token[: sizes.sum()], want)
+    assert token.shape == ((max_rows or indices.size),)

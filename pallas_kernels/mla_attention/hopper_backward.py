@@ -39,7 +39,6 @@ from pallas_kernels.mla_attention.tiles import HopperBackward
 SIZE = 64  # Keys of a warpgroup, and queries of a step: rows and columns of its scores.
 NUM_COMPUTE = 2
 BLOCK_K = NUM_COMPUTE * SIZE
-CHUNK = 32  # Columns of the queries' gradient that one copy takes: 128 bytes.
 
 
 def differentiate(
@@ -89,7 +88,6 @@ def differentiate(
     num_q, num_k = T // SIZE, S // BLOCK_K
     group = math.gcd(tiles.heads_per_group, B * H)
     half = K // NUM_COMPUTE  # Columns of the queries' gradient that a warpgroup computes.
-    chunks = half // CHUNK
     log2_scale = scale * LOG2E
     with_ids = q_segment_ids_BT is not None
     main = (q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV, d_out_BTHV)
@@ -174,12 +172,11 @@ def differentiate(
 
                 def copy(**reduction: Any) -> None:
                     for w in range(NUM_COMPUTE):
-                        for x in range(chunks):
-                            columns = pl.ds(w * half + x * CHUNK, CHUNK)
-                            target = dq_ref.at[b, pl.ds(i * SIZE, SIZE), h, columns]
-                            plgpu.copy_smem_to_gmem(
-                                dq_smem.at[w, x], target, commit_group=False, **reduction
-                            )
+                        columns = pl.ds(w * half, half)
+                        target = dq_ref.at[b, pl.ds(i * SIZE, SIZE), h, columns]
+                        plgpu.copy_smem_to_gmem(
+                            dq_smem.at[w], target, commit_group=False, **reduction
+                        )
 
                 def copy_after_others() -> None:
                     plgpu.semaphore_wait(added, rank, decrement=False, memory_scope="gpu")
@@ -263,14 +260,16 @@ def differentiate(
                         return jnp.exp2(scores - per_query(lse)).astype(dtype)
 
                     weights = pl.run_scoped(weigh, plgpu.ACC(tile_shape, f32))
+                    # Else the compiler rounds them one by one, which the unit of the exponentials
+                    # does at a quarter of the speed of pairs.
+                    weights = lax.optimization_barrier(weights)
 
                     def differentiate_scores(acc: Any) -> Array:
                         # Waiting here, after the accumulator is made, costs the fewest registers.
                         plgpu.barrier_wait(d_out_ready.at[slot])
                         plgpu.wgmma(acc, v_smem.at[mine], d_out.transpose((1, 0)))
-                        if tiles.values_early:
-                            plgpu.wgmma(dv_acc, weights, d_out)
-                        d_weights = finish(acc, int(tiles.values_early))
+                        plgpu.wgmma(dv_acc, weights, d_out)
+                        d_weights = finish(acc, 1)
                         delta = plgpu.load(rows_smem.at[1, slot], layout=PER_COLUMN)
                         # Rounded weights: their float32 form would not fit into the registers.
                         d_scores = weights.astype(f32) * (d_weights - per_query(delta))
@@ -281,8 +280,6 @@ def differentiate(
                     d_scores_smem[mine] = d_scores
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(d_scores_ready)
-                    if not tiles.values_early:
-                        plgpu.wgmma(dv_acc, weights, d_out)
                     plgpu.wgmma(dk_nope_acc, d_scores, q_nope)
                     plgpu.wgmma(dk_rope_acc, d_scores, q_rope)
                     plgpu.wgmma_wait(0)
@@ -298,8 +295,7 @@ def differentiate(
                     dq = pl.run_scoped(differentiate_queries, plgpu.ACC((SIZE, half), f32))
                     plgpu.barrier_arrive(d_scores_free)
                     plgpu.barrier_wait(dq_free)
-                    for x in range(chunks):
-                        dq_smem[w, x] = dq[:, x * CHUNK : (x + 1) * CHUNK]
+                    dq_smem[w] = dq
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(dq_ready)
 
@@ -322,13 +318,10 @@ def differentiate(
                 (v_smem.at[mine], dv_ref.at[b, rows, h]),
                 (q_nope_smem.at[wg], dk_nope_ref.at[b, rows, h]),
             ]
-            for x in range(R // CHUNK):
-                columns = slice(x * CHUNK, (x + 1) * CHUNK)
-                dq_smem[wg, x] = dk_rope[:, columns] * scale
-                copies.append((dq_smem.at[wg, x], dk_rope_ref.at[b, rows, h, columns]))
             plgpu.commit_smem()
             for source, target in copies:
                 plgpu.copy_smem_to_gmem(source, target)
+            dk_rope_ref.at[b, rows, h][...] = dk_rope * scale
             plgpu.wait_smem_to_gmem(0)
 
         lax.cond(lax.axis_index("wg") < NUM_COMPUTE, compute, move)
@@ -344,7 +337,7 @@ def differentiate(
             tiled_smem((stages, SIZE, R), dtype, swizzle=64),
             tiled_smem((stages, SIZE, V), dtype),
             tiled_smem((BLOCK_K, SIZE), dtype, swizzle=64),
-            tiled_smem((NUM_COMPUTE, chunks, SIZE, CHUNK), f32),
+            tiled_smem((NUM_COMPUTE, SIZE, half), f32),
             plgpu.SMEM((2, stages, SIZE), f32),
             plgpu.SMEM((BLOCK_K + stages * SIZE,), jnp.int32) if with_ids else None,
             plgpu.Barrier(num_arrivals=2 * BLOCK_K // 8 + 1 + with_ids),

@@ -57,7 +57,7 @@ class HopperForward:
 
     block_k: int = 128  # Keys of a step.
     stages: int = 2  # Steps' keys and values held in shared memory.
-    heads_per_group: int = 16  # Heads computed at a time, which share the L2 cache.
+    heads_per_group: int = 4  # Heads computed at a time, which share the L2 cache.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,8 @@ class HopperBackward:
     """Tiles of the Hopper backward kernel."""
 
     stages: int = 2  # Steps' queries and gradients of outputs held in shared memory.
-    heads_per_group: int = 16  # Heads computed at a time, which share the L2 cache.
-    values_early: bool = False  # Whether the values' gradient starts before the scores' is known.
+    heads_per_group: int = 8  # Heads computed at a time, which share the L2 cache.
 
 
-HOPPER_FORWARD = HopperForward(heads_per_group=4)
+HOPPER_FORWARD = HopperForward()
 HOPPER_BACKWARD = HopperBackward()

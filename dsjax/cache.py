@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from dsjax.config import ModelConfig
 from pallas_kernels.mla_decode import LatentPages, append_latents
 
+# Lanes of a TPU's registers and of the rows in its memory.
+TPU_LANES = 128
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class LatentCache:
     sliced out of it.
 
     Attributes:
-        pages: latent [num_layers * pages_per_layer, page_size, C] and rope [..., R].
+        pages: latent [num_layers * pages_per_layer, page_size, C] and rope [..., R], where R may
+            be padded.
         page_table_BP: int32, pages of each sequence within a layer.
         lengths_B: int32, tokens of each sequence that are in the cache.
         num_layers: layers that share the pool.
@@ -70,7 +74,12 @@ class LatentCache:
 
 
 def allocate_cache(
-    config: ModelConfig, batch_size: int, max_length: int, *, page_size: int = 64
+    config: ModelConfig,
+    batch_size: int,
+    max_length: int,
+    *,
+    page_size: int = 64,
+    decode_kernel: str = "xla",
 ) -> LatentCache:
     """Allocates an empty cache with room for every sequence at its longest.
 
@@ -79,7 +88,13 @@ def allocate_cache(
         batch_size: sequences.
         max_length: tokens a sequence may come to.
         page_size: tokens a page holds.
+        decode_kernel: implementation of `mla_decode` that will read it. For "tpu" the rotary keys
+            are padded to whole lanes: they take no more of a TPU's memory so, and XLA does not
+            copy the pool before each call.
     """
+    rope_dim = config.attention.qk_rope_head_dim
+    if decode_kernel == "tpu":
+        rope_dim = -(-rope_dim // TPU_LANES) * TPU_LANES
     pages_per_sequence = -(-max_length // page_size)
     pages_per_layer = batch_size * pages_per_sequence
     shape = (config.num_layers * pages_per_layer, page_size)
@@ -87,7 +102,7 @@ def allocate_cache(
     return LatentCache(
         pages=LatentPages(
             latent=jnp.zeros((*shape, config.attention.kv_lora_rank), dtype),
-            rope=jnp.zeros((*shape, config.attention.qk_rope_head_dim), dtype),
+            rope=jnp.zeros((*shape, rope_dim), dtype),
             scale=None,
         ),
         page_table_BP=jnp.arange(pages_per_layer, dtype=jnp.int32).reshape(batch_size, -1),

@@ -67,7 +67,12 @@ def generate(
     padded_BT, lengths_B = _pad(prompts)
     # A sequence that has ended goes on being decoded with the others, so all need this much.
     longest = int(lengths_B.max()) + max(limits)
-    cache = allocate_cache(model.config, len(prompts), _round_up(longest, 256))
+    cache = allocate_cache(
+        model.config,
+        len(prompts),
+        _round_up(longest, 256),
+        decode_kernel=model.options.kernels.mla_decode,
+    )
     arrays = SamplingArrays.of(samplings)
     newest_B, cache = _prefill(
         graphdef, state, jnp.asarray(padded_BT), jnp.asarray(lengths_B), cache, arrays

@@ -13,6 +13,7 @@ from pallas_kernels.mla_decode.pages import (
     LatentPages,
     append_latents,
     check_query,
+    pad_rope,
     quantize_latents,
 )
 
@@ -45,7 +46,8 @@ def mla_decode(
 
     Args:
         q_latent_BTHC: queries times `wk_b`, so in latent space; float.
-        q_rope_BTHR: the queries' rotary part, after rotation; same dtype.
+        q_rope_BTHR: the queries' rotary part, after rotation; same dtype. Where the pool's rotary
+            keys are padded with zeros, the queries may be narrower.
         pages: the pool, with the T query tokens already appended.
         page_table_BP: the pages of each sequence, in order: indices into the pool. Entries beyond
             a sequence's length are ignored but must be in range.
@@ -67,6 +69,7 @@ def mla_decode(
             it, or there is no such implementation.
     """
     check_query(q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B)
+    q_rope_BTHR = pad_rope(q_rope_BTHR, pages)
     page_table_BP = page_table_BP.astype(jnp.int32)
     lengths_B = lengths_B.astype(jnp.int32)
     # Imported when chosen: a machine without a GPU or a TPU need not load their compilers.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+LANES = 128  # Of a TPU's registers and of the rows in its memory.
 QUANTIZED_DTYPES = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
 
 
@@ -21,7 +22,9 @@ class LatentPages:
 
     Attributes:
         latent: [num_pages, page_size, C], the normalised latents, float or int8 / float8_e4m3fn.
-        rope: [num_pages, page_size, R], the shared rotary keys after rotation, never quantised.
+        rope: [num_pages, page_size, R], the shared rotary keys after rotation, never quantised. The
+            pool may be as wide as whole lanes of 128, with zeros behind the keys: a TPU's memory
+            holds these in any case, and XLA would copy a narrower pool before each decode.
         scale: [num_pages, page_size] float32, a token's factor of its quantised latent; None for
             latents that are not quantised.
     """
@@ -120,7 +123,8 @@ def append_latents(
     Args:
         pages: the pool.
         latent_BTC: the new tokens' normalised latents.
-        rope_BTR: their rotary keys, after rotation.
+        rope_BTR: their rotary keys, after rotation; zeros are written behind them where the pool is
+            wider.
         page_table_BP: the pages of each sequence, in order; indices into the pool. Two sequences
             that write must not share the page they write to.
         start_B: the position of each sequence's first new token.
@@ -135,7 +139,7 @@ def append_latents(
     check_pages(pages)
     batch_size, num_tokens, _ = latent_BTC.shape
     _check_shape("latent_BTC", latent_BTC, (batch_size, num_tokens, pages.latent.shape[-1]))
-    _check_shape("rope_BTR", rope_BTR, (batch_size, num_tokens, pages.rope.shape[-1]))
+    _check_rope("rope_BTR", rope_BTR, (batch_size, num_tokens), pages)
     _check_indices(page_table_BP, batch_size)
     _check_lengths("start_B", start_B, batch_size)
     _check_lengths("num_tokens_B", num_tokens_B, batch_size)
@@ -157,8 +161,16 @@ def append_latents(
         latent_BTC, scale_BT = quantize_latents(latent_BTC, pages.latent.dtype)
         scale = write(scale, scale_BT)
     return LatentPages(
-        latent=write(pages.latent, latent_BTC), rope=write(pages.rope, rope_BTR), scale=scale
+        latent=write(pages.latent, latent_BTC),
+        rope=write(pages.rope, pad_rope(rope_BTR, pages)),
+        scale=scale,
     )
+
+
+def pad_rope(rope: Float[Array, "*tokens R"], pages: LatentPages) -> Float[Array, "*tokens lanes"]:
+    """Appends zeros to rotary keys or queries up to the width of the pool's."""
+    missing = pages.rope.shape[-1] - rope.shape[-1]
+    return jnp.pad(rope, [(0, 0)] * (rope.ndim - 1) + [(0, missing)]) if missing else rope
 
 
 def check_pages(pages: LatentPages) -> None:
@@ -203,9 +215,9 @@ def check_query(
             f"q_latent_BTHC has shape {q_latent_BTHC.shape}; it must be [batch, token, head, rank]"
         )
     batch_size, num_tokens, num_heads, _ = q_latent_BTHC.shape
-    kv_rank, rope_dim = pages.latent.shape[-1], pages.rope.shape[-1]
-    _check_shape("q_latent_BTHC", q_latent_BTHC, (batch_size, num_tokens, num_heads, kv_rank))
-    _check_shape("q_rope_BTHR", q_rope_BTHR, (batch_size, num_tokens, num_heads, rope_dim))
+    rows = (batch_size, num_tokens, num_heads)
+    _check_shape("q_latent_BTHC", q_latent_BTHC, (*rows, pages.latent.shape[-1]))
+    _check_rope("q_rope_BTHR", q_rope_BTHR, rows, pages)
     if q_rope_BTHR.dtype != q_latent_BTHC.dtype:
         raise ValueError(
             f"q_rope_BTHR has dtype {q_rope_BTHR.dtype}; it must be that of q_latent_BTHC, "
@@ -218,6 +230,15 @@ def check_query(
 def _check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}; it must be {shape}")
+
+
+def _check_rope(name: str, array: Array, rows: tuple[int, ...], pages: LatentPages) -> None:
+    lanes, dims = pages.rope.shape[-1], array.shape[-1]
+    if array.shape != (*rows, dims) or lanes not in (dims, -(-dims // LANES) * LANES):
+        raise ValueError(
+            f"{name} has shape {array.shape}; it must be {(*rows, lanes)}, or narrower in the last "
+            f"dim where pages.rope is padded to whole {LANES} lanes"
+        )
 
 
 def _check_indices(page_table_BP: Array, batch_size: int) -> None:

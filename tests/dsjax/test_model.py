@@ -235,6 +235,13 @@ def test_the_cache_of_the_released_models_holds_576_numbers_a_token():
         assert sum(sizes) == config.num_layers * 64 * 576
 
 
+def test_the_cache_for_the_tpu_kernel_has_rotary_keys_of_whole_lanes():
+    allocate = functools.partial(allocate_cache, deepseek_v2_lite.config, 1, 64)
+    for kernel, lanes in (("tpu", 128), ("hopper", 64)):
+        pages = jax.eval_shape(functools.partial(allocate, decode_kernel=kernel)).pages
+        assert pages.rope.shape == (deepseek_v2_lite.config.num_layers, 64, lanes)
+
+
 def test_bfloat16_is_close_to_float32():
     tokens, positions, segments, _ = make_batch()
     exact, _ = forward(random_model(SMALL_LITE), tokens, positions, segments)

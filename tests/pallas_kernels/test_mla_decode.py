@@ -139,6 +139,29 @@ def test_append_writes_its_tokens_and_nothing_else(dtype):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+def test_a_pool_of_whole_lanes_gives_the_same():
+    """Rotary keys of 64 in a pool of 128: the append writes zeros behind them."""
+    case = Case("lanes", (20, 5), num_heads=2, page_size=8)
+    q_latent, q_rope, pages, table, lengths = case.draw(seed=21, dims=(16, 64))
+    rng = np.random.default_rng(22)
+    latent = jnp.asarray(rng.normal(size=(2, 20, 16)), jnp.float32)
+    rope = jnp.asarray(rng.normal(size=(2, 20, 64)), jnp.float32)
+    results = []
+    for lanes in (64, 128):
+        empty = jnp.full((*pages.rope.shape[:2], lanes), jnp.nan)
+        new = LatentPages(jnp.full_like(pages.latent, jnp.nan), empty)
+        new = append_latents(new, latent, rope, table, jnp.zeros(2, jnp.int32), lengths)
+        results.append(run(case, (q_latent, q_rope, new, table, lengths), "xla"))
+        if lanes == 128:
+            assert not new.rope[table[0, :2], :, 64:].any()
+    for narrow, wide in zip(*results, strict=True):
+        np.testing.assert_allclose(wide, narrow, rtol=1e-6)
+    with pytest.raises(ValueError, match="q_rope_BTHR has shape"):
+        mla_decode(
+            q_latent, q_rope[..., :63], pages, table, lengths, scale=1.0, implementation="xla"
+        )
+
+
 def test_append_is_in_place():
     """Donated, or carried in a scan, the pool is updated where it lies: no second pool is made."""
     pages = LatentPages.zeros(512, 64, 32, 16, dtype=jnp.float32)

@@ -2,7 +2,8 @@
 
     python -m tests.pallas_kernels.tpu_programs attention v5e,v5p,v6e,tpu7x
 
-prints one JSON line per chip and program: its name, the kernels in it and its temporary bytes.
+prints one JSON line per chip and program: its name, the kernels in it, its temporary bytes and the
+shapes that it copies.
 """
 
 import functools
@@ -84,7 +85,7 @@ def decode_programs():
 
     from pallas_kernels.mla_decode import LatentPages, mla_decode
 
-    def arguments(batch, tokens, heads, columns, dtype):
+    def arguments(batch, tokens, heads, columns, dtype, rope_lanes=64):
         def array(*shape, dtype=jnp.bfloat16):
             return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -92,7 +93,7 @@ def decode_programs():
         quantized = jnp.dtype(dtype).itemsize == 1
         pages = LatentPages(
             array(num_pages, 64, 512, dtype=dtype),
-            array(num_pages, 64, 64),
+            array(num_pages, 64, rope_lanes),
             array(num_pages, 64, dtype=jnp.float32) if quantized else None,
         )
         queries = array(batch, tokens, heads, 512), array(batch, tokens, heads, 64)
@@ -108,6 +109,7 @@ def decode_programs():
         "v2": (decode, arguments(32, 1, 128, 64, jnp.bfloat16)),
         "v2_two_tokens_int8": (decode, arguments(32, 2, 128, 64, jnp.int8)),
         "v2_lite": (decode, arguments(2, 1, 16, 2048, jnp.bfloat16)),
+        "v2_lite_whole_lanes": (decode, arguments(2, 1, 16, 2048, jnp.bfloat16, rope_lanes=128)),
         "v2_lite_four_tokens_float8": (decode, arguments(64, 4, 16, 64, jnp.float8_e4m3fn)),
     }
 
@@ -168,6 +170,7 @@ def main(which: str, chips: str) -> None:
             )
             temporary = compiled.memory_analysis().temp_size_in_bytes
             result = {"chip": chip, "program": name, "kernels": calls, "temporary": temporary}
+            result["copied"] = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", compiled.as_text())
             print(json.dumps(result), flush=True)
 
 

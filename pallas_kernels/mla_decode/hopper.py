@@ -8,9 +8,13 @@ other keeps the tensor cores busy. A third warpgroup loads the pages through the
 
 The work, pairs of pages over all sequences, is cut into equal ranges, one per streaming
 multiprocessor (`plan_work`). A sequence that spans several ranges leaves partial results, which a
-second kernel merges through their log-sum-exp.
+second kernel merges through their log-sum-exp. Where there is more than one tile of rows, two
+thread blocks form a cluster and load each other's keys: half of every block each.
+
+Few query rows, and latents of 8 bits, go to `hopper_narrow`.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -20,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.mla_decode.hopper_narrow import attend_narrow
 from pallas_kernels.mla_decode.pages import LatentPages
 from pallas_kernels.mla_decode.split import (
     LOG2E,
@@ -29,11 +34,12 @@ from pallas_kernels.mla_decode.split import (
     part_bound,
     plan_work,
 )
-from pallas_kernels.mla_decode.tiles import hopper_tiles
+from pallas_kernels.mla_decode.tiles import HopperTiles, hopper_tiles
 
 ROWS = 64  # Rows of a tile: the M of a wgmma.
 KEYS = 64  # Keys of a block: one page of 64, or a part of a larger page.
 KV_RANK, HALF, ROPE_DIM = 512, 256, 64
+CLUSTER = 2  # Thread blocks that load keys together.
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
 
 
@@ -51,7 +57,7 @@ def decode(
     Raises:
         ValueError: an argument has a dtype or size that the kernel does not take.
     """
-    _check(q_latent_BTHC, q_rope_BTHR, pages)
+    _check(q_latent_BTHC, pages)
     batch_size, num_tokens, num_heads, _ = q_latent_BTHC.shape
     num_rows = num_tokens * num_heads
     # Query tokens and heads are one dim of rows: they share the keys.
@@ -59,6 +65,19 @@ def decode(
     q_rope_BMR = q_rope_BTHR.reshape(batch_size, num_rows, ROPE_DIM)
 
     tiles = hopper_tiles()
+    if num_rows <= tiles.narrow_rows or pages.quantized:
+        out_BMC, lse_BM = attend_narrow(
+            q_latent_BMC,
+            q_rope_BMR,
+            pages,
+            page_table_BP,
+            lengths_B,
+            scale=scale,
+            num_tokens=num_tokens,
+            tiles=dataclasses.replace(tiles, num_sms=_present_sms(tiles)),
+        )
+        lse_BTH = lse_BM.reshape(batch_size, num_tokens, num_heads)
+        return out_BMC.reshape(q_latent_BTHC.shape), lse_BTH
     num_parts = max(1, tiles.num_sms // pl.cdiv(num_rows, ROWS))
     capacity = page_table_BP.shape[1] * pages.page_size
     plan = plan_work(lengths_B, capacity, num_parts)
@@ -101,6 +120,9 @@ def _attend(
     blocks_per_page = page_size // KEYS
     capacity = page_table_BP.shape[1] * page_size
     dtype = q_latent_BMC.dtype
+    # Two tiles of a sequence's rows use the same keys: each block loads half, for both.
+    cluster = CLUSTER if num_tiles % CLUSTER == 0 else 1
+    peers = ("peer",) if cluster > 1 else None  # The name of the axis within a cluster.
     row_layout = plgpu.Layout.WGMMA.reduce(1)
 
     def body(*refs) -> None:
@@ -128,6 +150,8 @@ def _attend(
             sum_ready,
         ) = refs[12:]
         block = lax.axis_index("block")
+        if cluster > 1:
+            block = block * cluster + lax.axis_index("peer")
         part, tile = lax.div(block, num_tiles), lax.rem(block, num_tiles)
         warpgroup = lax.axis_index("warpgroup")
         tile_row = tile * ROWS
@@ -388,11 +412,13 @@ def _attend(
 
                         columns = pl.ds(half * HALF, HALF)
                         source = latent_gmem.at[(*places[side], columns)]
-                        plgpu.copy_gmem_to_smem(source, smem, full)
+                        plgpu.copy_gmem_to_smem(source, smem, full, collective_axes=peers)
 
                     def load_rope(side):
-                        source = rope_gmem.at[places[side]]
-                        plgpu.copy_gmem_to_smem(source, rope_smem.at[side], rope_full.at[side])
+                        source, full = rope_gmem.at[places[side]], rope_full.at[side]
+                        plgpu.copy_gmem_to_smem(
+                            source, rope_smem.at[side], full, collective_axes=peers
+                        )
 
                     # The first queries are not waited for; later ones follow the first pages,
                     # whose buffers are free before the previous queries' is.
@@ -409,6 +435,14 @@ def _attend(
                     def _():
                         plgpu.barrier_wait(q_empty)
                         load_queries()
+
+            if cluster > 1:
+                # A block must not end before its peer has arrived at its barriers.
+                @pl.when(first_sequence < end_sequence)
+                def _():
+                    for empty in (left_empty, right_empty):
+                        for side in range(2):
+                            plgpu.barrier_wait(empty.at[side])
 
         @pl.when(warpgroup == 0)
         def _():
@@ -433,6 +467,12 @@ def _attend(
         return plgpu.RefUnion(bf16(1, ROWS, HALF), wide)
 
     pair = functools.partial(plgpu.Barrier, num_barriers=2)
+
+    def empty():
+        if peers is None:
+            return pair()
+        return plgpu.ClusterBarrier(collective_axes=peers, num_barriers=2)
+
     num_slots = num_parts + batch_size
     kernel = plgpu.kernel(
         body,
@@ -454,16 +494,28 @@ def _attend(
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2),
-            *(pair() for _ in range(7)),
+            *(make() for make in (pair, pair, pair, empty, empty, pair, pair)),
         ],
-        grid=(num_parts * num_tiles,),
+        grid=(num_parts * num_tiles // cluster,),
         grid_names=("block",),
+        cluster=(cluster,) if cluster > 1 else (),
+        cluster_names=peers or (),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     arguments = (*plan, lengths_B, page_table_BP, q_latent_BMC, q_rope_BMR)
     return tuple(kernel(*arguments, pages.latent, pages.rope))
+
+
+def _present_sms(tiles: HopperTiles) -> int:
+    """Returns the multiprocessors that all run a block at once: some variants of a chip have fewer.
+
+    A compiling host without a GPU takes the chip's own number.
+    """
+    if jax.default_backend() != "gpu":
+        return tiles.num_sms
+    return min(tiles.num_sms, jax.local_devices()[0].core_count)
 
 
 def _opaque(index: int) -> Array:
@@ -475,19 +527,21 @@ def _opaque(index: int) -> Array:
     return lax.optimization_barrier(jnp.int32(index))
 
 
-def _check(q_latent_BTHC: Array, q_rope_BTHR: Array, pages: LatentPages) -> None:
+def _check(q_latent_BTHC: Array, pages: LatentPages) -> None:
     """Raises a ValueError that names the argument that the kernel does not take."""
     _, num_tokens, num_heads, kv_rank = q_latent_BTHC.shape
     if q_latent_BTHC.dtype != jnp.bfloat16:
         raise ValueError(f"q_latent_BTHC has dtype {q_latent_BTHC.dtype}; hopper takes bfloat16")
-    if pages.latent.dtype != jnp.bfloat16:
-        raise ValueError(f"pages.latent has dtype {pages.latent.dtype}; hopper takes bfloat16")
+    if pages.latent.dtype != jnp.bfloat16 and not pages.quantized:
+        raise ValueError(
+            f"pages.latent has dtype {pages.latent.dtype}; hopper takes bfloat16 and 8 bits"
+        )
     if pages.rope.dtype != jnp.bfloat16:
         raise ValueError(f"pages.rope has dtype {pages.rope.dtype}; hopper takes bfloat16")
     if kv_rank != KV_RANK:
         raise ValueError(f"q_latent_BTHC has rank {kv_rank}; hopper takes {KV_RANK}")
-    if q_rope_BTHR.shape[-1] != ROPE_DIM:
-        raise ValueError(f"q_rope_BTHR has {q_rope_BTHR.shape[-1]} dims; hopper takes {ROPE_DIM}")
+    if pages.rope.shape[-1] != ROPE_DIM:
+        raise ValueError(f"pages.rope has {pages.rope.shape[-1]} dims; hopper takes {ROPE_DIM}")
     if pages.page_size % KEYS:
         raise ValueError(f"pages has page_size {pages.page_size}; hopper takes multiples of {KEYS}")
     if num_tokens * num_heads % 8:

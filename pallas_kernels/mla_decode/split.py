@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -41,7 +41,7 @@ def plan_work(
     """
     # Sums over comparisons rather than cumsum and searchsorted: XLA fuses each into one kernel.
     batch_size = lengths_B.shape[0]
-    units_B = jnp.maximum(1, (jnp.clip(lengths_B, 0, capacity) + UNIT - 1) // UNIT)
+    units_B = num_units(lengths_B, capacity, UNIT)
     before_SB = jnp.arange(batch_size) < jnp.arange(batch_size + 1)[:, None]
     starts_S = jnp.sum(units_B * before_SB, axis=1, dtype=jnp.int32)
     bounds_P = part_bound(jnp.arange(num_parts + 1), starts_S[-1], num_parts)
@@ -49,16 +49,84 @@ def plan_work(
     return starts_S, firsts_P
 
 
+class Share(NamedTuple):
+    """A part's share of the units, int32 scalars.
+
+    Attributes:
+        total: units of all sequences.
+        begin: the part's first unit.
+        end: one past its last.
+        first_sequence: the sequence that its first unit lies in.
+        end_sequence: one past the sequence that its last unit lies in.
+        first_start: the first unit of `first_sequence`.
+    """
+
+    total: Array
+    begin: Array
+    end: Array
+    first_sequence: Array
+    end_sequence: Array
+    first_start: Array
+
+
+def find_share(
+    lengths_ref: Any, batch_size: int, capacity: int, unit: int, part: Array, num_parts: int
+) -> Share:
+    """Finds a part's share as `plan_work` does, within a kernel: by two walks over the lengths."""
+    # Several lengths at a time, so that their loads do not wait for each other.
+    chunk = min(batch_size, 8)
+    zero = jnp.int32(0)
+
+    def walk(function: Any, carry: Any) -> Any:
+        def step(i: Array, carry: Any) -> Any:
+            for j in range(chunk):
+                sequence = i * chunk + j
+                inside = sequence < batch_size
+                length = lengths_ref[jnp.minimum(sequence, batch_size - 1)]
+                units = jnp.where(inside, num_units(length, capacity, unit), 0)
+                carry = function(carry, units, inside)
+            return carry
+
+        return lax.fori_loop(0, pl.cdiv(batch_size, chunk), step, carry)
+
+    total = walk(lambda total, units, inside: total + units, zero)
+    begin = part_bound(part, total, num_parts)
+    end = part_bound(part + 1, total, num_parts)
+
+    def locate(carry: Any, units: Array, inside: Array) -> Any:
+        start, first_sequence, end_sequence, first_start = carry
+        stop = start + units
+        before = jnp.logical_and(inside, stop <= begin)
+        first_sequence += before.astype(jnp.int32)
+        first_start = jnp.where(before, stop, first_start)
+        end_sequence += jnp.logical_and(inside, start < end).astype(jnp.int32)
+        return stop, first_sequence, end_sequence, first_start
+
+    _, first_sequence, end_sequence, first_start = walk(locate, (zero,) * 4)
+    return Share(total, begin, end, first_sequence, end_sequence, first_start)
+
+
+def num_units(length: Array, capacity: int, unit: int) -> Array:
+    """Returns the units of a sequence: one at least."""
+    return jnp.maximum(1, lax.div(jnp.clip(length, 0, capacity) + (unit - 1), jnp.int32(unit)))
+
+
 def part_bound(part: Array, total: Array, num_parts: int) -> Array:
     """Returns the first unit of a part: equal shares, and no empty part before a part with work."""
-    num_used = jnp.minimum(num_parts, total)
+    num_used = _num_used(total, num_parts)
     return lax.div(jnp.minimum(part, num_used) * total, num_used)
 
 
 def part_of(unit: Array, total: Array, num_parts: int) -> Array:
     """Returns the part that a unit lies in, the inverse of `part_bound`."""
-    num_used = jnp.minimum(num_parts, total)
+    num_used = _num_used(total, num_parts)
     return lax.div((unit + 1) * num_used - 1, total)
+
+
+def _num_used(total: Array, num_parts: int) -> Array:
+    """Returns the fewest parts whose largest is no larger: their bounds meet more sequences'."""
+    largest = lax.div(total + (num_parts - 1), jnp.int32(num_parts))
+    return lax.div(total + largest - 1, largest)
 
 
 def merge_pieces(

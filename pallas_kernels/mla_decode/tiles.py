@@ -9,13 +9,17 @@ class HopperTiles:
 
     Attributes:
         num_sms: streaming multiprocessors of the chip: one thread block runs on each.
+        narrow_rows: query tokens times heads up to which the kernel with keys as rows is taken.
         merge_rows: query rows that a thread block of the merge kernel takes, where there are many.
         merge_pieces: partial results that it loads at a time, at most.
+        narrow_merge_pieces: the same of the kernel with keys as rows, which merges itself.
     """
 
     num_sms: int = 132
+    narrow_rows: int = 32
     merge_rows: int = 8
     merge_pieces: int = 33
+    narrow_merge_pieces: int = 66
 
 
 # The SXM parts of both have 132 multiprocessors.

@@ -12,7 +12,7 @@ from pallas_kernels.mla_decode import (
     LatentPages,
     mla_decode,
 )
-from pallas_kernels.mla_decode.split import part_bound, part_of, plan_work
+from pallas_kernels.mla_decode.split import find_share, part_bound, part_of, plan_work
 from tests.pallas_kernels.mla_decode_cases import CASES, Case
 from tests.pallas_kernels.test_mla_decode import check
 
@@ -65,8 +65,24 @@ def test_hopper_plan_covers_every_unit_once(lengths, num_parts):
     work = walk(starts, firsts, lengths, 131072, num_parts)
     assert max(work) <= -(-sum(work) // num_parts)
 
+    # The kernel for few rows finds the same from the lengths, each of its blocks for itself.
+    def find(part):
+        return find_share(jnp.asarray(lengths), len(lengths), 131072, 128, part, num_parts)
 
-def lower_for_cuda(batch, num_tokens, num_heads, columns, page_size):
+    shares = jax.jit(jax.vmap(find))(jnp.arange(num_parts))
+    np.testing.assert_array_equal(shares.total, starts[-1])
+    np.testing.assert_array_equal(shares.end - shares.begin, work)
+    for part in range(num_parts):
+        begin, end, first, last, start = (int(x[part]) for x in shares[1:])
+        if begin == end:
+            assert first >= last
+        else:
+            assert first == firsts[part]
+            assert start == starts[first] <= begin < starts[first + 1]
+            assert starts[last - 1] < end <= starts[last]
+
+
+def lower_for_cuda(batch, num_tokens, num_heads, columns, page_size, pages_dtype=jnp.bfloat16):
     def struct(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -76,7 +92,13 @@ def lower_for_cuda(batch, num_tokens, num_heads, columns, page_size):
     traced = jax.jit(decode).trace(
         struct(*rows, 512),
         struct(*rows, 64),
-        LatentPages(struct(num_pages, page_size, 512), struct(num_pages, page_size, 64)),
+        LatentPages(
+            struct(num_pages, page_size, 512, dtype=pages_dtype),
+            struct(num_pages, page_size, 64),
+            None
+            if pages_dtype == jnp.bfloat16
+            else struct(num_pages, page_size, dtype=jnp.float32),
+        ),
         struct(batch, columns, dtype=jnp.int32),
         struct(batch, dtype=jnp.int32),
     )
@@ -85,14 +107,19 @@ def lower_for_cuda(batch, num_tokens, num_heads, columns, page_size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes",
-    [(128, 1, 16, 128, 64), (2, 3, 32, 3, 128)],
-    ids=["one_tile", "last_tile_not_full"],
+    ("sizes", "num_kernels"),
+    [
+        ((128, 1, 16, 128, 64), 1),  # Few rows: their pieces are merged in the kernel itself.
+        ((2, 3, 32, 3, 128), 2),  # The last tile is not full.
+        ((2, 1, 128, 3, 64), 2),  # Clusters of two blocks.
+        ((2, 1, 32, 3, 64, jnp.int8), 1),
+        ((2, 1, 16, 3, 64, FLOAT8), 1),
+    ],
+    ids=["few_rows", "last_tile_not_full", "clusters", "int8", "float8"],
 )
-def test_hopper_lowers_for_cuda(sizes):
+def test_hopper_lowers_for_cuda(sizes, num_kernels):
     """Shared memory, tensor core shapes and dtypes are checked here."""
-    # The attention and the merge of its pieces.
-    assert lower_for_cuda(*sizes).count("stablehlo.custom_call @mosaic_gpu") == 2
+    assert lower_for_cuda(*sizes).count("stablehlo.custom_call @mosaic_gpu") == num_kernels
 
 
 @pytest.mark.parametrize(
@@ -100,6 +127,11 @@ def test_hopper_lowers_for_cuda(sizes):
     [
         (slice(2), lambda q: [x.astype(jnp.float32) for x in q], "q_latent_BTHC has dtype float32"),
         (2, lambda p: dataclasses.replace(p, rope=p.rope.astype(jnp.float32)), "pages.rope has"),
+        (
+            2,
+            lambda p: dataclasses.replace(p, latent=p.latent.astype(jnp.float16)),
+            "pages.latent has",
+        ),
         (2, lambda p: LatentPages(p.latent[:, :48], p.rope[:, :48]), "pages has page_size 48"),
         (slice(2), lambda q: [x[:, :, :3] for x in q], "q_latent_BTHC has 1 x 3 rows"),
     ],
@@ -111,17 +143,10 @@ def test_hopper_errors_name_the_argument(index, change, message):
         mla_decode(*arguments, scale=1.0, implementation="hopper")
 
 
-@pytest.mark.parametrize("pages_dtype", [jnp.int8, FLOAT8], ids=["int8", "float8"])
-def test_hopper_refuses_quantized_pages(pages_dtype):
-    arguments = Case("bad", (20,)).draw(seed=20, dtype=jnp.bfloat16, pages_dtype=pages_dtype)
-    with pytest.raises(ValueError, match=r"pages\.latent has dtype"):
-        mla_decode(*arguments, scale=1.0, implementation="hopper")
-
-
 @pytest.mark.parametrize("dims", [(256, 64), (512, 32)])
 def test_hopper_takes_the_models_dims_only(dims):
     arguments = Case("bad", (20,)).draw(seed=18, dtype=jnp.bfloat16, dims=dims)
-    with pytest.raises(ValueError, match=r"q_latent_BTHC has rank|q_rope_BTHR has"):
+    with pytest.raises(ValueError, match=r"q_latent_BTHC has rank|pages\.rope has"):
         mla_decode(*arguments, scale=1.0, implementation="hopper")
 
 
@@ -130,3 +155,12 @@ def test_hopper_takes_the_models_dims_only(dims):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_hopper_on_the_gpu(case):
     check(case, case.draw(seed=19, dtype=jnp.bfloat16), "hopper", 5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+@pytest.mark.parametrize("pages_dtype", [jnp.int8, FLOAT8], ids=["int8", "float8"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_hopper_on_the_gpu_with_quantized_pages(case, pages_dtype):
+    arguments = case.draw(seed=20, dtype=jnp.bfloat16, pages_dtype=pages_dtype)
+    check(case, arguments, "hopper", 5e-3)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from dsjax.checkpoint import RUN_FILE, RunCheckpoints, read_run_file, write_run_file
 from dsjax.config import LogConfig, ModelConfig, TrainConfig, to_json
@@ -36,9 +36,9 @@ from dsjax.training.step import (
     Guard,
     StepReport,
     TrainState,
+    abstract_train_state,
     eval_step,
     init_train_state,
-    state_shardings,
     train_step,
 )
 from dsjax.weights import load_weights, save_assets
@@ -89,7 +89,8 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Fit
         run.mkdir(parents=True, exist_ok=True)
         graphdef, params = abstract_model(config.model, rules, kernels)
         with RunCheckpoints(run, config.checkpoint) as checkpoints:
-            abstract = _abstract_state(config, params, rules, mesh.devices.flat[0])
+            device = mesh.devices.flat[0]
+            abstract = abstract_train_state(config.optimizer, params, rules, device)
             if checkpoints.latest is None:
                 state = _fresh_state(config, abstract, rules, kernels)
             else:
@@ -167,22 +168,6 @@ def _fresh_state(
     create = functools.partial(init_train_state, config.optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(create, donate_argnums=0, out_shardings=shardings)(nnx.state(model))
-
-
-def _abstract_state(
-    config: TrainConfig, params: nnx.State, rules: ShardingRules, device: jax.Device
-) -> TrainState:
-    """Returns the shapes, dtypes and shardings of a run's state."""
-    abstract = jax.eval_shape(functools.partial(init_train_state, config.optimizer), params)
-    if rules.mesh is None:
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), abstract)
-    else:
-        shardings = state_shardings(abstract, config.optimizer, rules)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings,
-    )
 
 
 def _restored_state(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from dsjax.config import GuardConfig, LossConfig, OptimizerConfig
 from dsjax.losses import Batch, LossTerms, sum_cross_entropy, training_loss
@@ -114,6 +115,29 @@ def state_shardings(
     )
     scalars = jax.tree.map(lambda _: replicated, (state.step, state.guard))
     return TrainState(step=scalars[0], params=params, moments=moments, guard=scalars[1])
+
+
+def abstract_train_state(
+    optimizer: OptimizerConfig, params: nnx.State, rules: ShardingRules, device: jax.Device
+) -> TrainState:
+    """Returns the shapes, dtypes and shardings of a run's state, allocating nothing.
+
+    Args:
+        optimizer: how gradients become updates.
+        params: the parameters, real or abstract.
+        rules: where they live.
+        device: where everything lives off a mesh.
+    """
+    abstract = jax.eval_shape(functools.partial(init_train_state, optimizer), params)
+    if rules.mesh is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), abstract)
+    else:
+        shardings = state_shardings(abstract, optimizer, rules)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)

@@ -110,27 +110,37 @@ def swiglu(
 def weight_gradient(
     lhs_MK: Array, d_out_MN: Array, group_sizes_G: Array, group_offset: Array, num_groups: int
 ) -> Array:
-    """Sum over each group's rows of lhs^T d_out, one group after another."""
+    """Sum over each group's rows of lhs^T d_out: small groups at once, the others in turn."""
     tile = row_tile(lhs_MK.shape[0], num_groups)
     starts_G, sizes_G = local_groups(group_sizes_G, group_offset, num_groups)
     lhs_PK, d_out_PN = _pad(lhs_MK, tile), _pad(d_out_MN, tile)
-    shape_KN = (lhs_MK.shape[1], d_out_MN.shape[1])
+    index_T = jnp.arange(tile)
 
-    def one_group(group: Array, d_rhs_GKN: Array) -> Array:
+    def product(letters: str, lhs: Array, d_out: Array, valid: Array) -> Array:
+        # Both sides are masked: a row of another group may hold inf or nan.
+        masked = (jnp.where(valid[..., None], side, 0) for side in (lhs, d_out))
+        return jnp.einsum(letters, *masked, preferred_element_type=jnp.float32)
+
+    # The first tile of every group: as many rows as there are, and padding of at most twice that.
+    rows_GT = starts_G[:, None] + index_T
+    d_rhs_GKN = product(
+        "GTK,GTN->GKN", lhs_PK[rows_GT], d_out_PN[rows_GT], index_T < sizes_G[:, None]
+    ).astype(lhs_MK.dtype)
+    tiles_G = num_tiles_of(sizes_G, tile)
+    large_first_G = jnp.argsort(-tiles_G)
+
+    def one_group(index: Array, d_rhs_GKN: Array) -> Array:
+        group = large_first_G[index]
+
         def add_tile(index: Array, sum_KN: Array) -> Array:
             row = index * tile
             start = starts_G[group] + row
-            valid_T1 = (jnp.arange(tile) < sizes_G[group] - row)[:, None]
-            # Both sides are masked: a row of another group may hold inf or nan.
-            lhs_TK = jnp.where(valid_T1, _rows(lhs_PK, start, tile), 0)
-            d_out_TN = jnp.where(valid_T1, _rows(d_out_PN, start, tile), 0)
-            return sum_KN + jnp.einsum(
-                "TK,TN->KN", lhs_TK, d_out_TN, preferred_element_type=jnp.float32
-            )
+            tiles = (_rows(array, start, tile) for array in (lhs_PK, d_out_PN))
+            return sum_KN + product("TK,TN->KN", *tiles, index_T < sizes_G[group] - row)
 
-        zero_KN = lax.full_like(lhs_MK, 0, shape=shape_KN, dtype=jnp.float32)
-        sum_KN = lax.fori_loop(0, num_tiles_of(sizes_G, tile)[group], add_tile, zero_KN)
+        shape_KN = (lhs_MK.shape[1], d_out_MN.shape[1])
+        sum_KN = lax.full_like(lhs_MK, 0, shape=shape_KN, dtype=jnp.float32)
+        sum_KN = lax.fori_loop(0, tiles_G[group], add_tile, sum_KN)
         return lax.dynamic_update_index_in_dim(d_rhs_GKN, sum_KN.astype(lhs_MK.dtype), group, 0)
 
-    d_rhs_GKN = lax.full_like(lhs_MK, 0, shape=(num_groups, *shape_KN))
-    return lax.fori_loop(0, num_groups, one_group, d_rhs_GKN)
+    return lax.fori_loop(0, jnp.sum(tiles_G > 1), one_group, d_rhs_GKN)

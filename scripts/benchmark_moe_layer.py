@@ -1,0 +1,148 @@
+"""Times a whole MoE layer, forward and backward, beside its matrix products at the dense rate.
+
+    python scripts/benchmark_moe_layer.py [CONFIG] [--tokens 32768] [--implementation hopper]
+        [--profile]
+
+The layer is dsjax.layers.moe.MoE on one device: route, permute, experts, combine, without and with
+the shared experts. The yardstick is the time that its routed (and shared) matrix products would
+take as dense ones of the same number of rows, timed in turns with the layer. The layer's memory is
+the compiled program's, beside the bytes of its rows times their widths. --profile lists the time
+of each kernel by CUPTI.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from benchmark_grouped_matmul import draw, take_turns
+from flax import nnx
+
+from dsjax.config import ModelConfig
+from dsjax.config.load import load_model_config
+from dsjax.kernels import Kernels
+from dsjax.layers.basic import LayerOptions
+from dsjax.layers.moe import MoE
+from dsjax.sharding import train_rules
+
+
+def layer_step(config: ModelConfig, implementation: str) -> tuple[Callable, nnx.State]:
+    """A jitted forward and backward pass of one layer, and its parameters."""
+    kernels = Kernels(grouped_matmul=implementation)
+    options = LayerOptions.of(config, train_rules(None), kernels)
+
+    @jax.jit
+    def parameters() -> nnx.State:
+        return nnx.state(MoE(config.moe, config.hidden_dim, options, nnx.Rngs(0)))
+
+    abstract = nnx.eval_shape(lambda: MoE(config.moe, config.hidden_dim, options, nnx.Rngs(0)))
+    graphdef = nnx.graphdef(abstract)
+
+    @jax.jit
+    def step(state: nnx.State, x_BTD: jax.Array, d_out_BTD: jax.Array) -> object:
+        def forward(state: nnx.State, x_BTD: jax.Array) -> jax.Array:
+            return nnx.merge(graphdef, state)(x_BTD, None, None)[0]
+
+        out_BTD, pull = jax.vjp(forward, state, x_BTD)
+        return out_BTD, pull(d_out_BTD)
+
+    return step, parameters()
+
+
+def dense_calls(rows: int, hidden: int, intermediate: int) -> dict[str, Callable[[], object]]:
+    """Gate with up, and down, as dense products."""
+    wide, narrow = (hidden, 2 * intermediate), (intermediate, hidden)
+    return {
+        f"dense {rows} x {into} x {out}": functools.partial(
+            jax.jit(jnp.matmul), draw(3, rows, into), draw(4, into, out, scale=into**-0.5)
+        )
+        for into, out in (wide, narrow)
+    }
+
+
+def show_kernels(compiled: jax.stages.Compiled, *arrays: object) -> None:
+    """Print the kernels of one call, the longest first, with the operation that each is part of."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    named = re.findall(r'%?(\S+) = .*op_name="([^"]*)"', compiled.as_text())
+    operations = {re.sub(r"[.-]", "_", name): path for name, path in named}
+    _, timings = profiler.Cupti(finalize=False).measure(compiled, aggregate=False)(*arrays)
+    total: dict[str, list[float]] = collections.defaultdict(list)
+    for name, milliseconds in timings:
+        total[name].append(milliseconds)
+    print(f"  kernels: {1e3 * sum(map(sum, total.values())):.1f} us")
+    for name, each in sorted(total.items(), key=lambda item: -sum(item[1])):
+        operation = operations.get(name, "").removeprefix("jit(step)/")
+        print(f"  {sum(each) * 1e3:9.1f} us {len(each):3d} x  {name[:40]}  {operation[-90:]}")
+
+
+def show_memory(compiled: jax.stages.Compiled, wide: int) -> None:
+    """Print the program's bytes beside those of rows as wide as hidden and intermediate."""
+    memory = compiled.memory_analysis()
+    sizes = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+    }
+    listed = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in sizes.items())
+    print(f"  GB: {listed}; rows x (hidden + intermediate) in bfloat16 {wide / 1e9:.3f}")
+    print(f"  temporary / rows x (hidden + intermediate): {sizes['temporary'] / wide:.2f}")
+
+
+def measure(
+    config: ModelConfig, num_tokens: int, implementation: str, shared: bool, profile: bool
+) -> None:
+    """Print the layer's time, its share of dense, and its memory."""
+    if not shared:
+        config = dataclasses.replace(
+            config, moe=dataclasses.replace(config.moe, num_shared_experts=0)
+        )
+    moe = config.moe
+    step, state = layer_step(config, implementation)
+    x_BTD, d_out_BTD = (
+        draw(0, 1, num_tokens, config.hidden_dim),
+        draw(1, 1, num_tokens, config.hidden_dim),
+    )
+    arrays = (state, x_BTD, d_out_BTD)
+    rows = num_tokens * moe.top_k
+    dense = dense_calls(rows, config.hidden_dim, moe.intermediate_dim)
+    if shared:
+        dense |= dense_calls(num_tokens, config.hidden_dim, moe.shared_intermediate_dim)
+    compiled = step.lower(*arrays).compile()
+    calls = {"layer": functools.partial(compiled, *arrays)} | dense
+    seconds = take_turns(calls, jax.block_until_ready)
+    # A product has two more of its size in the backward pass: the rows' and the weights'.
+    ideal = 3 * sum(seconds[name] for name in dense)
+    layer = seconds["layer"]
+    name = "with" if shared else "without"
+    print(f"\n{num_tokens} tokens, forward + backward, {name} shared experts")
+    print(f"  layer {layer * 1e3:.3f} ms, its products dense {ideal * 1e3:.3f} ms")
+    print(f"  share {ideal / layer:.3f}, overhead {layer / ideal - 1:.3f}")
+    for name in dense:
+        print(f"  {name}: {seconds[name] * 1e3:.3f} ms")
+    show_memory(compiled, rows * 2 * (config.hidden_dim + moe.intermediate_dim))
+    if profile:
+        show_kernels(compiled, *arrays)
+
+
+def main() -> None:
+    """Measure the layer of the config on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", nargs="?", default="configs/models/deepseek_v2_lite.py")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--implementation", default="hopper")
+    parser.add_argument("--profile", action="store_true", help="list the kernels' times")
+    options = parser.parse_args()
+    config = load_model_config(options.config, ["param_dtype=bfloat16"])
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    for shared in (False, True):
+        measure(config, options.tokens, options.implementation, shared, options.profile)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,8 +26,8 @@ class Kernels:
         mla_attention: of attention in training and prefill.
         mla_decode: of absorbed decode.
         grouped_matmul: of the experts' products.
-        expert_exchange: how tokens move between devices that divide the experts: "ragged" sends
-            what there is; "fixed", for backends that cannot, as much as there might be.
+        expert_exchange: how tokens move between devices that divide the experts: "ragged" (TPUs)
+            and "ragged_parts" (GPUs) send what there is, "fixed" as much as there might be.
         exchange_chunks: parts of a device's tokens that are exchanged one by one, so that one is
             computed while the next is under way.
         exchange_room: tokens that one pass over a device's experts has room for, over an even
@@ -57,7 +57,8 @@ def choose_kernels(device: jax.Device, config: ModelConfig) -> Kernels:
 @functools.cache  # so that each choice is logged once
 def _choose(platform: str, kind: str, config: ModelConfig) -> Kernels:
     tpu = platform == "tpu"
-    hopper = platform in ("gpu", "cuda") and ("H100" in kind or "H200" in kind)
+    gpu = platform in ("gpu", "cuda", "rocm")
+    hopper = gpu and ("H100" in kind or "H200" in kind)
     attention = config.attention
     head_dims = (
         attention.qk_nope_head_dim,
@@ -74,8 +75,8 @@ def _choose(platform: str, kind: str, config: ModelConfig) -> Kernels:
         mla_decode="tpu" if tpu and heads_fit else "hopper" if hopper and heads_fit else "xla",
         # There is no TPU kernel of this one yet.
         grouped_matmul="hopper" if hopper and widths_fit else "xla",
-        # XLA's CPU backend does not have the ragged one.
-        expert_exchange="ragged" if platform in ("tpu", "gpu", "cuda", "rocm") else "fixed",
+        # XLA's CPU backend has neither of the ragged ones.
+        expert_exchange="ragged" if tpu else "ragged_parts" if gpu else "fixed",
     )
     _LOG.info("kernels on %s: %s", kind, chosen)
     return chosen

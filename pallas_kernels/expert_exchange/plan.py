@@ -57,7 +57,8 @@ def plan_exchange(
         max_shards: F, a bound on the shards that any token goes to, which the routing gives
             (device-limited routing, arXiv 2405.04434 §2.2.2); it bounds the bytes sent.
         axis_name: the mesh axis whose shards have the experts, in order.
-        transport: "ragged" sends the rows there are; "fixed" as many as there might be.
+        transport: "ragged" sends the rows there are, for TPUs; "ragged_parts" the same in many
+            pieces, for GPUs; "fixed" sends as many as there might be, for the CPU.
 
     Raises:
         ValueError: an unknown transport, or experts that the shards do not divide.

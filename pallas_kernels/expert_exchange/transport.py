@@ -1,4 +1,4 @@
-"""Moving rows between the shards of a mesh axis: two transports of one meaning.
+"""Moving rows between the shards of a mesh axis: transports of one meaning.
 
 Rows lie sorted by the shard they go to, and arrive sorted by the shard they come from, without
 gaps; what is behind the last is 0. The same exchange with the sizes transposed brings them back.
@@ -11,6 +11,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
+
+# Pieces that a GPU's rows are sent in: on two H200s 320 take 0.38 of the time of 64, 1,024 as much.
+_PIECES = 320
 
 
 def exchange_rows(
@@ -38,19 +41,41 @@ def exchange_rows(
     return TRANSPORTS[transport](rows_S, sizes_PQ, num_rows, max_size, axis_name)
 
 
-def _ragged(rows_S: Array, sizes_PQ: Array, num_rows: int, max_size: int, axis_name: str) -> Array:
-    """Sends the rows there are: for TPUs and GPUs, XLA's CPU backend does not have it."""
+def _ragged(
+    rows_S: Array,
+    sizes_PQ: Array,
+    num_rows: int,
+    max_size: int,
+    axis_name: str,
+    parts: int = 1,
+) -> Array:
+    """Sends the rows there are, each shard's in `parts` pieces."""
     me = jax.lax.axis_index(axis_name)
+    begin_QP = _starts(sizes_PQ[me])[:, None] + _split(sizes_PQ[me], parts)[:, :-1]
+    # Where this shard's rows go on each other one: behind those of the shards before it.
+    place_QP = _starts(sizes_PQ)[me][:, None] + _split(sizes_PQ[me], parts)[:, :-1]
     return jax.lax.ragged_all_to_all(
         rows_S,
         jnp.zeros((num_rows, *rows_S.shape[1:]), rows_S.dtype),
-        input_offsets=_starts(sizes_PQ[me]),
-        send_sizes=sizes_PQ[me],
-        # Where this shard's rows go on each other one: behind those of the shards before it.
-        output_offsets=_starts(sizes_PQ)[me],
-        recv_sizes=sizes_PQ[:, me],
+        input_offsets=begin_QP.reshape(-1),
+        send_sizes=jnp.diff(_split(sizes_PQ[me], parts)).reshape(-1),
+        output_offsets=place_QP.reshape(-1),
+        recv_sizes=jnp.diff(_split(sizes_PQ[:, me], parts)).reshape(-1),
         axis_name=axis_name,
     )
+
+
+def _ragged_parts(
+    rows_S: Array, sizes_PQ: Array, num_rows: int, max_size: int, axis_name: str
+) -> Array:
+    """Sends the rows there are in many pieces: XLA copies each by one block of a GPU's threads."""
+    parts = -(-_PIECES // sizes_PQ.shape[0])
+    return _ragged(rows_S, sizes_PQ, num_rows, max_size, axis_name, parts)
+
+
+def _split(sizes_P: Array, parts: int) -> Array:
+    """Ends of about equal parts of each size, 0 first, [P, parts + 1]."""
+    return sizes_P[:, None] * jnp.arange(parts + 1, dtype=jnp.int32) // parts
 
 
 def _fixed(rows_S: Array, sizes_PQ: Array, num_rows: int, max_size: int, axis_name: str) -> Array:
@@ -74,7 +99,9 @@ def _starts(sizes: Array) -> Array:
     return jnp.cumsum(sizes, axis=0) - sizes
 
 
+# XLA's CPU backend has no ragged one.
 TRANSPORTS: dict[str, Callable[[Array, Array, int, int, str], Array]] = {
     "ragged": _ragged,
+    "ragged_parts": _ragged_parts,
     "fixed": _fixed,
 }

@@ -28,6 +28,15 @@ def test_released_sizes_get_the_chips_kernels(config):
     assert ops(A100, config) == ops(CPU, config) == PORTABLE
 
 
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("device", "transport"),
+    [(V5P, "ragged"), (H200, "ragged_parts"), (A100, "ragged_parts"), (CPU, "fixed")],
+)
+def test_transport_of_the_expert_exchange(device, transport):
+    assert choose_kernels(device, deepseek_v2.config).expert_exchange == transport
+
+
 def test_sizes_and_types_that_no_kernel_takes_get_the_portable_ones():
     # 96 wide experts and heads of 32 + 16
     assert ops(H200, replace(tiny.config, dtype="bfloat16")) == PORTABLE

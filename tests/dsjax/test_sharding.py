@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from dsjax.config import MeshConfig, TokenDropping
+from dsjax.kernels import Kernels
 from dsjax.model import abstract_model, create_model, param_dims, param_shardings
 from dsjax.sharding import (
     BATCH_AXES,
@@ -33,6 +34,7 @@ MESHES = {  # data, fsdp, expert, tensor
     "data_expert": (2, 1, 4, 1),
     "fsdp_expert_tensor": (1, 2, 2, 2),
     "data_fsdp_tensor": (2, 2, 1, 2),
+    "data_expert_tensor": (2, 1, 2, 2),
 }
 
 
@@ -79,10 +81,11 @@ def on_one_device(dropping):
     return jax.tree.map(np.asarray, step(random_model(CONFIG), make_batch(), dropping))
 
 
-def on_mesh(sizes, dropping):
+def on_mesh(sizes, dropping, remat="none", **kernels):
     rules = train_rules(make_mesh(mesh_config(sizes)))
     batch = jax.device_put(make_batch(), rules.sharding("batch", "length"))
-    return step(random_model(CONFIG, rules=rules), batch, dropping)
+    model = random_model(replace(CONFIG, remat=remat), rules=rules, kernels=Kernels(**kernels))
+    return step(model, batch, dropping)
 
 
 def assert_same_step(one, many):
@@ -108,17 +111,24 @@ def assert_same_step(one, many):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.core) if n == "fsdp_expert_tensor" else n for n in MESHES],
+    ("name", "kernels"),
+    [
+        ("fsdp", {}),
+        ("expert", {}),  # a group's experts lie on two devices
+        ("data_expert", {"exchange_chunks": 2}),  # a group's experts lie on one
+        pytest.param("fsdp_expert_tensor", {}, marks=pytest.mark.core),
+        ("data_fsdp_tensor", {}),
+    ],
 )
-def test_a_step_on_8_devices_equals_one_on_1(name):
-    assert_same_step(on_one_device(None), on_mesh(MESHES[name], None))
+def test_a_step_on_8_devices_equals_one_on_1(name, kernels):
+    assert_same_step(on_one_device(None), on_mesh(MESHES[name], None, **kernels))
 
 
 def test_token_dropping_does_not_depend_on_the_mesh():
     one = on_one_device(DROPPING)
     assert 0.1 < one[1].dropped.min() < 0.5
-    assert_same_step(one, on_mesh(MESHES["fsdp_expert_tensor"], DROPPING))
+    # Recomputed in the backward pass, as in training: the exchange is too.
+    assert_same_step(one, on_mesh(MESHES["data_expert_tensor"], DROPPING, remat="full"))
 
 
 def test_inference_rules_give_the_same_logits():

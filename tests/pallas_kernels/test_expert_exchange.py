@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.expert_exchange import (
+    TRANSPORTS,
     combine_rows,
     exchange_rows,
     gather_rows,
@@ -19,6 +20,7 @@ from pallas_kernels.expert_exchange import (
     send_tokens,
     sort_by_expert,
 )
+from pallas_kernels.expert_exchange import transport as transport_module
 
 SHARDS, EXPERTS, TOKENS, TOP_K, WIDTH = 4, 12, 7, 3, 5
 MAX_SHARDS = 3
@@ -29,25 +31,28 @@ def emulate_ragged_all_to_all(
 ):
     """What jax.lax.ragged_all_to_all is documented to do, for a backend that does not have it."""
     me = jax.lax.axis_index(axis_name)
-    operands, starts, places, sizes = (
-        jax.lax.all_gather(array, axis_name)
-        for array in (operand, input_offsets, output_offsets, send_sizes)
+    operands = jax.lax.all_gather(operand, axis_name)
+    # [source, piece] of what comes here
+    starts, places, sizes = (
+        jax.lax.all_gather(array.reshape(SHARDS, -1), axis_name)[:, me]
+        for array in (input_offsets, output_offsets, send_sizes)
     )
     row = jnp.arange(output.shape[0])
-    for source in range(operands.shape[0]):
-        index = row - places[source, me]
-        hit = (index >= 0) & (index < recv_sizes[source])
-        values = operands[source].at[starts[source, me] + index].get(mode="fill", fill_value=0)
+    for source, piece in np.ndindex(sizes.shape):
+        index = row - places[source, piece]
+        hit = (index >= 0) & (index < sizes[source, piece])
+        values = operands[source].at[starts[source, piece] + index].get(mode="fill", fill_value=0)
         output = jnp.where(jnp.expand_dims(hit, range(1, output.ndim)), values, output)
     # Sizes that do not agree would hang or corrupt a real exchange.
-    agree = jnp.all(sizes[:, me] == recv_sizes)
+    agree = jnp.all(sizes.reshape(-1) == recv_sizes)
     return jnp.where(agree, output, jnp.full_like(output, -77))
 
 
-@pytest.fixture(params=["fixed", "ragged"])
+@pytest.fixture(params=TRANSPORTS)
 def transport(request, monkeypatch):
-    if request.param == "ragged":
+    if request.param != "fixed":
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulate_ragged_all_to_all)
+        monkeypatch.setattr(transport_module, "_PIECES", 3 * SHARDS)
     return request.param
 
 

@@ -1,0 +1,239 @@
+"""Times the exchange between the devices of an expert axis beside a plain all-to-all.
+
+    python scripts/benchmark_expert_exchange.py [exchange] [layer] [--tokens 16384] [--width 5120]
+
+`exchange`: rows that device-limited routing sends (V2's 160 experts in 8 groups, random
+affinities), by every transport, and `jax.lax.all_to_all` of as many bytes, in the same run. GB/s
+count the bytes that leave one device. "dispatch" is what a layer does before its experts: the rows
+gathered by device, sent, and the choices beside them; "combine" what it does behind: rows sent
+back and summed. `layer`: a layer, forward and backward, on all devices against one: values, time.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from configs.models import deepseek_v2
+from dsjax.config import MeshConfig, ModelConfig
+from dsjax.config.load import override
+from dsjax.kernels import choose_kernels
+from dsjax.layers.basic import LayerOptions
+from dsjax.layers.expert_parallel import max_shards
+from dsjax.layers.moe import MoE
+from dsjax.layers.router import choose_experts
+from dsjax.sharding import ShardingRules, make_mesh, train_rules
+from pallas_kernels.expert_exchange import (
+    TRANSPORTS,
+    exchange_rows,
+    plan_exchange,
+    return_tokens,
+    send_choices,
+    send_tokens,
+)
+
+REPEATS, ROUNDS = 20, 5
+
+
+def seconds_of(call, *arguments, repeats: int = 1) -> float:
+    """Median seconds of one repeat."""
+    jax.block_until_ready(call(*arguments))
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        jax.block_until_ready(call(*arguments))
+        times.append((time.perf_counter() - start) / repeats)
+    return float(np.median(times))
+
+
+def on_devices(function, num_arguments: int):
+    """Runs a function REPEATS times in one program, its result the next one's first argument."""
+    mesh = jax.make_mesh((jax.device_count(),), ("expert",), (AxisType.Auto,))
+
+    def repeated(first, *rest):
+        return jax.lax.fori_loop(0, REPEATS, lambda _, x: function(x, *rest), first)
+
+    spec = P("expert")
+    return mesh, jax.jit(
+        jax.shard_map(
+            repeated, mesh=mesh, in_specs=(spec,) * num_arguments, out_specs=spec, check_vma=False
+        )
+    )
+
+
+def exchange(tokens: int, width: int, transports: list[str]) -> None:
+    """Prints the rates of every transport and of a plain all-to-all."""
+    moe, shards = deepseek_v2.config.moe, jax.device_count()
+    fan_out = max_shards(moe, shards)
+    keys = jax.random.split(jax.random.key(0), 3)
+    scores = jax.nn.softmax(2 * jax.random.normal(keys[0], (shards * tokens, moe.num_experts)))
+    gates, indices = choose_experts(scores, moe)
+    x = jax.random.normal(keys[1], (shards * tokens, width), jnp.bfloat16)
+    target = np.asarray(indices) // (moe.num_experts // shards)
+    goes = (target[..., None] == np.arange(shards)).any(axis=1).reshape(shards, tokens, shards)
+    sizes = goes.sum(axis=1)
+    leaving = (sizes.sum() - np.trace(sizes)) / shards * width * 2
+    print(
+        f"\n{shards} devices x {tokens} tokens x {width} bfloat16, at most {fan_out} devices a "
+        f"token: {sizes.sum() / shards / tokens:.3f} rows a token sent, "
+        f"{leaving / 1e6:.1f} MB leave a device",
+        flush=True,
+    )
+
+    def report(name, seconds, peer=None):
+        ratio = "" if peer is None else f"  {peer / seconds:5.2f} x all_to_all"
+        print(f"  {name:24s} {seconds * 1e6:9.1f} us {leaving / seconds / 1e9:7.1f} GB/s{ratio}")
+        return seconds
+
+    # Blocks as large as the mean of those that leave, so that the plain one moves as many bytes.
+    block = round((sizes.sum() - np.trace(sizes)) / shards / max(1, shards - 1))
+    mesh, plain = on_devices(
+        lambda x: jax.lax.all_to_all(x, "expert", split_axis=0, concat_axis=0, tiled=True), 1
+    )
+    spread = jax.NamedSharding(mesh, P("expert"))
+    blocks = jax.device_put(
+        jax.random.normal(keys[2], (shards * shards * block, width), jnp.bfloat16), spread
+    )
+    peer = report("all_to_all", seconds_of(plain, blocks, repeats=REPEATS))
+    x, indices, gates = (jax.device_put(a, spread) for a in (x, indices, gates))
+    rows = jax.device_put(
+        jax.random.normal(keys[2], (shards * shards * tokens, width), jnp.bfloat16), spread
+    )
+    for transport in transports:
+
+        def move(rows_RD, transport=transport):
+            return exchange_rows(
+                rows_RD,
+                jnp.asarray(sizes, jnp.int32),
+                num_rows=shards * tokens,
+                max_size=tokens,
+                axis_name="expert",
+                transport=transport,
+            )
+
+        def plan_of(indices_NK, transport=transport):
+            return plan_exchange(
+                indices_NK,
+                num_experts=moe.num_experts,
+                max_shards=fan_out,
+                axis_name="expert",
+                transport=transport,
+            )
+
+        def dispatch(x_ND, indices_NK, gates_NK, plan_of=plan_of):
+            plan = plan_of(indices_NK)
+            rows_RD = send_tokens(x_ND, plan)
+            _, gates_RK = send_choices(indices_NK, gates_NK, plan)
+            # Keeps the exchange of the choices alive.
+            return rows_RD[: x_ND.shape[0]] + gates_RK[0, 0].astype(x_ND.dtype) * 0
+
+        def there_and_back(x_ND, indices_NK, gates_NK, plan_of=plan_of):
+            plan = plan_of(indices_NK)
+            rows_RD = send_tokens(x_ND, plan)
+            _, gates_RK = send_choices(indices_NK, gates_NK, plan)
+            return return_tokens(rows_RD, plan) + gates_RK[0, 0].astype(x_ND.dtype) * 0
+
+        try:
+            _, moved = on_devices(move, 1)
+            report(f"{transport} rows", seconds_of(moved, rows, repeats=REPEATS), peer)
+            _, sent = on_devices(dispatch, 3)
+            there = seconds_of(sent, x, indices, gates, repeats=REPEATS)
+            report(f"{transport} dispatch", there, peer)
+            _, both = on_devices(there_and_back, 3)
+            total = seconds_of(both, x, indices, gates, repeats=REPEATS)
+            report(f"{transport} combine", total - there, peer)
+        except jax.errors.JaxRuntimeError as error:
+            print(f"  {transport}: {str(error)[:300]}")
+
+
+def layer(config: ModelConfig, tokens: int, timed: bool, **changes: object) -> None:
+    """Prints how far all devices' results are from one's, and the time of both."""
+    dtype = config.dtype
+    count, width = jax.device_count(), config.hidden_dim
+    kernels = dataclasses.replace(choose_kernels(jax.devices()[0], config), **changes)
+    x = jax.random.normal(jax.random.key(1), (count, tokens, width), jnp.dtype(dtype))
+    probe = jax.random.normal(jax.random.key(2), x.shape, jnp.dtype(dtype))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(graph, state, x_BTD, probe_BTD):
+        def loss(state, x_BTD):
+            out_BTD, _ = nnx.merge(graph, state)(x_BTD, None, None)
+            return jnp.sum(out_BTD.astype(jnp.float32) * probe_BTD), out_BTD
+
+        gradients, out_BTD = jax.grad(loss, argnums=(0, 1), has_aux=True)(state, x_BTD)
+        return out_BTD, *gradients
+
+    def run(rules):
+        options = LayerOptions.of(config, rules, kernels)
+        create = functools.partial(MoE, config.moe, width, options)
+        graph, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+
+        def values():
+            state = nnx.state(create(nnx.Rngs(0)))
+            return jax.tree.map(lambda w: w.astype(dtype), state)
+
+        shardings = None
+        where = rules.sharding("batch", "length", "embed") or jax.devices()[0]
+        if rules.mesh is not None:
+            shardings = jax.tree.map(
+                lambda w: w.replace(rules.sharding(*w.get_metadata("dims"))),
+                state,
+                is_leaf=lambda node: isinstance(node, nnx.Variable),
+            )
+        state = jax.jit(values, out_shardings=shardings)()
+        inputs = jax.device_put((x, probe), where)
+        out = step(graph, state, *inputs)
+        seconds = seconds_of(step, graph, state, *inputs) if timed else 0.0
+        return [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(out)], seconds
+
+    rules = train_rules(make_mesh(MeshConfig(fsdp=1, expert=count)))
+    many, many_seconds = run(rules)
+    one, one_seconds = run(ShardingRules())
+    errors = [
+        float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(many, one, strict=True)
+    ]
+    text = f"layer {dtype} {changes} {count} x {tokens} tokens: relative differences "
+    text += " ".join(f"{error:.1e}" for error in errors)
+    if timed:
+        text += f"; {many_seconds * 1e3:.2f} ms, all tokens on one device {one_seconds * 1e3:.2f}"
+    print(text, flush=True)
+
+
+def main() -> None:
+    """Reads the command line and runs."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", default=["exchange", "layer"])
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--width", type=int, default=5120)
+    parser.add_argument("--transports", nargs="*", default=list(TRANSPORTS))
+    parser.add_argument("--model", default="deepseek_v2_lite")
+    parser.add_argument("--override", nargs="*", default=[], help="such as moe.num_experts=16")
+    parser.add_argument("--layer-tokens", type=int, default=8192)
+    arguments = parser.parse_args()
+    if "exchange" in arguments.parts:
+        exchange(arguments.tokens, arguments.width, arguments.transports)
+    if "layer" in arguments.parts:
+        tokens = arguments.layer_tokens
+        config = importlib.import_module(f"configs.models.{arguments.model}").config
+        config = override(config, arguments.override)
+        exact = dataclasses.replace(config, dtype="float32")
+        for transport in arguments.transports:
+            with jax.default_matmul_precision("highest"):
+                changes = {"expert_exchange": transport, "grouped_matmul": "xla"}
+                layer(exact, min(tokens, 1024), False, **changes)
+        for transport in arguments.transports:
+            for chunks in (1, 2):
+                changes = {"expert_exchange": transport, "exchange_chunks": chunks}
+                layer(config, tokens, True, **changes)
+
+
+if __name__ == "__main__":
+    main()

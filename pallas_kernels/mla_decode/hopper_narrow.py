@@ -81,6 +81,8 @@ def attend_narrow(
     num_shares = width // merge_rows * (KV_RANK // merge_width)
 
     def body(*refs) -> None:
+        # Blocks may be placed while the launch before this one ends; here they wait for its end.
+        plgpu.griddepcontrol_wait()
         lengths_ref, table_ref = refs[:2]
         q_gmem, q_rope_gmem, latent_gmem, rope_gmem, *scale_gmem = refs[2 : 6 + pages.quantized]
         refs = refs[6 + pages.quantized :]

@@ -4,7 +4,8 @@
 
 A call is timed inside one jitted loop over the layers of a pool that is larger than the last-level
 cache, as in a model; planning the work and merging its pieces are part of it. FLOPs are
-B H T 2 S (576 + 512) and bytes 2 B (T H 576 + S 576 + T H 512).
+B H T 2 S (576 + 512) and bytes 2 B (T H 576 + S 576 + T H 512), with 644 for a token's 2 * 576
+where its latent has 8 bits.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mla_decode import LatentPages, mla_decode
+from pallas_kernels.mla_decode import LatentPages, mla_decode, quantize_latents
 
 KV_RANK, ROPE_DIM = 512, 64
 POOL_BYTES = 400 << 20
@@ -33,12 +34,21 @@ class Shape:
     tokens: int = 1
     ragged: bool = False
     page_size: int = 64
+    quantized: str | None = None  # The latents' dtype, where they have 8 bits.
 
     @property
     def name(self) -> str:
         """How it is called on the command line."""
         name = f"b{self.batch}_h{self.heads}_s{self.length}"
-        return name + (f"_t{self.tokens}" if self.tokens > 1 else "") + "_ragged" * self.ragged
+        name += f"_t{self.tokens}" if self.tokens > 1 else ""
+        return name + "_ragged" * self.ragged + (f"_{self.quantized}" if self.quantized else "")
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a token in the cache."""
+        if self.quantized:
+            return KV_RANK + 2 * ROPE_DIM + 4
+        return 2 * (KV_RANK + ROPE_DIM)
 
     @property
     def flops(self) -> int:
@@ -47,10 +57,9 @@ class Shape:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of bfloat16 that must be moved."""
+        """Bytes that must be moved."""
         rows = self.tokens * self.heads
-        width = KV_RANK + ROPE_DIM
-        return 2 * self.batch * (rows * width + self.length * width + rows * KV_RANK)
+        return self.batch * (2 * rows * (2 * KV_RANK + ROPE_DIM) + self.length * self.key_bytes)
 
 
 SHAPES = (
@@ -66,6 +75,9 @@ SHAPES = (
     Shape(1, 16, 131072),
     Shape(1, 128, 131072),
     Shape(32, 16, 2048),
+    Shape(128, 16, 8192, quantized="int8"),
+    Shape(128, 16, 8192, quantized="float8_e4m3fn"),
+    Shape(128, 128, 8192, quantized="int8"),
 )
 
 
@@ -74,15 +86,17 @@ def make_inputs(shape: Shape):
     keys = jax.random.split(jax.random.key(0), 6)
     columns = shape.length // shape.page_size
     per_layer = shape.batch * columns
-    page_bytes = 2 * shape.page_size * (KV_RANK + ROPE_DIM)
+    page_bytes = shape.page_size * shape.key_bytes
     # At least two, or the call would not depend on the loop's step and could leave the loop.
     num_layers = max(2, -(-POOL_BYTES // (per_layer * page_bytes)))
     num_pages = num_layers * per_layer
     draw = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
-    pages = LatentPages(
-        draw(keys[0], (num_pages, shape.page_size, KV_RANK)),
-        draw(keys[1], (num_pages, shape.page_size, ROPE_DIM)),
-    )
+    latent = draw(keys[0], (num_pages, shape.page_size, KV_RANK))
+    rope, scale = draw(keys[1], (num_pages, shape.page_size, ROPE_DIM)), None
+    if shape.quantized:
+        quantize = jax.jit(quantize_latents, static_argnums=1)
+        latent, scale = quantize(latent, jnp.dtype(shape.quantized))
+    pages = LatentPages(latent, rope, scale)
     table = jax.random.permutation(keys[2], per_layer).reshape(shape.batch, columns)
     lengths = jnp.full(shape.batch, shape.length, jnp.int32)
     if shape.ragged:

@@ -17,6 +17,7 @@ from pallas_kernels.mla_decode.tiles import HopperTiles, hopper_tiles
 CHOICES = {
     "merge_rows": (4, 8, 16),
     "merge_pieces": (8, 33),
+    "narrow_merge_pieces": (33, 66),
 }
 
 

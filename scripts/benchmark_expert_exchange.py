@@ -1,12 +1,13 @@
 """Times the exchange between the devices of an expert axis beside a plain all-to-all.
 
-    python scripts/benchmark_expert_exchange.py [exchange] [layer] [--tokens 16384] [--width 5120]
+    python scripts/benchmark_expert_exchange.py [bytes] [exchange] [layer] [--tokens 16384]
 
 `exchange`: rows that device-limited routing sends (V2's 160 experts in 8 groups, random
 affinities), by every transport, and `jax.lax.all_to_all` of as many bytes, in the same run. GB/s
 count the bytes that leave one device. "dispatch" is what a layer does before its experts: the rows
 gathered by device, sent, and the choices beside them; "combine" what it does behind: rows sent
-back and summed. `layer`: a layer, forward and backward, on all devices against one: values, time.
+back and summed. `bytes`: what a device of a pod sends, on paper. `layer`: a layer, forward and
+backward, on all devices against one: values, time.
 """
 
 import argparse
@@ -154,6 +155,26 @@ def exchange(tokens: int, width: int, transports: list[str]) -> None:
             print(f"  {transport}: {str(error)[:300]}")
 
 
+def exchange_bytes(config: ModelConfig, shards: int, tokens: int) -> None:
+    """Prints the bytes a device sends one way in a layer: bound, random routing, alternatives."""
+    moe, row = config.moe, 2 * config.hidden_dim
+    fan_out = max_shards(moe, shards)
+    scores = jax.nn.softmax(2 * jax.random.normal(jax.random.key(0), (4096, moe.num_experts)))
+    target = np.asarray(choose_experts(scores, moe)[1]) // (moe.num_experts // shards)
+    goes = (target[..., None] == np.arange(shards)).any(axis=1).sum(axis=1)
+    assert goes.max() <= fan_out
+    megabytes = {
+        "bound": fan_out * row,
+        "routed": goes.mean() * row,
+        "leaving": goes.mean() * row * (shards - 1) / shards,
+        "choices": fan_out * 2 * moe.top_k * 4,
+        "once an expert": moe.top_k * row,
+        "gathering all": (shards - 1) * row,
+    }
+    text = "  ".join(f"{name} {each * tokens / 1e6:.1f}" for name, each in megabytes.items())
+    print(f"expert={shards}, {tokens} tokens a device, MB: {text}")
+
+
 def layer(config: ModelConfig, tokens: int, timed: bool, **changes: object) -> None:
     """Prints how far all devices' results are from one's, and the time of both."""
     dtype = config.dtype
@@ -218,6 +239,9 @@ def main() -> None:
     parser.add_argument("--override", nargs="*", default=[], help="such as moe.num_experts=16")
     parser.add_argument("--layer-tokens", type=int, default=8192)
     arguments = parser.parse_args()
+    if "bytes" in arguments.parts:
+        for shards in (4, 8, 16):
+            exchange_bytes(deepseek_v2.config, shards, arguments.tokens)
     if "exchange" in arguments.parts:
         exchange(arguments.tokens, arguments.width, arguments.transports)
     if "layer" in arguments.parts:

@@ -11,6 +11,7 @@ for the CPU: the xla implementation beside jax.lax.ragged_dot.
 """
 
 import argparse
+import concurrent.futures
 import functools
 import time
 from collections.abc import Callable
@@ -34,10 +35,11 @@ TRAINING = (
 SWIGLU = ((64, 2048, 1408, 49152),)
 # Experts, widths, experts a token, weights, tokens.
 DECODE = (
-    (64, 2048, 2816, 6, "bfloat16", (1, 8, 32, 128)),
-    (64, 1408, 2048, 6, "bfloat16", (1, 32)),
-    (64, 2048, 2816, 6, "int8", (1, 32)),
+    (64, 2048, 2816, 6, "bfloat16", (1, 32, 128)),
+    (64, 2048, 2816, 6, "int8", (1, 32, 128)),
     (64, 2048, 2816, 6, "float8_e4m3fn", (32,)),
+    (160, 5120, 3072, 6, "bfloat16", (1, 8, 32, 128)),
+    (160, 1536, 5120, 6, "bfloat16", (1, 32, 128)),
 )
 
 
@@ -59,6 +61,14 @@ def zipf_sizes(num_groups: int, num_rows: int) -> jax.Array:
     sizes = np.floor(share / share.sum() * num_rows).astype(np.int64)
     sizes[0] += num_rows - sizes.sum()
     return jnp.asarray(np.random.default_rng(0).permutation(sizes), jnp.int32)
+
+
+def compile_all(calls: dict[str, tuple[Callable, tuple]]) -> dict[str, jax.stages.Compiled]:
+    """Compile functions for their arguments, all at once."""
+    lowered = {name: jax.jit(call).lower(*arrays) for name, (call, arrays) in calls.items()}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiled = pool.map(lambda each: each.compile(), lowered.values())
+        return dict(zip(lowered, compiled, strict=True))
 
 
 def take_turns(calls: dict[str, Callable[[], object]], wait: Callable[[object], object]) -> dict:
@@ -113,12 +123,10 @@ def training(implementation: str, with_torch: bool) -> None:
     def rows(d_out, rhs, sizes):
         return grouped_matmul(d_out, rhs, sizes, transpose_rhs=True, implementation=implementation)
 
-    def weights(lhs, rhs, sizes, d_out):
+    def weights(d_out, lhs, rhs, sizes):
         pull = jax.vjp(lambda rhs: forward(lhs, rhs, sizes), rhs)[1]
         return pull(d_out)[0]
 
-    forward, rows, weights = map(jax.jit, (forward, rows, weights))
-    dense = jax.jit(jnp.matmul)
     for num_groups, width_in, width_out, num_rows in TRAINING:
         lhs, d_out = draw(0, num_rows, width_in), draw(1, num_rows, width_out)
         rhs = draw(2, num_groups, width_in, width_out, scale=width_in**-0.5)
@@ -126,13 +134,18 @@ def training(implementation: str, with_torch: bool) -> None:
             "even": even_sizes(num_groups, num_rows),
             "zipf": zipf_sizes(num_groups, num_rows),
         }
-        calls = {"dense": functools.partial(dense, lhs, rhs[0])}
-        for kind, of_groups in sizes.items():
-            calls[f"forward {kind}"] = functools.partial(forward, lhs, rhs, of_groups)
-            calls[f"rows-backward {kind}"] = functools.partial(rows, d_out, rhs, of_groups)
-            calls[f"weights-backward {kind}"] = functools.partial(
-                weights, lhs, rhs, of_groups, d_out
-            )
+        arrays = {"forward": (lhs, rhs), "rows-backward": (d_out, rhs)}
+        arrays["weights-backward"] = (d_out, lhs, rhs)
+        kinds = compile_all(
+            {
+                kind: (call, (*arrays[kind], sizes["even"]))
+                for kind, call in zip(arrays, (forward, rows, weights), strict=True)
+            }
+        )
+        calls = {"dense": functools.partial(jax.jit(jnp.matmul), lhs, rhs[0])}
+        for size, of_groups in sizes.items():
+            for kind, call in kinds.items():
+                calls[f"{kind} {size}"] = functools.partial(call, *arrays[kind], of_groups)
         wait = jax.block_until_ready
         if with_torch:
             import torch
@@ -240,27 +253,32 @@ def decode(implementation: str, with_torch: bool) -> None:
 def portable(implementation: str, with_torch: bool) -> None:
     """The xla implementation beside jax.lax.ragged_dot, forward and backward."""
     del implementation, with_torch
-    num_groups, width_in, width_out, num_rows = 64, 256, 256, 1024
+    num_groups, width_in, width_out = 64, 256, 256
 
     def both_ways(call, lhs, rhs, sizes, d_out):
         out, pull = jax.vjp(lambda *arrays: call(*arrays, sizes), lhs, rhs)
         return out, pull(d_out)
 
     xla = functools.partial(grouped_matmul, implementation="xla")
-    lhs, d_out = (draw(0, num_rows, width).astype(jnp.float32) for width in (width_in, width_out))
-    rhs = draw(2, num_groups, width_in, width_out).astype(jnp.float32)
-    arrays = (lhs, rhs, even_sizes(num_groups, num_rows))
-    forward, backward = {}, {}
-    for name, call in (("xla", xla), ("ragged_dot", lax.ragged_dot)):
-        forward[name] = functools.partial(jax.jit(call), *arrays)
-        backward[name] = functools.partial(
-            jax.jit(functools.partial(both_ways, call)), *arrays, d_out
+    for num_rows in (128, 1024):
+        lhs, d_out = (
+            draw(0, num_rows, width).astype(jnp.float32) for width in (width_in, width_out)
         )
-    flops = 2 * num_rows * width_in * width_out
-    title = f"portable, float32, {num_rows} rows, {width_in} -> {width_out}, {num_groups} experts"
-    wait = jax.block_until_ready
-    show(title, flops, take_turns(forward, wait), ("ragged_dot",))
-    show(f"{title}, both ways", 3 * flops, take_turns(backward, wait), ("ragged_dot",))
+        rhs = draw(2, num_groups, width_in, width_out).astype(jnp.float32)
+        arrays = (lhs, rhs, even_sizes(num_groups, num_rows))
+        forward, backward = {}, {}
+        for name, call in (("xla", xla), ("ragged_dot", lax.ragged_dot)):
+            forward[name] = functools.partial(jax.jit(call), *arrays)
+            backward[name] = functools.partial(
+                jax.jit(functools.partial(both_ways, call)), *arrays, d_out
+            )
+        flops = 2 * num_rows * width_in * width_out
+        title = (
+            f"portable, float32, {num_rows} rows, {width_in} -> {width_out}, {num_groups} experts"
+        )
+        wait = jax.block_until_ready
+        show(title, flops, take_turns(forward, wait), ("ragged_dot",))
+        show(f"{title}, both ways", 3 * flops, take_turns(backward, wait), ("ragged_dot",))
 
 
 SECTIONS = {

@@ -63,10 +63,12 @@ def main() -> None:
     sizes_of = zipf_sizes if options.skewed else even_sizes
     arrays = (lhs, rhs, d_out, sizes_of(options.experts, options.rows))
     calls = {"dense": functools.partial(jax.jit(jnp.matmul), lhs, rhs[0])}
-    for (block_m, block_n), stages, band in itertools.product(
-        BLOCKS[options.kind], (3, 4, 6, 8), (8, 16, 32)
+    # The weights' gradient has no other order.
+    orders = (True,) if options.kind == "weights" else (True, False)
+    for (block_m, block_n), stages, band, tickets in itertools.product(
+        BLOCKS[options.kind], (3, 4, 6, 8), (8, 16, 32), orders
     ):
-        tile = HopperTile(block_m, block_n, stages, band)
+        tile = HopperTile(block_m, block_n, stages, band, tickets)
         call = call_of(options.kind, tile, options.experts)
         try:
             call.lower(*arrays)

@@ -21,6 +21,7 @@ from pallas_kernels.grouped_matmul.hopper_blocks import (
     raster,
     vary_like,
 )
+from pallas_kernels.grouped_matmul.hopper_schedule import Tickets, Turns, for_tiles
 from pallas_kernels.grouped_matmul.tiles import HopperTile, hopper_tile, num_multiprocessors
 from pallas_kernels.grouped_matmul.weights import SCALE_BLOCK, BlockScaledWeights
 
@@ -54,11 +55,6 @@ def _find_range(first_tile_ref: Any, tile: Array, num_ranges: int, columns: int)
         first = first_tile_ref[jnp.minimum(candidate, num_ranges)]
         found = jnp.where((candidate < num_ranges) & (first * columns <= tile), candidate, found)
     return found
-
-
-def _my_tiles(total: Array | int, num_ctas: int) -> Array:
-    """Number of tiles of this block, which takes every num_ctas-th."""
-    return lax.div(total - lax.axis_index("sm") + (num_ctas - 1), jnp.int32(num_ctas))
 
 
 def _store_rows(pieces: Any, rows: Any, out_ref: Any, row: Array, valid: Array, full: int) -> None:
@@ -152,12 +148,15 @@ def rows_kernel(
         rhs_refs, refs = refs[: len(rhs)], refs[len(rhs) :]
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
         out_refs, refs = refs[:num_outs], refs[num_outs:]
-        (lhs_pieces, lhs_plain), rhs_smem, (out_pieces, out_plain), loaded, free, *wide = refs
+        (lhs_pieces, lhs_plain), rhs_smem, (out_pieces, out_plain), loaded, free, *rest = refs
+        wide, of_tickets = rest[: bool(scales)], rest[bool(scales) :]
         wg = lax.axis_index("wg")
-        my_tiles = _my_tiles(first_tile_ref[num_ranges] * columns, num_ctas)
+        total = first_tile_ref[num_ranges] * columns
+        numbers = Tickets(*of_tickets) if tile.tickets else Turns(num_ctas)
 
-        def locate(index):
-            linear = lax.axis_index("sm") + index * num_ctas
+        def locate(number):
+            """Where a tile lies; a number beyond the last gets the last one's place."""
+            linear = jnp.minimum(number, total - 1)
             found = _find_range(first_tile_ref, linear, num_ranges, columns)
             first = first_tile_ref[found]
             m, n = raster(
@@ -167,13 +166,14 @@ def rows_kernel(
             # The first and the last range hold rows that get zeros.
             has_group = (found > 0) & (found < num_ranges - 1)
             steps = jnp.where(has_group, k_steps * len(lhs), 0)
-            return found - 1, row, start_ref[found + 1] - row, n, steps
+            return number, found - 1, row, start_ref[found + 1] - row, n, steps
 
         @pl.when(wg == compute_wgs)
         def _load() -> None:
             give_registers(40, "decrease", compute_wgs)
 
-            def load_step(k, step, group, row, n, pair):
+            def load_step(k, step, place, pair):
+                _, group, row, _, n, _ = place
                 slot = lax.rem(step, stages)
                 pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 plgpu.copy_gmem_to_smem(
@@ -191,18 +191,21 @@ def rows_kernel(
                     )
                 return step + 1
 
-            def load_tile(index, step):
-                group, row, _, n, steps = locate(index)
+            def load_tile(index, place, step, number):
+                # Two tiles ahead, so that no load waits for a number.
+                numbers.hand_out(index + 1, number)
+                number = numbers.draw()
                 for pair in range(len(lhs)):
                     step = lax.fori_loop(
                         0,
-                        lax.div(steps, len(lhs)),
-                        lambda k, step, pair=pair: load_step(k, step, group, row, n, pair),
+                        lax.div(place[-1], len(lhs)),
+                        lambda k, step, pair=pair: load_step(k, step, place, pair),
                         step,
                     )
-                return step
+                return locate(numbers.read(index + 1)), step, number
 
-            lax.fori_loop(0, my_tiles, load_tile, jnp.int32(0))
+            numbers.hand_out(jnp.int32(0), numbers.draw())
+            for_tiles(numbers, total, locate, load_tile, jnp.int32(0), numbers.draw())
 
         @pl.when(wg < compute_wgs)
         def _compute() -> None:
@@ -262,7 +265,9 @@ def rows_kernel(
                         full,
                     )
 
-            def multiply(step, steps, group, n, pending, *accs):
+            def multiply(index, place, step, steps, pending, *accs):
+                _, group, _, _, n, _ = place
+
                 def issue(k, step):
                     slot = lax.rem(step, stages)
                     plgpu.barrier_wait(loaded.at[slot])
@@ -279,6 +284,12 @@ def rows_kernel(
                         plgpu.wgmma(acc, a, b)
                     return step + 1
 
+                def release(step):
+                    """Give back a step's stage, when there is such a step."""
+                    pl.when(step >= first_step)(
+                        lambda: plgpu.barrier_arrive(free.at[lax.rem(step, stages)])
+                    )
+
                 def k_step(k, step):
                     issue(k, step)
                     # The step before has been read; this one may still run.
@@ -286,23 +297,27 @@ def rows_kernel(
                     plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
                     return step + 1
 
-                # While the first step multiplies, the tile before leaves the registers.
-                step = lax.fori_loop(0, jnp.minimum(steps, 1), issue, step)
+                first_step = step
+                ahead = jnp.minimum(steps, 2)
+                # While the first steps multiply, the tile before leaves the registers.
+                step = lax.fori_loop(0, ahead, issue, step)
+                next_place = locate(numbers.read(index + 1))
                 if deferred:
                     store(*pending)
-                step = lax.fori_loop(1, steps, k_step, step)
+                plgpu.wgmma_wait(num_products)
+                release(step - 2)
+                step = lax.fori_loop(ahead, steps, k_step, step)
                 plgpu.wgmma_wait(0)
-                pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)]))
-                return tuple(acc[...] for acc in accs)
+                release(step - 1)
+                return next_place, step, tuple(acc[...] for acc in accs)
 
-            def compute_tile(index, carry):
-                step, pending = carry
-                group, row, valid, n, steps = locate(index)
+            def compute_tile(index, place, step, pending):
+                _, _, row, valid, n, steps = place
                 # Past its group's last row a warpgroup leaves the tensor cores to the other.
                 skipped = jnp.where(valid > wg_row, 0, steps)
                 step = lax.fori_loop(0, skipped, skip_step, step)
-                values = pl.run_scoped(
-                    lambda *accs: multiply(step, steps - skipped, group, n, pending, *accs),
+                next_place, step, values = pl.run_scoped(
+                    lambda *accs: multiply(index, place, step, steps - skipped, pending, *accs),
                     *[plgpu.ACC((wg_m, wg_n), jnp.float32)] * num_products,
                 )
                 if activation:
@@ -313,13 +328,13 @@ def rows_kernel(
                 if not deferred:
                     store(*pending)
                     pending = ()
-                return step + steps - skipped, pending
+                return next_place, step, pending
 
             pending: Any = ()
             if deferred:
                 nothing = plgpu.layout_cast(jnp.zeros((wg_m, wg_n), dtype), plgpu.Layout.WGMMA)
                 pending = ((nothing,) * num_outs, *[jnp.int32(0)] * 3)
-            _, pending = lax.fori_loop(0, my_tiles, compute_tile, (jnp.int32(0), pending))
+            _, pending = for_tiles(numbers, total, locate, compute_tile, jnp.int32(0), pending)
             if deferred:
                 store(*pending)
             plgpu.wait_smem_to_gmem(0)
@@ -349,6 +364,7 @@ def rows_kernel(
             plgpu.Barrier(num_arrivals=1 + num_products, num_barriers=stages),
             plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=stages),
             *[plgpu.SMEM((num_products, 3, *rhs_block), dtype, transforms=PIECES)] * bool(scales),
+            *(Tickets if tile.tickets else Turns).scratch(compute_wgs + 1),
         ],
         compiler_params=COMPILER_PARAMS,
     )

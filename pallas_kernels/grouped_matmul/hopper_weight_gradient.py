@@ -18,6 +18,7 @@ from pallas_kernels.grouped_matmul.hopper_blocks import (
     raster,
     vary_like,
 )
+from pallas_kernels.grouped_matmul.hopper_schedule import Tickets, for_tiles, largest_first
 from pallas_kernels.grouped_matmul.tiles import (
     HopperTile,
     num_multiprocessors,
@@ -25,25 +26,6 @@ from pallas_kernels.grouped_matmul.tiles import (
 )
 
 COMPUTE_WARPGROUPS = 2
-
-
-def _deal(index: Array | int, num_ctas: int) -> Array:
-    """This block's tile of a round, when odd rounds go through the blocks backwards."""
-    block = lax.axis_index("sm")
-    backwards = lax.rem(jnp.int32(index), jnp.int32(2)) == 1
-    return index * num_ctas + jnp.where(backwards, num_ctas - 1 - block, block)
-
-
-def _largest_first(sizes_G: Array) -> Array:
-    """Groups by size, largest first: with tiles dealt out in turn the small ones level the ends.
-
-    By comparison, not by sort: two small kernels in XLA.
-    """
-    index_G = jnp.arange(sizes_G.shape[0], dtype=jnp.int32)
-    larger_GG = sizes_G > sizes_G[:, None]
-    earlier_GG = (sizes_G == sizes_G[:, None]) & (index_G < index_G[:, None])
-    rank_G = jnp.sum(larger_GG | earlier_GG, axis=1)
-    return jnp.sum(jnp.where(rank_G == index_G[:, None], index_G, 0), axis=1).astype(jnp.int32)
 
 
 def _zero_rows(ref: Any, first: Array, end: Array) -> None:
@@ -73,47 +55,54 @@ def weight_gradient_kernel(
     if pad := -lhs_MK.shape[0] % 8:
         lhs_MK, d_out_MN = (jnp.pad(array, ((0, pad), (0, 0))) for array in (lhs_MK, d_out_MN))
     num_k, num_n = lhs_MK.shape[1], d_out_MN.shape[1]
-    tile = tile or weight_gradient_tile(num_k)
+    tile = tile or weight_gradient_tile(num_k, num_n)
     num_ctas = num_ctas or num_multiprocessors()
     block_m, block_n, stages = tile.block_m, tile.block_n, tile.stages
     wg_m = block_m // COMPUTE_WARPGROUPS
     rows, columns = pl.cdiv(num_k, block_m), pl.cdiv(num_n, block_n)
     dtype = jnp.bfloat16
     start_G, size_G = local_groups(group_sizes_G, group_offset, num_groups)
-    order_G = _largest_first(size_G)
+    order_G = largest_first(size_G)
 
     def body(start_ref, size_ref, order_ref, lhs_ref, d_out_ref, out_ref, *scratch):
-        lhs_smem, d_out_smem, out_smem, loaded, free, zeroed = scratch
+        lhs_smem, d_out_smem, out_smem, loaded, free, zeroed, *of_tickets = scratch
+        numbers = Tickets(*of_tickets)
         wg = lax.axis_index("wg")
         total = num_groups * rows * columns
         held_start = start_ref[0]
         held_end = start_ref[num_groups - 1] + size_ref[num_groups - 1]
 
-        # Dealt out there and back, the block that had the larger tile of one round has the smaller
-        # of the next.
-        rounds = total // num_ctas
-        my_tiles = rounds + (_deal(rounds, num_ctas) < total).astype(jnp.int32)
-
-        def locate(index):
-            linear = _deal(index, num_ctas)
+        def locate(number):
+            """Where a tile lies; a number beyond the last gets the last one's place."""
+            linear = jnp.minimum(number, total - 1)
             group = order_ref[lax.div(linear, rows * columns)]
             m, n = raster(lax.rem(linear, rows * columns), rows, columns, tile.band)
             start, size = start_ref[group], size_ref[group]
             base = lax.div(start, 8) * 8
             steps = jnp.where(size > 0, lax.div(start - base + size + LANE - 1, LANE), 0)
-            return group, m, n, base, start - base, start - base + size, steps
+            return number, group, m, n, base, start - base, start - base + size, steps
+
+        def row_of(base, k, steps):
+            """First row of a step. A group's last block of rows, then its first, come at the end.
+
+            Only those can hold rows of others, and zeroing them hides behind the steps before.
+            """
+            return base + lax.rem(k + 1, steps) * LANE
 
         @pl.when(wg == COMPUTE_WARPGROUPS)
         def _load() -> None:
             give_registers(40, "decrease", COMPUTE_WARPGROUPS)
 
-            def load_tile(index, step):
-                _, m, n, base, _, _, steps = locate(index)
+            def load_tile(index, place, step, number):
+                _, _, m, n, base, _, _, steps = place
+                # Two tiles ahead, so that no load waits for a number.
+                numbers.hand_out(index + 1, number)
+                number = numbers.draw()
 
                 def load_step(k, step):
                     slot = lax.rem(step, stages)
                     pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                    row = pl.ds(pl.multiple_of(base + k * LANE, 8), LANE)
+                    row = pl.ds(pl.multiple_of(row_of(base, k, steps), 8), LANE)
                     for ref, smem, column in (
                         (lhs_ref, lhs_smem, pl.ds(m * block_m, block_m)),
                         (d_out_ref, d_out_smem, pl.ds(n * block_n, block_n)),
@@ -121,22 +110,27 @@ def weight_gradient_kernel(
                         plgpu.copy_gmem_to_smem(ref.at[row, column], smem.at[slot], loaded.at[slot])
                     return step + 1
 
-                return lax.fori_loop(0, steps, load_step, step)
+                step = lax.fori_loop(0, steps, load_step, step)
+                return locate(numbers.read(index + 1)), step, number
 
-            lax.fori_loop(0, my_tiles, load_tile, jnp.int32(0))
+            numbers.hand_out(jnp.int32(0), numbers.draw())
+            for_tiles(numbers, total, locate, load_tile, jnp.int32(0), numbers.draw())
 
         @pl.when(wg < COMPUTE_WARPGROUPS)
         def _compute() -> None:
             give_registers(232, "increase", COMPUTE_WARPGROUPS)
 
-            def multiply(step, steps, base, first, end, pending, acc):
-                def k_step(k, step, may_be_shared=True, release=True):
+            def multiply(index, place, step, pending, acc):
+                _, _, _, _, base, first, end, steps = place
+
+                def issue(k, step, may_be_shared=False):
                     slot = lax.rem(step, stages)
                     plgpu.barrier_wait(loaded.at[slot])
                     a = lhs_smem.at[slot, :, pl.ds(wg * wg_m, wg_m)]
                     b = d_out_smem.at[slot]
                     if may_be_shared:
-                        low, high = first - k * LANE, end - k * LANE
+                        row = row_of(base, k, steps)
+                        low, high = first + base - row, end + base - row
 
                         @pl.when((low > 0) | (high < LANE))
                         def _() -> None:
@@ -145,8 +139,6 @@ def weight_gradient_kernel(
                             plgpu.commit_smem()
 
                         # A row of no held group may hold anything, and 0 * nan is nan.
-                        row = base + k * LANE
-
                         @pl.when((row < held_start) | (row + LANE > held_end))
                         def _() -> None:
                             half = block_n // COMPUTE_WARPGROUPS
@@ -156,22 +148,36 @@ def weight_gradient_kernel(
                             plgpu.barrier_wait(zeroed)
 
                     plgpu.wgmma(acc, a.transpose((1, 0)), b)
-                    if release:
-                        plgpu.wgmma_wait(1)
-                        plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
                     return step + 1
 
-                # While the first step multiplies, the tile before leaves the registers.
-                first_step = functools.partial(k_step, release=False)
-                step = lax.fori_loop(0, jnp.minimum(steps, 1), first_step, step)
+                def release(step):
+                    """Give back a step's stage, when there is such a step."""
+                    pl.when(step >= first_step)(
+                        lambda: plgpu.barrier_arrive(free.at[lax.rem(step, stages)])
+                    )
+
+                def k_step(k, step, may_be_shared=False):
+                    issue(k, step, may_be_shared)
+                    # The step before has been read; this one may still run.
+                    plgpu.wgmma_wait(1)
+                    release(step - 1)
+                    return step + 1
+
+                first_step = step
+                own = jnp.maximum(steps - 2, 0)
+                ahead = jnp.minimum(own, 2)
+                # While the first steps multiply, the tile before leaves the registers.
+                step = lax.fori_loop(0, ahead, issue, step)
+                next_place = locate(numbers.read(index + 1))
                 store(*pending)
-                last = jnp.maximum(steps - 1, 1)
-                own_step = functools.partial(k_step, may_be_shared=False)
-                step = lax.fori_loop(1, last, own_step, step)
-                step = lax.fori_loop(last, steps, k_step, step)
+                plgpu.wgmma_wait(1)
+                release(step - 2)
+                step = lax.fori_loop(ahead, own, k_step, step)
+                masked_step = functools.partial(k_step, may_be_shared=True)
+                step = lax.fori_loop(own, steps, masked_step, step)
                 plgpu.wgmma_wait(0)
-                pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)]))
-                return acc[...]
+                release(step - 1)
+                return next_place, step, acc[...]
 
             def store(value, next_group, m, n):
                 """A tile's results from registers to memory; next_group is 0 before the first."""
@@ -194,20 +200,18 @@ def weight_gradient_kernel(
                     pl.when((row < num_k) & (column < num_n) & (next_group > 0))(copy)
                     plgpu.commit_smem_to_gmem_group()
 
-            def compute_tile(index, carry):
-                step, pending = carry
-                group, m, n, base, first, end, steps = locate(index)
-                value = pl.run_scoped(
-                    lambda acc: multiply(step, steps, base, first, end, pending, acc),
+            def compute_tile(index, place, step, pending):
+                _, group, m, n, *_ = place
+                next_place, step, value = pl.run_scoped(
+                    lambda acc: multiply(index, place, step, pending, acc),
                     plgpu.ACC((wg_m, block_n), jnp.float32),
                 )
-                return step + steps, (value.astype(dtype), group + 1, m, n)
+                return next_place, step, (value.astype(dtype), group + 1, m, n)
 
             nothing = plgpu.layout_cast(jnp.zeros((wg_m, block_n), dtype), plgpu.Layout.WGMMA)
             zero = jnp.int32(0)
-            _, pending = lax.fori_loop(
-                0, my_tiles, compute_tile, (zero, (nothing, zero, zero, zero))
-            )
+            pending = (nothing, zero, zero, zero)
+            _, pending = for_tiles(numbers, total, locate, compute_tile, zero, pending)
             store(*pending)
             plgpu.wait_smem_to_gmem(0)
 
@@ -225,6 +229,7 @@ def weight_gradient_kernel(
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+            *Tickets.scratch(COMPUTE_WARPGROUPS + 1),
         ],
         compiler_params=COMPILER_PARAMS,
     )

@@ -14,12 +14,15 @@ class HopperTile:
         block_n: columns of a tile, of each of the two products when SwiGLU is fused.
         stages: blocks of 64 of the contraction held in shared memory.
         band: rows of tiles taken together before going on to the next column.
+        tickets: deal tiles to blocks as they ask, not in turn; costs a counter set to 0, and evens
+            out tiles that wait for memory.
     """
 
     block_m: int
     block_n: int
     stages: int
     band: int
+    tickets: bool = False
 
 
 # Where no GPU is at hand (lowering on a CPU host): H100 SXM and H200.
@@ -45,14 +48,18 @@ def hopper_tile(
         return HopperTile(16 if mean <= 8 else 32, 64 if activation else 128, 8, 16)
     if mean <= 64 or quantised:
         return HopperTile(64, 128, 4, 16) if activation or quantised else HopperTile(64, 256, 4, 16)
+    tickets = mean > 128
     if activation or (num_n % 256 and mean > 128):
-        return HopperTile(128, 128, 4, 16) if activation else HopperTile(256, 128, 4, 16)
-    return HopperTile(128, 256, 4, 16)
+        block_m, block_n = (128, 128) if activation else (256, 128)
+    else:
+        block_m, block_n = 128, 256
+    return HopperTile(block_m, block_n, 4, 16, tickets)
 
 
-def weight_gradient_tile(num_k: int) -> HopperTile:
-    """Tile of the weight gradient kernel."""
-    return HopperTile(256, 128, 4, 16) if num_k % 256 == 0 else HopperTile(128, 256, 4, 16)
+def weight_gradient_tile(num_k: int, num_n: int) -> HopperTile:
+    """Tile of the weight gradient kernel: wide ones read shared memory less often."""
+    narrow = num_n % 256 and num_k % 256 == 0
+    return HopperTile(256 if narrow else 128, 128 if narrow else 256, 4, 16, tickets=True)
 
 
 @dataclasses.dataclass(frozen=True)

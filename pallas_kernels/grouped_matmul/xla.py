@@ -135,8 +135,8 @@ def weight_gradient(
         def add_tile(index: Array, sum_KN: Array) -> Array:
             row = index * tile
             start = starts_G[group] + row
-            tiles = (_rows(array, start, tile) for array in (lhs_PK, d_out_PN))
-            return sum_KN + product("TK,TN->KN", *tiles, index_T < sizes_G[group] - row)
+            lhs_TK, d_out_TN = _rows(lhs_PK, start, tile), _rows(d_out_PN, start, tile)
+            return sum_KN + product("TK,TN->KN", lhs_TK, d_out_TN, index_T < sizes_G[group] - row)
 
         shape_KN = (lhs_MK.shape[1], d_out_MN.shape[1])
         sum_KN = lax.full_like(lhs_MK, 0, shape=shape_KN, dtype=jnp.float32)

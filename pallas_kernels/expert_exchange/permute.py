@@ -62,8 +62,7 @@ def _rows_of_choice(rows_MD: Array, order: ExpertOrder, choice: int) -> Array:
 def _sum_rows(rows_MD: Array, order: ExpertOrder, weights_NK: Array | None = None) -> Array:
     """Sum of each token's rows in float32, [N, D].
 
-    One choice after another: the compiler makes all one pass over the rows, where it would write
-    an array [N, K, D] of float32 first.
+    One choice after another, so that no array [N, K, D] of float32 need be written.
     """
     sum_ND = None
     for choice in range(order.row_NK.shape[1]):

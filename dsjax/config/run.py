@@ -246,7 +246,7 @@ class LossConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     z_loss: float = 0.0
     dropping: TokenDropping | None = None
-    chunk: int = 1024
+    chunk: int = 4096
 
     def __post_init__(self) -> None:
         require(self.z_loss >= 0, "loss.z_loss", self.z_loss, "must not be negative")

@@ -77,7 +77,9 @@ def test_bfloat16_multiplies_in_bfloat16_and_adds_up_in_float32(rng):
     for line in dots:  # both operands, whatever the result is
         assert line.split(" : (")[1].split(")")[0].count("bf16") == 2, line
     wide = [x.astype(jnp.float32) for x in (weight, hidden)]
-    for found, expected in zip(gradient(weight, hidden), jax.grad(whole, (0, 1))(*wide), strict=True):
+    for found, expected in zip(
+        gradient(weight, hidden), jax.grad(whole, (0, 1))(*wide), strict=True
+    ):
         assert found.dtype == jnp.bfloat16
         error = jnp.linalg.norm(found.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
         assert error < 5e-3

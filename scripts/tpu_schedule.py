@@ -45,12 +45,14 @@ class Region:
         cycles: its length, stalls that the compiler foresees included.
         used: slots used over the region, by unit.
         capacity: slots per cycle, by unit.
+        depth: how many loops it lies in, the grid's included.
     """
 
     start: int
     cycles: int
     used: dict[str, int]
     capacity: dict[str, int]
+    depth: int
 
     def share(self, unit: str) -> float:
         """Returns the used share of a unit's slots."""
@@ -135,11 +137,13 @@ def read_schedule(folder: Path, name: str) -> Schedule:
     used = [[int(x) for x in row.split()] for row in rows]
 
     borders = {0, len(used)}
+    depths = {0: 0}
     for line in dump("[0-9]-packed-bundles-post-ra").read_text().splitlines():
-        match = re.match(r"\s*(0x[0-9a-f]+|0)\s+((?:[A-Z]{2}\s*)*):", line)
+        match = re.match(r"\s*(0x[0-9a-f]+|0)\s+((?:[A-Z]{2}\s*)*):\s*(>*)", line)
         if match is None:
             continue
         address = int(match[1], 16)
+        depths[address] = len(match[3])
         if match[2].strip():  # A loop's or a predicated region's first bundle.
             borders.add(address)
         if "sbr.rel" in line:
@@ -148,7 +152,8 @@ def read_schedule(folder: Path, name: str) -> Schedule:
     edges = sorted(border for border in borders if border <= len(used))
     for start, end in itertools.pairwise(edges):
         sums = [sum(column) for column in zip(*used[start:end], strict=True)]
-        regions.append(Region(start, end - start, dict(zip(names, sums, strict=True)), slots))
+        units_used = dict(zip(names, sums, strict=True))
+        regions.append(Region(start, end - start, units_used, slots, depths[start]))
 
     text = dump("[0-9]-post-bundle-packing-post-ra").read_text()
     sizes = {
@@ -171,7 +176,10 @@ def _child(target: str, arguments: str, chip: str) -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    text = jax.jit(fn).trace(*args).lower().compile().as_text()
+    # Kernels ask the mesh in use for the chip.
+    mesh = jax.sharding.Mesh(topology.devices[:1], ("chip",)).abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(fn).trace(*args).lower().compile().as_text()
     calls = re.findall(r"%?([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", text)
     print(json.dumps(calls))
 

@@ -1,0 +1,110 @@
+"""Compiles the experts' kernels for TPUs that are not there; run in a process of its own.
+
+    python -m tests.pallas_kernels.tpu_grouped_programs v5e,v5p,v6e,tpu7x
+
+prints one JSON line per chip and program: its name, the kernels in it and its temporary bytes.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+from tests.pallas_kernels.tpu_programs import ENVIRONMENT, TOPOLOGIES
+
+
+def compile_programs(chips: tuple[str, ...]) -> list[dict]:
+    """Runs this module in a subprocess, as libtpu wants a process without XLA's CPU flags."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | ENVIRONMENT
+    command = [sys.executable, "-m", "tests.pallas_kernels.tpu_grouped_programs", ",".join(chips)]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=1500
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def programs():
+    """Training on a shard of V2's experts and on all of V2-Lite's; V2's decoding, quantised."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import BlockScaledWeights, grouped_matmul, grouped_swiglu
+
+    bf16 = jnp.bfloat16
+
+    def array(*shape, dtype=bf16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def experts(rows, weights, group_sizes, offset):
+        gate, up, down = weights
+        options = {"group_offset": offset, "implementation": "tpu"}
+        hidden = grouped_swiglu(rows, gate, up, group_sizes, **options)
+        return grouped_matmul(hidden, down, group_sizes, **options)
+
+    def step(rows, weights, group_sizes, offset):
+        def loss(rows, weights):
+            return experts(rows, weights, group_sizes, offset).astype(jnp.float32).sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(rows, weights)
+
+    def training(rows, width, hidden, held, groups):
+        gate, down = array(held, width, hidden), array(held, hidden, width)
+        sizes, offset = array(groups, dtype=jnp.int32), array(dtype=jnp.int32)
+        return array(rows, width), (gate, gate, down), sizes, offset
+
+    def decoding(rows, width, hidden, groups, dtype):
+        def weights(*shape):
+            scales = array(groups, *(n // 128 for n in shape), dtype=jnp.float32)
+            return BlockScaledWeights(array(groups, *shape, dtype=dtype), scales)
+
+        gate, down = weights(width, hidden), weights(hidden, width)
+        sizes, offset = array(groups, dtype=jnp.int32), array(dtype=jnp.int32)
+        return array(rows, width), (gate, gate, down), sizes, offset
+
+    return {
+        "v2_training": (step, training(24576, 5120, 1536, 20, 160)),
+        "v2_lite_training": (step, training(49152, 2048, 1408, 64, 64)),
+        "v2_int8_decoding": (experts, decoding(768, 5120, 1536, 160, jnp.int8)),
+        "v2_lite_float8_decoding": (experts, decoding(6, 2048, 1408, 64, jnp.float8_e4m3fn)),
+    }
+
+
+def main(chips: str) -> None:
+    """Compiles and prints."""
+    import jax
+    from jax.experimental import topologies
+
+    for chip in chips.split(","):
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+        sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        # Kernels ask the mesh in use for the chip.
+        mesh = jax.sharding.Mesh(topology.devices[:1], ("chip",)).abstract_mesh
+        for name, (function, arguments) in programs().items():
+            placed = jax.tree.map(
+                lambda x, s=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arguments
+            )
+            with jax.sharding.use_abstract_mesh(mesh):
+                compiled = jax.jit(function).trace(*placed).lower().compile()
+            # Differentiation adds to the names, before and after.
+            calls = re.findall(
+                r"(grouped_(?:matmul|swiglu|weight_gradient))[\w.\-]* = "
+                r"[^\n]*custom_call_target=\"tpu_custom_call\"",
+                compiled.as_text(),
+            )
+            rows, width = arguments[0].shape
+            hidden = arguments[1][0].shape[2]
+            result = {
+                "chip": chip,
+                "program": name,
+                "kernels": calls,
+                "temporary": compiled.memory_analysis().temp_size_in_bytes,
+                # At most so many rows of both widths are alive at once.
+                "rows_bytes": 2 * rows * (3 * width + 7 * hidden) + 2**24,
+            }
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -6,6 +6,8 @@ gathers on either side of them: nothing is scattered.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -40,9 +42,14 @@ def _back(rows_R: Array, plan: ExchangePlan) -> Array:
 
 
 def _sum_of_rows(rows_S: Array, plan: ExchangePlan) -> Array:
-    """Sums each token's rows in float32, [N, ...]."""
-    rows_NF = rows_S.at[plan.row_NF].get(mode="fill", fill_value=0)
-    return jnp.sum(rows_NF.astype(jnp.float32), axis=1)
+    """Sums each token's rows in float32, [N, ...]; one after another, so that none are stored."""
+    return functools.reduce(
+        jnp.add,
+        (
+            rows_S.at[row_N].get(mode="fill", fill_value=0).astype(jnp.float32)
+            for row_N in plan.row_NF.T
+        ),
+    )
 
 
 @jax.custom_vjp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -64,13 +65,10 @@ def _sum_rows(rows_MD: Array, order: ExpertOrder, weights_NK: Array | None = Non
 
     One choice after another, so that no array [N, K, D] of float32 need be written.
     """
-    sum_ND = None
-    for choice in range(order.row_NK.shape[1]):
-        part_ND = _rows_of_choice(rows_MD, order, choice)
-        if weights_NK is not None:
-            part_ND *= weights_NK[:, choice, None]
-        sum_ND = part_ND if sum_ND is None else sum_ND + part_ND
-    return sum_ND
+    parts = [_rows_of_choice(rows_MD, order, k) for k in range(order.row_NK.shape[1])]
+    if weights_NK is not None:
+        parts = [part_ND * weights_NK[:, k, None] for k, part_ND in enumerate(parts)]
+    return functools.reduce(jnp.add, parts)
 
 
 @jax.custom_vjp

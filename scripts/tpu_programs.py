@@ -8,26 +8,25 @@ def attention_forward(heads: int = 16, tokens: int = 4096, batch: int = 1) -> An
     """Returns the forward kernel, causal, and its arguments."""
     from pallas_kernels.mla_attention import tpu
 
-    return functools.partial(tpu.forward, scale=0.1, causal=True), _inputs(heads, tokens, batch)[:5]
+    inputs, masks, _ = _arguments(heads, tokens, batch)
+    return functools.partial(tpu.forward, scale=0.1, causal=True), (inputs, masks)
 
 
 def attention_backward(heads: int = 16, tokens: int = 4096, batch: int = 1) -> Any:
     """Returns the backward kernel, causal, and its arguments."""
     from pallas_kernels.mla_attention import tpu
 
-    *inputs, out, lse = _inputs(heads, tokens, batch)
-    return functools.partial(tpu.backward, scale=0.1, causal=True), (
-        *inputs,
-        *(None, None, None),
-        out,
-        lse,
-        out,
-    )
+    inputs, masks, lse = _arguments(heads, tokens, batch)
+    out = inputs.v_BSHV  # of the same shape
+    backward = functools.partial(tpu.backward, scale=0.1, causal=True)
+    return backward, (inputs, masks, out, lse, out)
 
 
-def _inputs(heads: int, tokens: int, batch: int) -> tuple[Any, ...]:
+def _arguments(heads: int, tokens: int, batch: int) -> tuple[Any, Any, Any]:
     import jax
     import jax.numpy as jnp
+
+    from pallas_kernels.mla_attention.arguments import Inputs, Masks
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
@@ -35,7 +34,7 @@ def _inputs(heads: int, tokens: int, batch: int) -> tuple[Any, ...]:
     nope = array(tokens, heads, 128)
     rope, k_rope = array(tokens, heads, 64), array(tokens, 64)
     lse = array(heads, tokens, dtype=jnp.float32)
-    return nope, rope, nope, k_rope, nope, nope, lse
+    return Inputs(nope, rope, nope, k_rope, nope), Masks(), lse
 
 
 def splash(

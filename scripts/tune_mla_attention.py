@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 
 from pallas_kernels.mla_attention import hopper_backward, hopper_forward
+from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.tiles import HopperBackward, HopperForward
 from scripts.benchmark_mla_attention import BACKWARD_DIMS, FORWARD_DIMS, SCALE, draw, seconds
 
@@ -24,7 +25,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["16x4096", "16x16384", "128x4096"])
     options = parser.parse_args()
-    masks = (None, None, None, None)
     for shape in options.shapes:
         heads, tokens = map(int, shape.split("x"))
         arrays, d_out = draw(heads, tokens, 1)
@@ -34,14 +34,14 @@ def main() -> None:
                 dims, inputs = FORWARD_DIMS, arrays
                 run = jax.jit(
                     lambda *x, tiles=tiles, n=tokens: hopper_forward.attend(
-                        *x, *masks, scale=SCALE, causal=True, num_keys=n, tiles=tiles
+                        Inputs(*x), Masks(), None, scale=SCALE, causal=True, num_keys=n, tiles=tiles
                     )
                 )
             else:
                 dims, inputs = BACKWARD_DIMS, (*arrays, d_out, rows + 10, rows)
                 run = jax.jit(
                     lambda *x, tiles=tiles: hopper_backward.differentiate(
-                        *x, *masks, scale=SCALE, causal=True, tiles=tiles
+                        Inputs(*x[:5]), Masks(), None, *x[5:], scale=SCALE, causal=True, tiles=tiles
                     )
                 )
             time = seconds(lambda run=run, inputs=inputs: run(*inputs), jax.block_until_ready)

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.mla_attention.arguments import Inputs, Masks
+
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "hopper")
 
 # For policies of jax.checkpoint: saving these two spares the backward pass a second forward kernel.
@@ -122,27 +124,18 @@ def mla_attention_with_lse(
 
     DeepSeek-V2, arXiv 2405.04434, equations 17 and 18.
     """
-    arrays = (q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV)
-    masks = (q_segment_ids_BT, kv_segment_ids_BS, q_offset_B)
-    _check_arguments(*arrays, *masks, causal=causal)
+    inputs = Inputs(q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV)
+    masks = Masks(q_segment_ids_BT, kv_segment_ids_BS, q_offset_B)
+    _check_arguments(inputs, masks, causal=causal)
     module = _choose(implementation)  # Before tracing starts: a wrong name is the caller's error.
-    arrays, masks = _match_manual_axes((arrays, masks))
-    out_BTHV, lse_BHT = _attend(*arrays, *masks, float(scale), causal, module)
+    inputs, masks = _match_manual_axes((inputs, masks))
+    out_BTHV, lse_BHT = _attend(inputs, masks, float(scale), causal, module)
     return out_BTHV, jax.lax.stop_gradient(lse_BHT)
 
 
-def _check_arguments(
-    q_nope_BTHN: Array,
-    q_rope_BTHR: Array,
-    k_nope_BSHN: Array,
-    k_rope_BSR: Array,
-    v_BSHV: Array,
-    q_segment_ids_BT: Array | None,
-    kv_segment_ids_BS: Array | None,
-    q_offset_B: Array | None,
-    *,
-    causal: bool,
-) -> None:
+def _check_arguments(inputs: Inputs, masks: Masks, *, causal: bool) -> None:
+    q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, _, v_BSHV = inputs
+    q_segment_ids_BT, kv_segment_ids_BS, q_offset_B = masks
     if q_nope_BTHN.ndim != 4 or k_nope_BSHN.ndim != 4 or q_rope_BTHR.ndim != 4 or v_BSHV.ndim != 4:
         raise ValueError(
             "q_nope_BTHN, q_rope_BTHR, k_nope_BSHN and v_BSHV must have 4 dims, got shapes "
@@ -150,22 +143,19 @@ def _check_arguments(
         )
     B, T, H, N = q_nope_BTHN.shape
     S, R, V = k_nope_BSHN.shape[1], q_rope_BTHR.shape[3], v_BSHV.shape[3]
-    expected: list[tuple[str, Array | None, tuple[int, ...]]] = [
-        ("q_rope_BTHR", q_rope_BTHR, (B, T, H, R)),
-        ("k_nope_BSHN", k_nope_BSHN, (B, S, H, N)),
-        ("k_rope_BSR", k_rope_BSR, (B, S, R)),
-        ("v_BSHV", v_BSHV, (B, S, H, V)),
-        ("q_segment_ids_BT", q_segment_ids_BT, (B, T)),
-        ("kv_segment_ids_BS", kv_segment_ids_BS, (B, S)),
-        ("q_offset_B", q_offset_B, (B,)),
-    ]
-    for name, array, shape in expected:
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}, must have {shape}")
+    shapes = ((B, T, H, N), (B, T, H, R), (B, S, H, N), (B, S, R), (B, S, H, V))
+    mask_shapes = ((B, T), (B, S), (B,))
+    for names, arrays, expected in (
+        (Inputs._fields, inputs, shapes),
+        (Masks._fields, masks, mask_shapes),
+    ):
+        for name, array, shape in zip(names, arrays, expected, strict=True):
+            if array is not None and array.shape != shape:
+                raise ValueError(f"{name} has shape {array.shape}, must have {shape}")
     if 0 in (B, T, H, S):
         raise ValueError(f"q_nope_BTHN and k_nope_BSHN must not be empty, got {B=} {T=} {H=} {S=}")
-    for name, array, _ in expected[:4]:
-        if array is not None and array.dtype != q_nope_BTHN.dtype:
+    for name, array in inputs._asdict().items():
+        if array.dtype != q_nope_BTHN.dtype:
             raise ValueError(
                 f"{name} has dtype {array.dtype}, must have q_nope_BTHN's: {q_nope_BTHN.dtype}"
             )
@@ -221,32 +211,21 @@ def _fold_into_batch(function: Any) -> Any:
     return call
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _attend(
-    q_nope_BTHN: Array,
-    q_rope_BTHR: Array,
-    k_nope_BSHN: Array,
-    k_rope_BSR: Array,
-    v_BSHV: Array,
-    q_segment_ids_BT: Array | None,
-    kv_segment_ids_BS: Array | None,
-    q_offset_B: Array | None,
-    scale: float,
-    causal: bool,
-    module: ModuleType,
+    inputs: Inputs, masks: Masks, scale: float, causal: bool, module: ModuleType
 ) -> tuple[Array, Array]:
-    arrays = (q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV)
-    masks = (q_segment_ids_BT, kv_segment_ids_BS, q_offset_B)
     forward = _fold_into_batch(functools.partial(module.forward, scale=scale, causal=causal))
-    return forward(*arrays, *masks)
+    return forward(inputs, masks)
 
 
-def _attend_forward(*args: Any) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
-    *inputs, scale, causal, module = args
-    out_BTHV, lse_BHT = _attend(*inputs, scale, causal, module)
+def _attend_forward(
+    inputs: Inputs, masks: Masks, scale: float, causal: bool, module: ModuleType
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    out_BTHV, lse_BHT = _attend(inputs, masks, scale, causal, module)
     out_BTHV = checkpoint_name(out_BTHV, OUT_NAME)
     lse_BHT = checkpoint_name(lse_BHT, LSE_NAME)
-    return (out_BTHV, lse_BHT), (*inputs, out_BTHV, lse_BHT)
+    return (out_BTHV, lse_BHT), (inputs, masks, out_BTHV, lse_BHT)
 
 
 def _attend_backward(
@@ -255,10 +234,10 @@ def _attend_backward(
     module: ModuleType,
     residuals: tuple[Any, ...],
     cotangents: tuple[Array, Array],
-) -> tuple[Any, ...]:
+) -> tuple[Inputs, None]:
     d_out_BTHV, _ = cotangents  # The log-sum-exp's is 0 by stop_gradient.
     backward = _fold_into_batch(functools.partial(module.backward, scale=scale, causal=causal))
-    return (*backward(*residuals, d_out_BTHV), None, None, None)
+    return backward(*residuals, d_out_BTHV), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

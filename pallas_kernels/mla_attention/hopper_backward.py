@@ -26,6 +26,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.hopper_blocks import (
     LOG2E,
     MATRIX,
@@ -42,18 +43,12 @@ BLOCK_K = NUM_COMPUTE * SIZE
 
 
 def differentiate(
-    q_nope_BTHN: Array,
-    q_rope_BTHR: Array,
-    k_nope_BSHN: Array,
-    k_rope_BSR: Array,
-    v_BSHV: Array,
+    inputs: Inputs,
+    masks: Masks,
+    ranges: tuple[KeyRanges, KeyRanges] | None,
     d_out_BTHV: Array,
     lse_BHT: Array,
     delta_BHT: Array,
-    q_segment_ids_BT: Array | None,
-    kv_segment_ids_BS: Array | None,
-    q_offset_B: Array | None,
-    ranges: tuple[KeyRanges, KeyRanges] | None,
     *,
     scale: float,
     causal: bool,
@@ -62,45 +57,38 @@ def differentiate(
     """Returns gradients of queries (float32, unscaled), keys, rotary keys of each head, and values.
 
     Args:
-      q_nope_BTHN: As in `mla_attention`, T a multiple of 64.
-      q_rope_BTHR: As in `mla_attention`.
-      k_nope_BSHN: As in `mla_attention`, S a multiple of 128.
-      k_rope_BSR: As in `mla_attention`.
-      v_BSHV: As in `mla_attention`.
+      inputs: As in `mla_attention`, T a multiple of 64 and S of 128.
+      masks: As in `mla_attention`, int32.
+      ranges: Of `key_ranges`, for blocks of 64 queries and 128 keys; None if each query sees all
+        keys or, when `causal`, all up to its own position.
       d_out_BTHV: Gradient of the output.
       lse_BHT: float32 log-sum-exp in base 2, +inf where a query sees no key or is padding.
       delta_BHT: float32 product of the output and its gradient, summed over the values' dim.
-      q_segment_ids_BT: int32, or None.
-      kv_segment_ids_BS: int32, or None.
-      q_offset_B: int32, or None.
-      ranges: Of `key_ranges`, for blocks of 64 queries and 128 keys; None if each query sees all
-        keys or, when `causal`, all up to its own position.
       scale: Factor on the scores.
       causal: Whether keys after a query's position are hidden.
       tiles: Sizes.
     """
-    B, T, H, N = q_nope_BTHN.shape
-    S, R, V = k_nope_BSHN.shape[1], q_rope_BTHR.shape[3], v_BSHV.shape[3]
+    B, T, H, N = inputs.q_nope_BTHN.shape
+    S, R, V = inputs.k_nope_BSHN.shape[1], inputs.q_rope_BTHR.shape[3], inputs.v_BSHV.shape[3]
     K = N + R
-    dtype = q_nope_BTHN.dtype
+    dtype = inputs.q_nope_BTHN.dtype
     f32 = jnp.float32
     stages = tiles.stages
     num_q, num_k = T // SIZE, S // BLOCK_K
     group = math.gcd(tiles.heads_per_group, B * H)
     half = K // NUM_COMPUTE  # Columns of the queries' gradient that a warpgroup computes.
     log2_scale = scale * LOG2E
-    with_ids = q_segment_ids_BT is not None
-    main = (q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV, d_out_BTHV)
-    optional = (q_segment_ids_BT, kv_segment_ids_BS, q_offset_B, ranges)
-    inputs = (main, lse_BHT, delta_BHT, optional)
-    input_tree = jax.tree.structure(inputs)
+    with_ids = masks.q_segment_ids_BT is not None
+    rows = (d_out_BTHV, lse_BHT, delta_BHT)
+    operands, operand_tree = jax.tree.flatten((inputs, masks, ranges, rows))
     tile_shape = (SIZE, SIZE)
 
     def kernel(refs: Sequence[Any], scratch: Sequence[Any]) -> None:
         *input_refs, dq_ref, dk_nope_ref, dk_rope_ref, dv_ref = refs
-        main_refs, lse_ref, delta_ref, masks = jax.tree.unflatten(input_tree, input_refs)
-        q_nope_ref, q_rope_ref, k_nope_ref, k_rope_ref, v_ref, d_out_ref = main_refs
-        q_ids_ref, k_ids_ref, offset_ref, range_refs = masks
+        main_refs, mask_refs, range_refs, row_refs = jax.tree.unflatten(operand_tree, input_refs)
+        q_nope_ref, q_rope_ref, k_nope_ref, k_rope_ref, v_ref = main_refs
+        q_ids_ref, k_ids_ref, offset_ref = mask_refs
+        d_out_ref, lse_ref, delta_ref = row_refs
         k_smem, v_smem, q_nope_smem, q_rope_smem, d_out_smem, d_scores_smem = scratch[:6]
         dq_smem, rows_smem, ids_smem = scratch[6:9]
         kv_ready, q_ready, d_out_ready, q_free, d_out_free = scratch[9:14]
@@ -366,4 +354,4 @@ def differentiate(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="mla_attention_backward",
-    )(*jax.tree.leaves(inputs))
+    )(*operands)

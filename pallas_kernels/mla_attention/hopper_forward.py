@@ -16,6 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.hopper_blocks import (
     LOG2E,
     MATRIX,
@@ -32,14 +33,8 @@ BLOCK_Q = NUM_COMPUTE * Q_SIZE
 
 
 def attend(
-    q_nope_BTHN: Array,
-    q_rope_BTHR: Array,
-    k_nope_BSHN: Array,
-    k_rope_BSR: Array,
-    v_BSHV: Array,
-    q_segment_ids_BT: Array | None,
-    kv_segment_ids_BS: Array | None,
-    q_offset_B: Array | None,
+    inputs: Inputs,
+    masks: Masks,
     ranges: KeyRanges | None,
     *,
     scale: float,
@@ -50,14 +45,8 @@ def attend(
     """Returns the output and the log-sum-exp of lengths that are multiples of the blocks.
 
     Args:
-      q_nope_BTHN: As in `mla_attention`, T a multiple of 128.
-      q_rope_BTHR: As in `mla_attention`.
-      k_nope_BSHN: As in `mla_attention`, S a multiple of the key block.
-      k_rope_BSR: As in `mla_attention`.
-      v_BSHV: As in `mla_attention`.
-      q_segment_ids_BT: int32, or None.
-      kv_segment_ids_BS: int32, or None.
-      q_offset_B: int32, or None.
+      inputs: As in `mla_attention`, T a multiple of 128 and S of the key block.
+      masks: As in `mla_attention`, int32.
       ranges: Which key blocks each 128 queries see; None if each query sees all keys or, when
         `causal`, all up to its own position, and every one of the S keys is real.
       scale: Factor on the scores.
@@ -65,23 +54,21 @@ def attend(
       num_keys: Number of the real keys; those after it are padding.
       tiles: Block sizes.
     """
-    B, T, H, N = q_nope_BTHN.shape
-    S, R, V = k_nope_BSHN.shape[1], q_rope_BTHR.shape[3], v_BSHV.shape[3]
-    dtype = q_nope_BTHN.dtype
+    B, T, H, N = inputs.q_nope_BTHN.shape
+    S, R, V = inputs.k_nope_BSHN.shape[1], inputs.q_rope_BTHR.shape[3], inputs.v_BSHV.shape[3]
+    dtype = inputs.q_nope_BTHN.dtype
     block_q, block_k, stages = BLOCK_Q, tiles.block_k, tiles.stages
     num_q, num_k = T // block_q, S // block_k
     group = math.gcd(tiles.heads_per_group, B * H)
     log2_scale = scale * LOG2E
-    with_ids = q_segment_ids_BT is not None
-    optional = (q_segment_ids_BT, kv_segment_ids_BS, q_offset_B, ranges)
-    inputs = (q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV, optional)
-    input_tree = jax.tree.structure(inputs)
+    with_ids = masks.q_segment_ids_BT is not None
+    operands, operand_tree = jax.tree.flatten((inputs, masks, ranges))
 
     def kernel(refs: Sequence[Any], scratch: Sequence[Any]) -> None:
         *input_refs, out_ref, lse_ref = refs
-        *main_refs, masks = jax.tree.unflatten(input_tree, input_refs)
+        main_refs, mask_refs, range_refs = jax.tree.unflatten(operand_tree, input_refs)
         q_nope_ref, q_rope_ref, k_nope_ref, k_rope_ref, v_ref = main_refs
-        q_ids_ref, k_ids_ref, offset_ref, range_refs = masks
+        q_ids_ref, k_ids_ref, offset_ref = mask_refs
         q_nope_smems, q_rope_smems, k_nope_smem, k_rope_smem, v_smem, lse_smems = scratch[:6]
         q_ids_smem, k_ids_smem = scratch[6]
         q_ready, k_ready, v_ready, k_free, v_free, turn = scratch[7:]
@@ -294,4 +281,4 @@ def attend(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="mla_attention_forward",
-    )(*jax.tree.leaves(inputs))
+    )(*operands)

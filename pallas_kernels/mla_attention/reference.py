@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.mla_attention.arguments import Inputs, Masks
+
 
 def visible_BTS(
     q_positions_T: Array,
@@ -29,33 +31,19 @@ def visible_BTS(
 
 
 def forward(
-    q_nope_BTHN: Array,
-    q_rope_BTHR: Array,
-    k_nope_BSHN: Array,
-    k_rope_BSR: Array,
-    v_BSHV: Array,
-    q_segment_ids_BT: Array | None = None,
-    kv_segment_ids_BS: Array | None = None,
-    q_offset_B: Array | None = None,
+    inputs: Inputs,
+    masks: Masks,
     *,
     scale: float,
     causal: bool,
 ) -> tuple[Array, Array]:
     """Returns the output and the log-sum-exp; the arguments are those of `mla_attention`."""
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    q_nope, q_rope, k_nope, k_rope, v = (
-        array.astype(jnp.float32)
-        for array in (q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV)
-    )
+    q_nope, q_rope, k_nope, k_rope, v = (array.astype(jnp.float32) for array in inputs)
     scores_BHTS = einsum("BTHN,BSHN->BHTS", q_nope, k_nope)
     scores_BHTS = (scores_BHTS + einsum("BTHR,BSR->BHTS", q_rope, k_rope)) * scale
     mask_BTS = visible_BTS(
-        jnp.arange(q_nope.shape[1]),
-        jnp.arange(k_nope.shape[1]),
-        q_segment_ids_BT,
-        kv_segment_ids_BS,
-        q_offset_B,
-        causal=causal,
+        jnp.arange(q_nope.shape[1]), jnp.arange(k_nope.shape[1]), *masks, causal=causal
     )
     scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS, -jnp.inf)
     max_BHT = jax.lax.stop_gradient(scores_BHTS.max(axis=-1))
@@ -65,31 +53,22 @@ def forward(
     lse_BHT = max_BHT + jnp.log(sum_BHT)
     weights_BHTS = weights_BHTS / jnp.where(sum_BHT == 0, 1.0, sum_BHT)[..., None]
     out_BTHV = einsum("BHTS,BSHV->BTHV", weights_BHTS, v)
-    return out_BTHV.astype(q_nope_BTHN.dtype), lse_BHT
+    return out_BTHV.astype(inputs.q_nope_BTHN.dtype), lse_BHT
 
 
 def backward(
-    q_nope_BTHN: Array,
-    q_rope_BTHR: Array,
-    k_nope_BSHN: Array,
-    k_rope_BSR: Array,
-    v_BSHV: Array,
-    q_segment_ids_BT: Array | None,
-    kv_segment_ids_BS: Array | None,
-    q_offset_B: Array | None,
+    inputs: Inputs,
+    masks: Masks,
     out_BTHV: Array,
     lse_BHT: Array,
     d_out_BTHV: Array,
     *,
     scale: float,
     causal: bool,
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> Inputs:
     """Returns the gradients of the five float inputs, by differentiating `forward`."""
     del out_BTHV, lse_BHT  # The meaning needs no residuals.
-
-    def attend(q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array, v: Array) -> Array:
-        masks = (q_segment_ids_BT, kv_segment_ids_BS, q_offset_B)
-        return forward(q_nope, q_rope, k_nope, k_rope, v, *masks, scale=scale, causal=causal)[0]
-
-    _, pullback = jax.vjp(attend, q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV)
-    return pullback(d_out_BTHV)
+    attend = functools.partial(forward, masks=masks, scale=scale, causal=causal)
+    _, pullback = jax.vjp(lambda inputs: attend(inputs)[0], inputs)
+    (d_inputs,) = pullback(d_out_BTHV)
+    return d_inputs

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mla_attention import blocks, tiles
+from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.blocks import MASKED, NOPE, ROPE, VALUE, BlockShape, BlockTable
 from pallas_kernels.mla_attention.tpu_backward import backward
 
@@ -36,27 +37,21 @@ SUM_ROWS = 16  # Of bfloat16, the fewest that fill registers.
 
 
 def forward(
-    q_nope_BTHN: Array,
-    q_rope_BTHR: Array,
-    k_nope_BSHN: Array,
-    k_rope_BSR: Array,
-    v_BSHV: Array,
-    q_segment_ids_BT: Array | None = None,
-    kv_segment_ids_BS: Array | None = None,
-    q_offset_B: Array | None = None,
+    inputs: Inputs,
+    masks: Masks,
     *,
     scale: float,
     causal: bool,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
     """Returns the output and the log-sum-exp; the arguments are those of `mla_attention`."""
+    q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV = inputs
     blocks.check_dims(q_nope_BTHN, q_rope_BTHR, v_BSHV)
     B, T, H, _ = q_nope_BTHN.shape
     S = k_nope_BSHN.shape[1]
     dtype = q_nope_BTHN.dtype
     tile = tiles.TPU_FORWARD
     shape = BlockShape.of(T, S, H, tile.block)
-    masks = (q_segment_ids_BT, kv_segment_ids_BS, q_offset_B)
     table = blocks.make_table(
         T, S, shape.block_q, shape.block_k, masks, causal=causal, keys_outer=False
     )
@@ -97,7 +92,7 @@ def forward(
         ),
         interpret=interpret,
         name="mla_attention_forward",
-    )(*table.scalars, blocks.offsets(q_offset_B, B), *operands)
+    )(*table.scalars, blocks.offsets(masks.q_offset_B, B), *operands)
     out_BTHV = out_BTW[:, :T].reshape(B, T, H, VALUE)
     return out_BTHV, lse_BGHT.reshape(B, H, shape.padded_queries)[:, :, :T]
 

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mla_attention import blocks, tiles
+from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.blocks import (
     LANES,
     MASKED,
@@ -25,14 +26,8 @@ LOG2_E = math.log2(math.e)
 
 
 def backward(
-    q_nope_BTHN: Array,
-    q_rope_BTHR: Array,
-    k_nope_BSHN: Array,
-    k_rope_BSR: Array,
-    v_BSHV: Array,
-    q_segment_ids_BT: Array | None,
-    kv_segment_ids_BS: Array | None,
-    q_offset_B: Array | None,
+    inputs: Inputs,
+    masks: Masks,
     out_BTHV: Array,
     lse_BHT: Array,
     d_out_BTHV: Array,
@@ -40,12 +35,14 @@ def backward(
     scale: float,
     causal: bool,
     interpret: Any = False,
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> Inputs:
     """Returns the gradients of the five float inputs; the rotary keys' is summed over the heads.
 
     Sequences longer than `TPU_RESIDENT_TOKENS` are taken in pieces, whose gradients are summed in
     float32, as the gradient of a piece's queries stays in VMEM.
     """
+    q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV = inputs
+    q_segment_ids_BT, kv_segment_ids_BS, q_offset_B = masks
     blocks.check_dims(q_nope_BTHN, q_rope_BTHR, v_BSHV)
     T, S = q_nope_BTHN.shape[1], k_nope_BSHN.shape[1]
     delta_BHT = jnp.einsum(
@@ -55,7 +52,6 @@ def backward(
     queries = (q_nope_BTHN, q_rope_BTHR, d_out_BTHV)
     keys = (k_nope_BSHN, v_BSHV, k_rope_BSR)
     if max(T, S) <= piece:
-        masks = (q_segment_ids_BT, kv_segment_ids_BS, q_offset_B)
         return _backward_piece(
             queries, keys, lse_BHT, delta_BHT, masks, q_nope_BTHN.dtype,
             scale=scale, causal=causal, interpret=interpret,
@@ -70,19 +66,19 @@ def backward(
             # Keys before the queries' piece are all visible, but for an offset that hides some.
             cut = causal and (q_offset_B is not None or s == t)
             rows, columns = slice(t, t + piece), slice(s, s + piece)
-            masks = (
+            piece_masks = Masks(
                 None if q_segment_ids_BT is None else q_segment_ids_BT[:, rows],
                 None if kv_segment_ids_BS is None else kv_segment_ids_BS[:, columns],
                 None if q_offset_B is None else q_offset_B + (t - s),
             )
             grads = _backward_piece(
                 tuple(x[:, rows] for x in queries), tuple(x[:, columns] for x in keys),
-                lse_BHT[:, :, rows], delta_BHT[:, :, rows], masks, f32,
+                lse_BHT[:, :, rows], delta_BHT[:, :, rows], piece_masks, f32,
                 scale=scale, causal=cut, interpret=interpret,
             )  # fmt: skip
             dq = [x.at[:, rows].add(grad) for x, grad in zip(dq, grads[:2], strict=True)]
             dk = [x.at[:, columns].add(grad) for x, grad in zip(dk, grads[2:], strict=True)]
-    return tuple(x.astype(q_nope_BTHN.dtype) for x in (*dq, *dk))  # type: ignore[return-value]
+    return Inputs(*(x.astype(q_nope_BTHN.dtype) for x in (*dq, *dk)))
 
 
 def _backward_piece(
@@ -90,13 +86,13 @@ def _backward_piece(
     keys: tuple[Array, ...],
     lse_BHT: Array,
     delta_BHT: Array,
-    masks: tuple[Array | None, Array | None, Array | None],
+    masks: Masks,
     out_dtype: Any,
     *,
     scale: float,
     causal: bool,
     interpret: Any,
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> Inputs:
     q_nope_BTHN, q_rope_BTHR, d_out_BTHV = queries
     k_nope_BSHN, v_BSHV, k_rope_BSR = keys
     B, T, H, _ = q_nope_BTHN.shape
@@ -181,7 +177,7 @@ def _backward_piece(
         *operands[6:],
     )
     dk_rope_BSR = dk_rope.sum(axis=1).swapaxes(1, 2)[:, :S].astype(out_dtype)
-    return (
+    return Inputs(
         dq_nope[:, :T].reshape(B, T, H, NOPE),
         dq_rope[:, :T].reshape(B, T, H, -1)[..., :ROPE],
         dk_nope[:, :S].reshape(B, S, H, NOPE),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.reference import visible_BTS
 from pallas_kernels.mla_attention.tiles import XLA_BLOCK
 
@@ -118,19 +119,15 @@ def _scores_BHTS(q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array) -> 
 
 
 def forward(
-    q_nope_BTHN: Array,
-    q_rope_BTHR: Array,
-    k_nope_BSHN: Array,
-    k_rope_BSR: Array,
-    v_BSHV: Array,
-    q_segment_ids_BT: Array | None = None,
-    kv_segment_ids_BS: Array | None = None,
-    q_offset_B: Array | None = None,
+    inputs: Inputs,
+    masks: Masks,
     *,
     scale: float,
     causal: bool,
 ) -> tuple[Array, Array]:
     """Returns the output and the log-sum-exp; the arguments are those of `mla_attention`."""
+    q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV = inputs
+    q_segment_ids_BT, kv_segment_ids_BS, q_offset_B = masks
     B, T, H, _ = q_nope_BTHN.shape
     S, V = v_BSHV.shape[1], v_BSHV.shape[3]
     blocks = _Blocks(T, S, causal, q_offset_B)
@@ -178,22 +175,18 @@ def forward(
 
 
 def backward(
-    q_nope_BTHN: Array,
-    q_rope_BTHR: Array,
-    k_nope_BSHN: Array,
-    k_rope_BSR: Array,
-    v_BSHV: Array,
-    q_segment_ids_BT: Array | None,
-    kv_segment_ids_BS: Array | None,
-    q_offset_B: Array | None,
+    inputs: Inputs,
+    masks: Masks,
     out_BTHV: Array,
     lse_BHT: Array,
     d_out_BTHV: Array,
     *,
     scale: float,
     causal: bool,
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> Inputs:
     """Returns the gradients of the five float inputs; scores are computed again, block by block."""
+    q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV = inputs
+    q_segment_ids_BT, kv_segment_ids_BS, q_offset_B = masks
     T, S = q_nope_BTHN.shape[1], v_BSHV.shape[1]
     blocks = _Blocks(T, S, causal, q_offset_B)
     q_nope, q_rope = blocks.pad_q(q_nope_BTHN), blocks.pad_q(q_rope_BTHR)
@@ -249,7 +242,7 @@ def backward(
             for array, padded in zip(d_queries, (q_nope, q_rope), strict=True)
         )
     dk_nope, dk_rope, dv = (array[:, :S].astype(q_nope.dtype) for array in d_keys)
-    return dq_nope, dq_rope, dk_nope, dk_rope, dv
+    return Inputs(dq_nope, dq_rope, dk_nope, dk_rope, dv)
 
 
 def _add_block(array: Array, block: Array, index: Array | int) -> Array:

@@ -16,6 +16,7 @@ from pallas_kernels.mla_attention import (
     mla_attention,
     mla_attention_with_lse,
 )
+from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.hopper_blocks import key_ranges
 from pallas_kernels.mla_attention.reference import visible_BTS
 from tests import oracle_attention
@@ -227,8 +228,9 @@ def test_hopper_simulated(case, monkeypatch):
         hopper_simulator.simulate(module, monkeypatch)
     arrays, masks, d_out = case.draw(12, jnp.bfloat16)
     options = {"scale": case.scale, "causal": case.causal}
-    out, lse = hopper.forward(*arrays, *masks, **options)
-    grads = hopper.backward(*arrays, *masks, out, lse, d_out, **options)
+    inputs, masks = Inputs(*arrays), Masks(*masks)
+    out, lse = hopper.forward(inputs, masks, **options)
+    grads = hopper.backward(inputs, masks, out, lse, d_out, **options)
     compare(case, arrays, masks, d_out, (out, lse, grads), jnp.bfloat16, 5e-3)
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mla_attention import blocks, mla_attention, tiles, tpu
+from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from tests import oracle_attention
 from tests.conftest import require_module
 from tests.oracle_attention import relative_error
@@ -25,8 +26,9 @@ def simulate(case, arrays, masks, d_out):
         "causal": case.causal,
         "interpret": pltpu.InterpretParams(detect_races=True),
     }
-    out, lse = tpu.forward(*arrays, *masks, **options)
-    return out, lse, tpu.backward(*arrays, *masks, out, lse, d_out, **options)
+    inputs, masks = Inputs(*arrays), Masks(*masks)
+    out, lse = tpu.forward(inputs, masks, **options)
+    return out, lse, tpu.backward(inputs, masks, out, lse, d_out, **options)
 
 
 def check(case, dtype, tolerance, seed):
@@ -162,10 +164,10 @@ def test_table_skips_other_documents():
 def test_errors_name_the_argument():
     arrays, _, _ = Case("e", queries=4, keys=4).draw(6, dims=(16, 64, 128))
     with pytest.raises(ValueError, match="q_nope_BTHN has 16 dims per head"):
-        tpu.forward(*arrays, scale=1.0, causal=True)
+        tpu.forward(Inputs(*arrays), Masks(), scale=1.0, causal=True)
     arrays, _, _ = Case("e", queries=4, keys=4).draw(6, jnp.float16)
     with pytest.raises(ValueError, match="q_nope_BTHN has dtype float16"):
-        tpu.forward(*arrays, scale=1.0, causal=True)
+        tpu.forward(Inputs(*arrays), Masks(), scale=1.0, causal=True)
 
 
 @pytest.mark.slow

@@ -1,0 +1,116 @@
+"""Compiles a layer of experts for TPU pods that are not there; run as a module, in its own process.
+
+    python -m tests.dsjax.expert_programs deepseek_v2 v5p:4x4x4 fsdp=8,expert=8 4096 1.5
+
+prints one JSON line a layer, forward and backward, the shared experts included: the kernels in it,
+the room of its exchanges in bytes a device, and its temporary memory. The last word is
+`exchange_room`; with as much as there are shards, one pass takes all and its kernels are compiled
+once rather than twice.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+from tests.pallas_kernels.tpu_programs import ENVIRONMENT
+
+
+def compile_layers(*programs: tuple[str, str, str, int, float]) -> list[dict]:
+    """Runs this module in a subprocess, as libtpu wants a process without XLA's CPU flags."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | ENVIRONMENT
+    arguments = [str(word) for program in programs for word in program]
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.dsjax.expert_programs", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1500,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float):
+    """Returns the compiled forward and backward of one layer with `tokens` a device."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from jax.experimental import topologies
+
+    from dsjax.config import MeshConfig
+    from dsjax.kernels import choose_kernels
+    from dsjax.layers.basic import LayerOptions
+    from dsjax.layers.moe import MoE
+    from dsjax.sharding import make_mesh, train_rules
+
+    config = importlib.import_module(f"configs.models.{model}").config
+    sizes = {"fsdp": 1} | {k: int(v) for k, v in (pair.split("=") for pair in axes.split(","))}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    rules = train_rules(make_mesh(MeshConfig(**sizes), devices[: math.prod(sizes.values())]))
+    kernels = dataclasses.replace(
+        choose_kernels(devices[0], config), grouped_matmul="tpu", exchange_room=room
+    )
+    options = LayerOptions.of(config, rules, kernels)
+    layer = nnx.eval_shape(lambda: MoE(config.moe, config.hidden_dim, options, nnx.Rngs(0)))
+    graph, state = nnx.split(layer)
+    state = jax.tree.map(
+        lambda variable: variable.replace(
+            jax.ShapeDtypeStruct(
+                variable.shape,
+                jnp.bfloat16,
+                sharding=rules.sharding(*variable.get_metadata("dims")),
+            )
+        ),
+        state,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+    x = jax.ShapeDtypeStruct(
+        (rules.num_batch_shards(), tokens, config.hidden_dim),
+        jnp.bfloat16,
+        sharding=rules.sharding("batch", "length", "embed"),
+    )
+
+    def step(state, x_BTD):
+        def loss(state, x_BTD):
+            out_BTD, stats = nnx.merge(graph, state)(x_BTD, None, None)
+            return jnp.sum(out_BTD.astype(jnp.float32) ** 2) + stats.expert
+
+        return jax.grad(loss, argnums=(0, 1))(state, x_BTD)
+
+    return jax.jit(step).trace(state, x).lower().compile()
+
+
+def describe(compiled) -> dict:
+    """What a compiled layer consists of, as far as it concerns the exchange."""
+    text = compiled.as_text()
+    shapes = re.findall(r" = (\w+)\[([\d,]+)\]\S* ragged-all-to-all\(", text)
+    width = {"bf16": 2, "s32": 4, "f32": 4}
+    return {
+        "kernels": sorted(
+            set(re.findall(r"(grouped_[a-z]+(?:_[a-z]+)*)[\w.\-]* = [^\n]*tpu_custom_call", text))
+        ),
+        "exchanges": [
+            [dtype, width[dtype] * math.prod(int(size) for size in shape.split(","))]
+            for dtype, shape in shapes
+        ],
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def main(*arguments: str) -> None:
+    """Compiles and prints."""
+    for first in range(0, len(arguments), 5):
+        model, topology, axes, tokens, room = arguments[first : first + 5]
+        compiled = compile_layer(model, topology, axes, int(tokens), float(room))
+        program = {"model": model, "topology": topology, "axes": axes, "tokens": int(tokens)}
+        print(json.dumps(program | describe(compiled)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

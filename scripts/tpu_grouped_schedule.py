@@ -99,7 +99,9 @@ def windows_of(problem: Problem, rows: int) -> list[tuple[int, int]]:
     start_R = np.concatenate([[0], np.cumsum(problem.sizes)]).astype(np.int32)
     # Within a mesh of a chip that is not there nothing can be computed.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        windows = make_windows(start_R, rows, problem.shape[0], empty_ranges=False)
+        windows = make_windows(
+            jax.numpy.asarray(start_R), rows, problem.shape[0], empty_ranges=False
+        )
         (count,), _, _, _, high_W, bits_W = map(np.asarray, windows.scalars)
     return list(zip(high_W[:count].tolist(), bits_W[:count].tolist(), strict=True))
 

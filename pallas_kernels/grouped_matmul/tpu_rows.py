@@ -72,7 +72,7 @@ class _Plan:
 
 def rows_kernel(
     lhs: tuple[Array, ...],
-    rhs: tuple[Array, ...] | tuple[BlockScaledWeights, ...],
+    rhs: tuple[Array | BlockScaledWeights, ...],
     group_sizes_G: Array,
     group_offset: Array,
     *,
@@ -248,8 +248,8 @@ def _kernel(
         num_rows = jnp.where(used_ref[index] >= 0, fetched(high_ref[index]), 0)
         for hbm, ref in zip(lhs_hbm, lhs_refs, strict=True):
             copy_rows(
-                lambda first, size, hbm=hbm: hbm.at[pl.ds(base + first, size)],
-                lambda first, size, ref=ref: ref.at[slot, pl.ds(first, size)],
+                lambda first, size, hbm=hbm: hbm.at[pl.ds(base + first, size)],  # type: ignore[misc]
+                lambda first, size, ref=ref: ref.at[slot, pl.ds(first, size)],  # type: ignore[misc]
                 lhs_semaphores.at[slot],
                 num_rows,
                 most_rows,
@@ -280,8 +280,8 @@ def _kernel(
         def copy_width(width: int) -> None:
             for hbm, ref in zip(out_hbm, out_refs, strict=True):
                 copy_rows(
-                    lambda first, size, ref=ref: ref.at[slot, pl.ds(first, size), pl.ds(0, width)],
-                    lambda first, size, hbm=hbm: hbm.at[
+                    lambda first, size, ref=ref: ref.at[slot, pl.ds(first, size), pl.ds(0, width)],  # type: ignore[misc]
+                    lambda first, size, hbm=hbm: hbm.at[  # type: ignore[misc]
                         pl.ds(base + first, size), pl.ds(first_column, width)
                     ],
                     out_semaphores.at[slot],

@@ -129,10 +129,10 @@ def _kernel(
             (d_out_hbm, d_out_ref, first_column, tile.width),
         ):
             copy_rows(
-                lambda row, size, hbm=hbm, first=first, width=width: hbm.at[
+                lambda row, size, hbm=hbm, first=first, width=width: hbm.at[  # type: ignore[misc]
                     pl.ds(base + row, size), pl.ds(first, width)
                 ],
-                lambda row, size, ref=ref: ref.at[slot, pl.ds(row, size)],
+                lambda row, size, ref=ref: ref.at[slot, pl.ds(row, size)],  # type: ignore[misc]
                 semaphores.at[slot],
                 num_rows,
                 min(tile.rows, hbm.shape[0]),

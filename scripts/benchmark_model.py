@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.cache import allocate_cache
+from dsjax.cache import LatentCache, allocate_cache
 from dsjax.chips import peak_flops
 from dsjax.config import GuardConfig, LossConfig, ModelConfig, OptimizerConfig
 from dsjax.config.load import load_model_config
@@ -131,13 +131,14 @@ def measure_generation(
         logits, cache = model.decode(tokens, cache)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
-    seconds = median_seconds(
-        lambda: prefill(state, prompts, lengths, allocate_cache(config, batch, length + 256)), 2
-    )
+    def new_cache() -> LatentCache:
+        return allocate_cache(config, batch, length + 256, decode_kernel=kernels.mla_decode)
+
+    seconds = median_seconds(lambda: prefill(state, prompts, lengths, new_cache()), 2)
     figures = {"batch": batch, "length": length, "seconds": seconds}
     report("prefill", config, kernels, figures | {"tokens_per_second": batch * length / seconds})
 
-    _, cache = prefill(state, prompts, lengths, allocate_cache(config, batch, length + 256))
+    _, cache = prefill(state, prompts, lengths, new_cache())
     held = [prompts[:, :1], cache]
 
     def step() -> Any:

@@ -14,8 +14,8 @@ _LOG = logging.getLogger(__name__)
 
 # Head dims that the Pallas attention kernels are written for: nope, rope, value, latent.
 _KERNEL_HEAD_DIMS = (128, 64, 128, 512)
-# Widths that Hopper's grouped matmul takes are multiples of this.
-_GROUPED_MATMUL_WIDTH = 64
+# Widths that the grouped matmul of a chip takes are multiples of this.
+_GROUPED_MATMUL_WIDTH = {"tpu": 128, "hopper": 64, "xla": 1}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Kernels:
     exchange_room: float = 1.5
 
 
-def choose_kernels(device: jax.Device, config: ModelConfig) -> Kernels:
+def choose_kernels(device: jax.Device, config: ModelConfig, tensor: int = 1) -> Kernels:
     """Chooses the implementations for a model on a device, and says so once in the log.
 
     Args:
@@ -50,12 +50,13 @@ def choose_kernels(device: jax.Device, config: ModelConfig) -> Kernels:
             so a CPU host that compiles for a pod gets the pod's kernels.
         config: the model; sizes and types that the Pallas kernels are not written for take the
             portable implementation.
+        tensor: devices that divide the experts' hidden width; what is left must fit the kernel.
     """
-    return _choose(device.platform, device.device_kind, config)
+    return _choose(device.platform, device.device_kind, config, tensor)
 
 
 @functools.cache  # so that each choice is logged once
-def _choose(platform: str, kind: str, config: ModelConfig) -> Kernels:
+def _choose(platform: str, kind: str, config: ModelConfig, tensor: int) -> Kernels:
     tpu = platform == "tpu"
     gpu = platform in ("gpu", "cuda", "rocm")
     hopper = gpu and ("H100" in kind or "H200" in kind)
@@ -68,13 +69,14 @@ def _choose(platform: str, kind: str, config: ModelConfig) -> Kernels:
     )
     bf16 = config.dtype == "bfloat16"  # what all the kernels compute in
     heads_fit = bf16 and head_dims == _KERNEL_HEAD_DIMS
-    widths = () if config.moe is None else (config.hidden_dim, config.moe.intermediate_dim)
-    widths_fit = bf16 and all(width % _GROUPED_MATMUL_WIDTH == 0 for width in widths)
+    width = 0 if config.moe is None else config.moe.intermediate_dim // tensor
+    ours = "tpu" if tpu else "hopper" if hopper else "xla"
+    step = _GROUPED_MATMUL_WIDTH[ours]
+    widths_fit = bf16 and config.hidden_dim % step == width % step == 0
     chosen = Kernels(
-        mla_attention="tpu" if tpu and heads_fit else "hopper" if hopper and heads_fit else "xla",
-        mla_decode="tpu" if tpu and heads_fit else "hopper" if hopper and heads_fit else "xla",
-        # There is no TPU kernel of this one yet.
-        grouped_matmul="hopper" if hopper and widths_fit else "xla",
+        mla_attention=ours if heads_fit else "xla",
+        mla_decode=ours if heads_fit else "xla",
+        grouped_matmul=ours if widths_fit else "xla",
         # XLA's CPU backend has neither of the ragged ones.
         expert_exchange="ragged" if tpu else "ragged_parts" if gpu else "fixed",
     )

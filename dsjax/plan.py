@@ -66,7 +66,8 @@ def compile_train_step(
     """
     rules = train_rules(make_mesh(mesh, list(devices)))
     optimizer = OptimizerConfig()
-    graphdef, params = abstract_model(model, rules, choose_kernels(devices[0], model))
+    kernels = choose_kernels(devices[0], model, rules.axis_size("tensor"))
+    graphdef, params = abstract_model(model, rules, kernels)
     state = abstract_train_state(optimizer, params, rules, devices[0])
     shape = (1, rows_per_shard * rules.num_batch_shards(), length)
     rows = rules.sharding(None, "batch", "length")

@@ -58,7 +58,8 @@ def compile_step(arguments: argparse.Namespace) -> dict[str, object]:
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
     memory = compiled.memory_analysis()
     text = compiled.as_text()
-    assert memory is not None and text is not None
+    assert memory is not None
+    assert text is not None
     uses = count_collectives(text)
     return {
         "config": arguments.config,

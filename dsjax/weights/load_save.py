@@ -109,7 +109,7 @@ def load_weights(
     rules = rules or ShardingRules()
     if kernels is None:
         devices = jax.devices() if rules.mesh is None else rules.mesh.devices.flat
-        kernels = choose_kernels(devices[0], config)
+        kernels = choose_kernels(devices[0], config, rules.axis_size("tensor"))
     graphdef, abstract = abstract_model(config, rules, kernels)
     shardings: dict[Any, jax.sharding.Sharding] = {}
     if rules.mesh is not None:

@@ -53,9 +53,7 @@ def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float
     sizes = {"fsdp": 1} | {k: int(v) for k, v in (pair.split("=") for pair in axes.split(","))}
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     rules = train_rules(make_mesh(MeshConfig(**sizes), devices[: math.prod(sizes.values())]))
-    kernels = dataclasses.replace(
-        choose_kernels(devices[0], config), grouped_matmul="tpu", exchange_room=room
-    )
+    kernels = dataclasses.replace(choose_kernels(devices[0], config), exchange_room=room)
     options = LayerOptions.of(config, rules, kernels)
     layer = nnx.eval_shape(lambda: MoE(config.moe, config.hidden_dim, options, nnx.Rngs(0)))
     graph, state = nnx.split(layer)

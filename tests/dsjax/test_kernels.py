@@ -23,7 +23,7 @@ def ops(device, config):
 @pytest.mark.core
 @pytest.mark.parametrize("config", [deepseek_v2.config, deepseek_v2_lite.config])
 def test_released_sizes_get_the_chips_kernels(config):
-    assert ops(V5P, config) == ("tpu", "tpu", "xla")
+    assert ops(V5P, config) == ("tpu", "tpu", "tpu")
     assert ops(H200, config) == ("hopper", "hopper", "hopper")
     assert ops(A100, config) == ops(CPU, config) == PORTABLE
 
@@ -42,6 +42,13 @@ def test_sizes_and_types_that_no_kernel_takes_get_the_portable_ones():
     assert ops(H200, replace(tiny.config, dtype="bfloat16")) == PORTABLE
     assert ops(V5P, tiny.config) == PORTABLE
     assert ops(H200, replace(deepseek_v2.config, dtype="float32")) == PORTABLE
+
+
+def test_a_divided_width_must_still_fit_the_kernel():
+    lite = deepseek_v2_lite.config  # 1,408 wide experts
+    assert [choose_kernels(V5P, lite, n).grouped_matmul for n in (1, 2)] == ["tpu", "xla"]
+    assert [choose_kernels(H200, lite, n).grouped_matmul for n in (2, 4)] == ["hopper", "xla"]
+    assert choose_kernels(V5P, deepseek_v2.config, 4).grouped_matmul == "tpu"
 
 
 def test_the_choice_is_logged_once(caplog):

@@ -34,7 +34,9 @@ class CollectiveUse:
         instructions: times it is written in the program.
         executions: times it runs, loops multiplied out.
         bytes: what one chip sends over all executions, at the least: (n-1)/n of the whole array
-            for a gather, a scatter or an all-to-all over n chips, twice that for an all-reduce.
+            for a gather, a scatter or an all-to-all over n chips, twice that for an all-reduce. A
+            ragged all-to-all counts the room there is to receive, as the program does not say how
+            much of it is used.
     """
 
     instructions: int

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul import (
@@ -25,6 +24,7 @@ from tests.conftest import require_module
 from tests.pallas_kernels.grouped_matmul_cases import CASES, Case, make_inputs
 from tests.pallas_kernels.tpu_grouped_programs import compile_programs
 from tests.pallas_kernels.tpu_programs import TOPOLOGIES
+from tests.pallas_kernels.tpu_simulator import without_races
 
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 1e-2}
 ROWS_TILE = tiles.TpuRowsTile(
@@ -49,9 +49,7 @@ def small_tiles(monkeypatch):
 def simulate(kernel, *arrays, **options):
     """The result of a kernel on a simulated TPU, where no two accesses may race."""
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    result = jax.block_until_ready(kernel(*arrays, **options, interpret=interpret))
-    assert not interpret_pallas_call.races.races_found
-    return result
+    return without_races(kernel(*arrays, **options, interpret=interpret))
 
 
 def close(got, want, dtype=jnp.bfloat16):

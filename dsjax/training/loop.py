@@ -80,8 +80,8 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Fit
     run = Path(config.directory).absolute()
     mesh = make_mesh(config.mesh, None if devices is None else list(devices))
     rules = train_rules(mesh if mesh.size > 1 else None)
-    tensor = rules.axis_size("tensor")
-    kernels = choose_kernels(mesh.devices.flat[0], config.model, tensor)
+    device = mesh.devices.flat[0]
+    kernels = choose_kernels(device, config.model, rules.axis_size("tensor"))
     _check(config, rules)
     shard = HostShard(rules)
     loader = make_loader(config.data, process_index=shard.index, process_count=shard.count)
@@ -90,7 +90,6 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Fit
         run.mkdir(parents=True, exist_ok=True)
         graphdef, params = abstract_model(config.model, rules, kernels)
         with RunCheckpoints(run, config.checkpoint) as checkpoints:
-            device = mesh.devices.flat[0]
             abstract = abstract_train_state(config.optimizer, params, rules, device)
             if checkpoints.latest is None:
                 state = _fresh_state(config, abstract, rules, kernels)

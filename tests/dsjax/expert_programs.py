@@ -12,28 +12,16 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 
-from tests.pallas_kernels.tpu_programs import ENVIRONMENT
+from tests.pallas_kernels.tpu_programs import run_compiler
 
 
 def compile_layers(*programs: tuple[str, str, str, int, float]) -> list[dict]:
-    """Runs this module in a subprocess, as libtpu wants a process without XLA's CPU flags."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | ENVIRONMENT
+    """Compiles the layers, each given as on the command line."""
     arguments = [str(word) for program in programs for word in program]
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.dsjax.expert_programs", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1500,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return run_compiler("tests.dsjax.expert_programs", *arguments)
 
 
 def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float):

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import require_module
+
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("full_size_collectives.json")
 
 
 @pytest.mark.slow
 def test_the_236b_step_compiles_for_64_chips_and_fits():
-    pytest.importorskip("libtpu")
+    require_module("libtpu")
     command = [
         sys.executable,
         "scripts/compile_train_step.py",

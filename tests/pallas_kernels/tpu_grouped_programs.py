@@ -6,23 +6,15 @@ prints one JSON line per chip and program: its name, the kernels in it and its t
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 
-from tests.pallas_kernels.tpu_programs import ENVIRONMENT, TOPOLOGIES
+from tests.pallas_kernels.tpu_programs import TOPOLOGIES, run_compiler
 
 
 def compile_programs(chips: tuple[str, ...]) -> list[dict]:
-    """Runs this module in a subprocess, as libtpu wants a process without XLA's CPU flags."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | ENVIRONMENT
-    command = [sys.executable, "-m", "tests.pallas_kernels.tpu_grouped_programs", ",".join(chips)]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=1500
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    """Compiles all programs for these chips."""
+    return run_compiler("tests.pallas_kernels.tpu_grouped_programs", ",".join(chips))
 
 
 def programs():

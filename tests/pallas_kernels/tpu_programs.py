@@ -23,15 +23,23 @@ ENVIRONMENT = {
 }
 
 
-def compile_programs(which: str, chips: str) -> list[dict]:
-    """Runs this module in a subprocess, as libtpu wants a process without XLA's CPU flags."""
+def run_compiler(module: str, *arguments: str) -> list[dict]:
+    """Runs a module in a subprocess, as libtpu wants a process without XLA's CPU flags.
+
+    Returns what the JSON lines that it printed hold.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | ENVIRONMENT
-    command = [sys.executable, "-m", "tests.pallas_kernels.tpu_programs", which, chips]
+    command = [sys.executable, "-m", module, *arguments]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=1500
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def compile_programs(which: str, chips: str) -> list[dict]:
+    """Compiles the attention, decode or sharded programs for these chips."""
+    return run_compiler("tests.pallas_kernels.tpu_programs", which, chips)
 
 
 def attention_programs():

@@ -31,7 +31,7 @@ def test_released_sizes_get_the_chips_kernels(config):
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("device", "transport"),
-    [(V5P, "ragged"), (H200, "fixed"), (A100, "fixed"), (CPU, "fixed")],
+    [(V5P, "ragged"), (H200, "ragged_parts"), (A100, "ragged_parts"), (CPU, "fixed")],
 )
 def test_transport_of_the_expert_exchange(device, transport):
     assert choose_kernels(device, deepseek_v2.config).expert_exchange == transport

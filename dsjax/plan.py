@@ -14,7 +14,7 @@ from dsjax.config import GuardConfig, LossConfig, MeshConfig, ModelConfig, Optim
 from dsjax.kernels import choose_kernels
 from dsjax.model import abstract_model
 from dsjax.sharding import make_mesh, train_rules
-from dsjax.training.step import abstract_train_state, train_step
+from dsjax.training.step import abstract_train_state, jitted_train_step
 
 COLLECTIVES = (
     "all-gather",
@@ -79,8 +79,8 @@ def compile_train_step(
     }
     batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.sharding())
-    lowered = train_step.lower(graphdef, optimizer, loss, GuardConfig(), state, batch, rate)
-    return lowered.compile()
+    step = jitted_train_step(devices[0].platform)
+    return step.lower(graphdef, optimizer, loss, GuardConfig(), state, batch, rate).compile()
 
 
 def count_collectives(hlo: str) -> dict[str, CollectiveUse]:

@@ -27,20 +27,18 @@ _ROUND, _MIN_PASS = 128, 256
 def apply_experts(
     x_BTD: jax.Array,
     routing: Routing,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    experts: Weights,
+    shared: Weights | None,
     config: MoEConfig,
     options: LayerOptions,
 ) -> jax.Array:
-    """Sums each token's experts, weighted by its gates.
+    """Sums each token's experts, weighted by its gates, and the shared experts.
 
     Args:
         x_BTD: compute dtype.
         routing: experts and gates of each token.
-        w_gate: [E, D, F], compute dtype.
-        w_up: [E, D, F].
-        w_down: [E, F, D].
+        experts: gate and up [E, D, F], down [E, F, D], compute dtype.
+        shared: of the shared experts as one MLP, without E; None for none.
         config: how tokens are routed, which bounds the devices a token goes to.
         options: rules and kernels.
 
@@ -52,20 +50,26 @@ def apply_experts(
     """
     rules = options.rules
     table = dict(rules.table)
-    tokens, chosen = ("batch", "length", "embed"), ("batch", "length", None)
-    into, out = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
-    num_shards = rules.axis_size("expert")
+    on_mesh = rules.mesh is not None
     of_device = functools.partial(
         _experts_of_device,
         config=config,
         kernels=options.kernels,
-        gather_axes=() if rules.mesh is None else table["expert_embed"],
-        sum_axes=() if rules.mesh is None else table["mlp"],
-        num_shards=num_shards,
+        gather_axes=table["expert_embed"] if on_mesh else (),
+        gather_shared_axes=table["param_embed"] if on_mesh else (),
+        sum_axes=table["mlp"] if on_mesh else (),
+        num_shards=rules.axis_size("expert"),
         tokens_divided="expert" in table["batch"],
     )
-    run = rules.shard_map(of_device, (tokens, chosen, chosen, into, into, out), tokens)
-    return run(x_BTD, routing.weights_BTK, routing.indices_BTK, w_gate, w_up, w_down)
+    tokens, chosen = ("batch", "length", "embed"), ("batch", "length", None)
+    into, out = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+    weights: list[jax.Array] = [*experts]
+    dims: list[tuple[str, ...]] = [into, into, out]
+    if shared is not None:
+        weights += shared
+        dims += [("param_embed", "mlp"), ("param_embed", "mlp"), ("mlp", "param_embed")]
+    run = rules.shard_map(of_device, (tokens, chosen, chosen, *dims), tokens)
+    return run(x_BTD, routing.weights_BTK, routing.indices_BTK, *weights)
 
 
 def max_shards(config: MoEConfig, num_shards: int) -> int:
@@ -94,23 +98,18 @@ def _experts_of_device(
     x_BTD: jax.Array,
     gates_BTK: jax.Array,
     indices_BTK: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
-    *,
+    *weights: jax.Array,
     config: MoEConfig,
     kernels: Kernels,
     gather_axes: tuple[str, ...],
+    gather_shared_axes: tuple[str, ...],
     sum_axes: tuple[str, ...],
     num_shards: int,
     tokens_divided: bool,
 ) -> jax.Array:
     """Runs on one device of the mesh, with its experts and its tokens."""
-    for axis in gather_axes:  # fsdp: weights are gathered just in time
-        w_gate = jax.lax.all_gather(w_gate, axis, axis=1, tiled=True)
-        w_up = jax.lax.all_gather(w_up, axis, axis=1, tiled=True)
-        w_down = jax.lax.all_gather(w_down, axis, axis=2, tiled=True)
-    weights = Weights(w_gate, w_up, w_down)
+    experts = _gather(Weights(*weights[:3]), gather_axes)
+    shared = _gather(Weights(*weights[3:]), gather_shared_axes) if weights[3:] else None
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     gates_NK = gates_BTK.reshape(-1, config.top_k)
     indices_NK = indices_BTK.reshape(-1, config.top_k)
@@ -123,7 +122,7 @@ def _experts_of_device(
         # Pieces do not depend on one another, so one is computed while the next is exchanged.
         out_ND = jnp.concatenate(
             [
-                _exchanged(x, gates, indices, weights, config, kernels, num_shards)
+                _exchanged(x, gates, indices, experts, shared, config, kernels, num_shards)
                 for x, gates, indices in zip(
                     *(jnp.split(array, chunks) for array in (x_ND, gates_NK, indices_NK)),
                     strict=True,
@@ -131,7 +130,12 @@ def _experts_of_device(
             ]
         )
     else:
-        out_ND = _of_all_tokens(x_ND, gates_NK, indices_NK, weights, config, kernels, num_shards)
+        out_ND = _of_all_tokens(x_ND, gates_NK, indices_NK, experts, config, kernels, num_shards)
+        if shared is not None:
+            shared_ND = _hidden(x_ND, shared) @ shared.down
+            if num_shards > 1:  # every device has them whole, so one alone may add them
+                shared_ND = jnp.where(jax.lax.axis_index("expert") == 0, shared_ND, 0)
+            out_ND += shared_ND
         sum_axes = ("expert", *sum_axes) if num_shards > 1 else sum_axes
     if sum_axes:
         # Hidden widths are divided over the tensor axis, so each device has a part of every sum.
@@ -139,16 +143,38 @@ def _experts_of_device(
     return out_ND.reshape(x_BTD.shape)
 
 
+def _gather(weights: Weights, axes: tuple[str, ...]) -> Weights:
+    """Gathers weights whose model width D is divided over mesh axes, just in time (fsdp)."""
+    gate, up, down = weights
+    # The minor axis first: its parts lie beside one another.
+    for axis in reversed(axes):
+        gate, up = (
+            jax.lax.all_gather(array, axis, axis=array.ndim - 2, tiled=True) for array in (gate, up)
+        )
+        down = jax.lax.all_gather(down, axis, axis=down.ndim - 1, tiled=True)
+    return Weights(gate, up, down)
+
+
+def _hidden(x_ND: jax.Array, shared: Weights) -> jax.Array:
+    return jax.nn.silu(x_ND @ shared.gate) * (x_ND @ shared.up)
+
+
 def _exchanged(
     x_ND: jax.Array,
     gates_NK: jax.Array,
     indices_NK: jax.Array,
-    weights: Weights,
+    experts: Weights,
+    shared: Weights | None,
     config: MoEConfig,
     kernels: Kernels,
     num_shards: int,
 ) -> jax.Array:
-    """Sends this device's tokens to the devices of their experts, and sums what comes back."""
+    """Sends this device's tokens to the devices of their experts, and sums what comes back.
+
+    The shared experts wait for none of it. Barriers hold their two halves where a compiler that
+    runs exchanges beside products can hide one exchange behind each: hidden rows before what was
+    received is sorted, the products with `down` after the experts.
+    """
     plan = plan_exchange(
         indices_NK,
         num_experts=config.num_experts,
@@ -158,29 +184,37 @@ def _exchanged(
     )
     rows_RD = send_tokens(x_ND, plan)
     experts_RK, gates_RK = send_choices(indices_NK, gates_NK, plan)
+    if shared is not None:
+        hidden_NF = _hidden(x_ND, shared)
+        experts_RK, hidden_NF = jax.lax.optimization_barrier((experts_RK, hidden_NF))
     num_tokens, top_k = indices_NK.shape
     size = PassSize(
         tokens=_with_room(num_tokens * _mean_shards(config, num_shards), kernels),
         rows=_with_room(num_tokens * top_k, kernels),
     )
     rows_RD = apply_local_experts(
-        rows_RD, experts_RK, gates_RK, plan.num_received, weights, size, kernels.grouped_matmul
+        rows_RD, experts_RK, gates_RK, plan.num_received, experts, size, kernels.grouped_matmul
     )
-    return return_tokens(rows_RD, plan)
+    if shared is None:
+        return return_tokens(rows_RD, plan)
+    rows_RD, hidden_NF = jax.lax.optimization_barrier((rows_RD, hidden_NF))
+    # The last barrier keeps the product out of the sum of what returns, which must wait.
+    shared_ND = jax.lax.optimization_barrier(hidden_NF @ shared.down)
+    return return_tokens(rows_RD, plan) + shared_ND
 
 
 def _of_all_tokens(
     x_ND: jax.Array,
     gates_NK: jax.Array,
     indices_NK: jax.Array,
-    weights: Weights,
+    experts: Weights,
     config: MoEConfig,
     kernels: Kernels,
     num_shards: int,
 ) -> jax.Array:
     """Sums this device's experts for tokens that all devices have: what decoding does."""
     num_tokens, top_k = indices_NK.shape
-    num_local = weights.gate.shape[0]
+    num_local = experts.gate.shape[0]
     rows = num_tokens * top_k
     if num_shards > 1:
         indices_NK = indices_NK - jax.lax.axis_index("expert") * num_local
@@ -190,7 +224,7 @@ def _of_all_tokens(
         rows = _with_room(rows / num_shards, kernels)
     size = PassSize(num_tokens, rows)
     return apply_local_experts(
-        x_ND, indices_NK, gates_NK, num_tokens, weights, size, kernels.grouped_matmul
+        x_ND, indices_NK, gates_NK, num_tokens, experts, size, kernels.grouped_matmul
     )
 
 

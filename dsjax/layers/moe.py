@@ -8,6 +8,7 @@ from flax import nnx
 from dsjax.config import MoEConfig, TokenDropping
 from dsjax.layers.basic import MLP, LayerOptions
 from dsjax.layers.expert_parallel import apply_experts
+from dsjax.layers.expert_passes import Weights
 from dsjax.layers.router import Router, RouterStats
 
 
@@ -40,17 +41,14 @@ class MoE(nnx.Module):
             out_BTD in the compute dtype, and the router's statistics.
         """
         routing, stats = self.router(x_BTD, mask_BT, dropping)
-        dtype = self.options.dtype
+        shared = None if self.shared is None else self._weights(self.shared)
         out_BTD = apply_experts(
-            x_BTD,
-            routing,
-            self.w_gate[...].astype(dtype),
-            self.w_up[...].astype(dtype),
-            self.w_down[...].astype(dtype),
-            self.config,
-            self.options,
+            x_BTD, routing, self._weights(self), shared, self.config, self.options
         )
-        # Nothing here waits for the experts, so the compiler can hide their exchange behind it.
-        if self.shared is not None:
-            out_BTD += self.shared(x_BTD)
         return out_BTD, stats
+
+    def _weights(self, holder: MoE | MLP) -> Weights:
+        dtype = self.options.dtype
+        return Weights(
+            *(weight[...].astype(dtype) for weight in (holder.w_gate, holder.w_up, holder.w_down))
+        )

@@ -109,7 +109,9 @@ BATCH, LENGTH = 8, 6
 @functools.partial(jax.jit, static_argnames=("config", "options"))
 def run_layer(x_BTD, gates_BTK, indices_BTK, weights, probe_BTD, config, options):
     def run(x_BTD, gates_BTK, *weights):
-        return apply_experts(x_BTD, Routing(gates_BTK, indices_BTK), *weights, config, options)
+        routing = Routing(gates_BTK, indices_BTK)
+        experts, shared = Weights(*weights[:3]), Weights(*weights[3:])
+        return apply_experts(x_BTD, routing, experts, shared, config, options)
 
     out_BTD, pull = jax.vjp(run, x_BTD, gates_BTK, *weights)
     return out_BTD, pull(probe_BTD)
@@ -117,6 +119,8 @@ def run_layer(x_BTD, gates_BTK, indices_BTK, weights, probe_BTD, config, options
 
 def draw_routed_layer(rng, config, skew=0.0):
     x, gates, *weights = draw_layer(rng, BATCH * LENGTH, config.num_experts)
+    for shape in ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)):  # the shared experts
+        weights.append(jnp.asarray(rng.standard_normal(shape) / 4, jnp.float32))
     scores = rng.standard_normal((BATCH, LENGTH, config.num_experts))
     scores[..., 2] += skew
     _, indices = choose_experts(jax.nn.softmax(jnp.asarray(scores)), config)
@@ -162,7 +166,9 @@ def test_decoding_sums_over_the_devices_once_and_moves_no_token(rng):
 
     @functools.partial(jax.jit, static_argnames="options")
     def run(x_BTD, gates_BTK, indices_BTK, weights, options):
-        return apply_experts(x_BTD, Routing(gates_BTK, indices_BTK), *weights, MOE, options)
+        routing = Routing(gates_BTK, indices_BTK)
+        experts, shared = Weights(*weights[:3]), Weights(*weights[3:])
+        return apply_experts(x_BTD, routing, experts, shared, MOE, options)
 
     def shard(array, *dims):
         return jax.device_put(array, rules.sharding(*dims))
@@ -170,7 +176,8 @@ def test_decoding_sums_over_the_devices_once_and_moves_no_token(rng):
     arguments = (x, gates, indices)
     on_mesh = [shard(a, "batch", "length", None) for a in arguments]
     into, out = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
-    on_mesh.append([shard(w, *dims) for w, dims in zip(weights, (into, into, out), strict=True)])
+    dims = (into, into, out, into[1:], into[1:], out[1:])
+    on_mesh.append([shard(w, *each) for w, each in zip(weights, dims, strict=True)])
     compiled = run.lower(*on_mesh, options=options).compile()
     found = re.findall(r"(all-[a-z\-]+|reduce-scatter|collective-permute)\(", compiled.as_text())
     assert found == ["all-reduce"]

@@ -191,8 +191,11 @@ def _chips(line: str) -> tuple[str, int]:
 
 def _sent_bytes(kind: str, result: str, chips: int, started: bool) -> int:
     sizes = [_array_bytes(dtype, dims) for dtype, dims in _ARRAY.findall(result)]
-    # The result of a start holds operands beside results; the larger half is the whole array.
-    size = max(sizes) if started else sum(sizes)
+    # The result of a start holds operands beside results; the larger half is the whole array, but
+    # a ragged exchange names what it sends, then what it fills.
+    size = sum(sizes)
+    if started:
+        size = sizes[1] if kind == "ragged-all-to-all" else max(sizes)
     match kind:
         case "all-reduce":
             return 2 * size * (chips - 1) // chips

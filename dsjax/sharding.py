@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -101,6 +102,26 @@ class ShardingRules:
             return array
         return jax.lax.with_sharding_constraint(array, self.sharding(*dims))
 
+    def gather_by_axis(self, weight: jax.Array, *dims: str | None) -> jax.Array:
+        """Begins to gather a weight where more than one mesh axis divides a dim (fsdp).
+
+        A dim comes back divided by its first axis alone, so that two gathers follow one another,
+        each along an axis of the mesh. All chips at once, which is what a plain use of the weight
+        asks for, libtpu gathers by an all-reduce of an array that is zero elsewhere, at twice the
+        bytes. The gradient goes straight back to where the weight lives.
+        """
+        table = dict(self.table)
+        split = [() if dim is None else self._dividing(table[dim]) for dim in dims]
+        if all(len(axes) < 2 for axes in split):
+            return weight
+        first = PartitionSpec(*(axes[:1] or None for axes in split))
+        assert self.mesh is not None
+        return _constrain_forward(NamedSharding(self.mesh, first), weight)
+
+    def _dividing(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Those axes that have more than one device."""
+        return tuple(axis for axis in axes if self.axis_size(axis) > 1)
+
     def shard_map(
         self, f: Callable[..., Any], in_dims: tuple[Dims | None, ...], out_dims: Any
     ) -> Callable[..., Any]:
@@ -130,6 +151,17 @@ class ShardingRules:
     def num_batch_shards(self) -> int:
         """Returns the number of parts that the rules divide a batch into."""
         return math.prod(self.axis_size(axis) for axis in dict(self.table)["batch"])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _constrain_forward(sharding: NamedSharding, array: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(array, sharding)
+
+
+_constrain_forward.defvjp(
+    lambda sharding, array: (_constrain_forward(sharding, array), None),
+    lambda sharding, _, d_array: (d_array,),
+)
 
 
 def train_rules(mesh: Mesh | None) -> ShardingRules:

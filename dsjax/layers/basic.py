@@ -52,6 +52,11 @@ class LayerOptions:
         values = self.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
         return nnx.Param(values.astype(self.param_dtype), dims=dims)
 
+    def read(self, weight: nnx.Param) -> jax.Array:
+        """Returns a parameter made by `weight` in the compute type, on its way to every device."""
+        array = weight[...].astype(self.dtype)
+        return self.rules.gather_by_axis(array, *weight.get_metadata("dims"))
+
 
 @jax.custom_vjp
 def float32_matmul(x_MD: jax.Array, w_DN: jax.Array) -> jax.Array:
@@ -119,9 +124,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Returns silu(x w_gate) * (x w_up) w_down, [B, T, D] in the compute dtype."""
-        dtype, rules = self.options.dtype, self.options.rules
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_gate[...].astype(dtype))
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.w_up[...].astype(dtype))
+        read, rules = self.options.read, self.options.rules
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, read(self.w_gate))
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, read(self.w_up))
         hidden_BTF = rules.constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
-        out_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, self.w_down[...].astype(dtype))
+        out_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, read(self.w_down))
         return rules.constrain(out_BTD, "batch", "length", "embed")

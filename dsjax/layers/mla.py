@@ -145,7 +145,7 @@ class MLA(nnx.Module):
         return self.kv_norm(latent_BTC), k_rope_BTR
 
     def _project(self, subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
-        return jnp.einsum(subscripts, x, weight[...].astype(self.options.dtype))
+        return jnp.einsum(subscripts, x, self.options.read(weight))
 
     def _output(self, out_BTHV: jax.Array) -> jax.Array:
         out_BTD = self._project("BTHV,HVD->BTD", out_BTHV, self.wo)

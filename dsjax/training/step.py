@@ -141,7 +141,7 @@ def abstract_train_state(
 
 
 # Without it libtpu's ragged all-to-all stands still while products could run beside it.
-_COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_ragged_all_to_all": "true"}}
+COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_ragged_all_to_all": "true"}}
 
 
 @functools.cache
@@ -151,7 +151,7 @@ def jitted_train_step(platform: str) -> Any:
         _train_step,
         static_argnums=(0, 1, 2, 3),
         donate_argnums=4,
-        compiler_options=_COMPILER_OPTIONS.get(platform),
+        compiler_options=COMPILER_OPTIONS.get(platform),
     )
 
 

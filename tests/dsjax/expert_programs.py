@@ -3,9 +3,9 @@
     python -m tests.dsjax.expert_programs deepseek_v2 v5p:4x4x4 fsdp=8,expert=8 4096 1.5
 
 prints one JSON line a layer, forward and backward, the shared experts included: the kernels in it,
-the room of its exchanges in bytes a device, and its temporary memory. The last word is
-`exchange_room`; with as much as there are shards, one pass takes all and its kernels are compiled
-once rather than twice.
+the room of its exchanges in bytes a device, the products that run beside each, and its temporary
+memory. The last word is `exchange_room`; with as much as there are shards, one pass takes all and
+its kernels are compiled once rather than twice.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float
     from dsjax.layers.basic import LayerOptions
     from dsjax.layers.moe import MoE
     from dsjax.sharding import make_mesh, train_rules
+    from dsjax.training.step import COMPILER_OPTIONS
 
     config = importlib.import_module(f"configs.models.{model}").config
     sizes = {"fsdp": 1} | {k: int(v) for k, v in (pair.split("=") for pair in axes.split(","))}
@@ -69,22 +70,45 @@ def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float
 
         return jax.grad(loss, argnums=(0, 1))(state, x_BTD)
 
-    return jax.jit(step).trace(state, x).lower().compile()
+    return jax.jit(step).trace(state, x).lower().compile(COMPILER_OPTIONS["tpu"])
+
+
+_EXCHANGE = re.compile(r"%(\S+) = (.*?) ragged-all-to-all(-start)?\(")
+_ARRAY = re.compile(r"\b(bf16|s32|f32)\[([\d,]+)\]")
+_PRODUCT = re.compile(
+    r"%(\S+) = .* (?:fusion|convolution|custom-call)\(.*"
+    r"op_name=\"[^\"]*(?:dot_general|/grouped_\w+/pallas_call)"
+)
 
 
 def describe(compiled) -> dict:
     """What a compiled layer consists of, as far as it concerns the exchange."""
-    text = compiled.as_text()
-    shapes = re.findall(r" = (\w+)\[([\d,]+)\]\S* ragged-all-to-all\(", text)
-    width = {"bf16": 2, "s32": 4, "f32": 4}
+    lines = compiled.as_text().splitlines()
+    exchanges, beside = [], []
+    for number, line in enumerate(lines):
+        found = _EXCHANGE.search(line)
+        if found is None:
+            continue
+        # A start's result names first what is sent, then what is filled.
+        dtype, shape = _ARRAY.findall(found[2])[1 if found[3] else 0]
+        size = {"bf16": 2, "s32": 4, "f32": 4}[dtype]
+        exchanges.append([dtype, size * math.prod(int(size) for size in shape.split(","))])
+        beside.append([])
+        for later in lines[number + 1 :] if found[3] else ():
+            if f"ragged-all-to-all-done(%{found[1]})" in later:
+                break
+            beside[-1] += [product[1] for product in [_PRODUCT.search(later)] if product]
     return {
         "kernels": sorted(
-            set(re.findall(r"(grouped_[a-z]+(?:_[a-z]+)*)[\w.\-]* = [^\n]*tpu_custom_call", text))
+            set(
+                re.findall(
+                    r"(grouped_[a-z]+(?:_[a-z]+)*)[\w.\-]* = [^\n]*tpu_custom_call",
+                    "\n".join(lines),
+                )
+            )
         ),
-        "exchanges": [
-            [dtype, width[dtype] * math.prod(int(size) for size in shape.split(","))]
-            for dtype, shape in shapes
-        ],
+        "exchanges": exchanges,
+        "beside": beside,
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
     }
 

@@ -52,6 +52,8 @@ TPU_PROGRAM = """HloModule jit_step
   %rs = f32[4,8]{1,0} reduce-scatter(%y), replica_groups=mesh['fsdp'=8,'expert'=8] {'expert','fsdp'}
   %cp = (f32[2,8]{1,0}, f32[2,8]{1,0}, u32[]) collective-permute-start(%z), pairs={{0,1}}
   %cpd = f32[2,8]{1,0} collective-permute-done(%cp)
+  %ra = ((bf16[9,8], bf16[24,8]), bf16[24,8]) ragged-all-to-all-start(%v), replica_groups=[8,8]
+  %rad = bf16[24,8]{1,0} ragged-all-to-all-done(%ra)
 }
 
 ENTRY %main (q: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
@@ -66,5 +68,6 @@ def test_axes_and_trip_counts_of_a_tpu_program():
         "all-gather over fsdp": CollectiveUse(1, 59, 59 * 32 * 8 * 2 * 7 // 8),
         "all-reduce over 8 chips": CollectiveUse(1, 1, 2 * 2 * 16 * 4 * 7 // 8),
         "collective-permute over pairs": CollectiveUse(1, 59, 59 * 2 * 8 * 4),
+        "ragged-all-to-all over 8 chips": CollectiveUse(1, 59, 59 * 24 * 8 * 2 * 7 // 8),
         "reduce-scatter over expert+fsdp": CollectiveUse(1, 59, 59 * 4 * 8 * 4 * 63),
     }

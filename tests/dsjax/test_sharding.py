@@ -1,6 +1,7 @@
 """The same step on 1 and on 8 devices, and what the sharding tables and meshes refuse."""
 
 import functools
+import re
 from dataclasses import replace
 
 import jax
@@ -169,6 +170,27 @@ def test_every_parameter_is_divided_as_its_dims_say():
     # Behind the norms, nothing is kept whole on every device.
     whole = [p for p, d in dims.items() if not any(rules.spec(*d)) and "norm" not in d]
     assert whole == []
+
+
+def test_weights_are_gathered_along_one_mesh_axis_after_another():
+    rules = train_rules(make_mesh(MeshConfig(fsdp=2, expert=4)))
+    dims = ("param_embed", "mlp")
+
+    @functools.partial(jax.jit, out_shardings=(rules.sharding(None, None), rules.sharding(*dims)))
+    def gather(weight_DF):
+        def whole(weight_DF):
+            array = rules.gather_by_axis(weight_DF, *dims)
+            return rules.constrain(array, None, None)
+
+        out_DF, pull = jax.vjp(whole, weight_DF)
+        return out_DF, *pull(out_DF)
+
+    weight_DF = jax.device_put(jnp.arange(64.0).reshape(16, 4), rules.sharding(*dims))
+    compiled = gather.lower(weight_DF).compile()
+    rows = re.findall(r"= f32\[(\d+),4\]\S* all-gather\(", compiled.as_text())
+    assert rows == ["8", "16"]  # first of the 2 rows of each device those of 4, then of 2 x 4
+    for array in compiled(weight_DF):
+        np.testing.assert_array_equal(array, weight_DF)
 
 
 def test_rules_are_part_of_the_jit_key():

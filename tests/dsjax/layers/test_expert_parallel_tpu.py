@@ -27,6 +27,13 @@ def test_compiles_for_every_chip():
         received, returned = 4 * TOKENS * width * 2, most * TOKENS * width * 2
         # Out and back, forward and backward: what comes back is bounded by what was sent.
         assert sorted(rows) == sorted(2 * [received] + 2 * [returned]), each
+        # Products hide some of them, where libtpu runs exchanges beside products.
+        hidden = [
+            products
+            for (dtype, _), products in zip(each["exchanges"], each["beside"], strict=True)
+            if dtype == "bf16" and products
+        ]
+        assert hidden or each["topology"].startswith("tpu7x"), each
         # Experts and gates beside the rows, and the gates' gradient.
         assert len(each["exchanges"]) - len(rows) == 2, each
         assert {"grouped_swiglu", "grouped_matmul", "grouped_weight_gradient"} <= set(

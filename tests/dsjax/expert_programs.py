@@ -1,11 +1,11 @@
 """Compiles a layer of experts for TPU pods that are not there; run as a module, in its own process.
 
-    python -m tests.dsjax.expert_programs deepseek_v2 v5p:4x4x4 fsdp=8,expert=8 4096 1.5
+    python -m tests.dsjax.expert_programs deepseek_v2 v5p:4x4x4 fsdp=8,expert=8 4096 1.5 1
 
 prints one JSON line a layer, forward and backward, the shared experts included: the kernels in it,
 the room of its exchanges in bytes a device, the products that run beside each, and its temporary
-memory. The last word is `exchange_room`; with as much as there are shards, one pass takes all and
-its kernels are compiled once rather than twice.
+memory. The last words are `exchange_room`, with as much as there are shards one pass takes all and
+its kernels are compiled once rather than twice, and `exchange_chunks`.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ import sys
 from tests.pallas_kernels.tpu_programs import run_compiler
 
 
-def compile_layers(*programs: tuple[str, str, str, int, float]) -> list[dict]:
+def compile_layers(*programs: tuple[str, str, str, int, float, int]) -> list[dict]:
     """Compiles the layers, each given as on the command line."""
     arguments = [str(word) for program in programs for word in program]
     return run_compiler("tests.dsjax.expert_programs", *arguments)
 
 
-def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float):
+def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float, chunks: int):
     """Returns the compiled forward and backward of one layer with `tokens` a device."""
     import jax
     import jax.numpy as jnp
@@ -42,7 +42,8 @@ def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float
     sizes = {"fsdp": 1} | {k: int(v) for k, v in (pair.split("=") for pair in axes.split(","))}
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     rules = train_rules(make_mesh(MeshConfig(**sizes), devices[: math.prod(sizes.values())]))
-    kernels = dataclasses.replace(choose_kernels(devices[0], config), exchange_room=room)
+    kernels = choose_kernels(devices[0], config)
+    kernels = dataclasses.replace(kernels, exchange_room=room, exchange_chunks=chunks)
     options = LayerOptions.of(config, rules, kernels)
     layer = nnx.eval_shape(lambda: MoE(config.moe, config.hidden_dim, options, nnx.Rngs(0)))
     graph, state = nnx.split(layer)
@@ -115,9 +116,9 @@ def describe(compiled) -> dict:
 
 def main(*arguments: str) -> None:
     """Compiles and prints."""
-    for first in range(0, len(arguments), 5):
-        model, topology, axes, tokens, room = arguments[first : first + 5]
-        compiled = compile_layer(model, topology, axes, int(tokens), float(room))
+    for first in range(0, len(arguments), 6):
+        model, topology, axes, tokens, room, chunks = arguments[first : first + 6]
+        compiled = compile_layer(model, topology, axes, int(tokens), float(room), int(chunks))
         program = {"model": model, "topology": topology, "axes": axes, "tokens": int(tokens)}
         print(json.dumps(program | describe(compiled)), flush=True)
 

@@ -14,8 +14,8 @@ _LOG = logging.getLogger(__name__)
 
 # Head dims that the Pallas attention kernels are written for: nope, rope, value, latent.
 _KERNEL_HEAD_DIMS = (128, 64, 128, 512)
-# Widths that the grouped matmul of a chip takes are multiples of this.
-_GROUPED_MATMUL_WIDTH = {"tpu": 128, "hopper": 64, "xla": 1}
+# The experts' kernels of a chip take multiples of these: of hidden and of intermediate widths.
+_EXPERT_WIDTHS = {"tpu": (128, 128), "hopper": (128, 64), "xla": (1, 1)}
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def _choose(platform: str, kind: str, config: ModelConfig, tensor: int) -> Kerne
     heads_fit = bf16 and head_dims == _KERNEL_HEAD_DIMS
     width = 0 if config.moe is None else config.moe.intermediate_dim // tensor
     ours = "tpu" if tpu else "hopper" if hopper else "xla"
-    step = _GROUPED_MATMUL_WIDTH[ours]
-    widths_fit = bf16 and config.hidden_dim % step == width % step == 0
+    hidden_step, step = _EXPERT_WIDTHS[ours]
+    widths_fit = bf16 and config.hidden_dim % hidden_step == width % step == 0
     chosen = Kernels(
         mla_attention=ours if heads_fit else "xla",
         mla_decode=ours if heads_fit else "xla",

@@ -78,14 +78,15 @@ def _one_pass(
     implementation: str,
 ) -> jax.Array:
     order = sort_by_expert(experts_NK, weights.gate.shape[0], rows)
-    rows_MD = gather_rows(x_ND, order)
+    permute = "hopper" if implementation == "hopper" else "xla"
+    rows_MD = gather_rows(x_ND, order, implementation=permute)
     hidden_MF = grouped_swiglu(
         rows_MD, weights.gate, weights.up, order.group_sizes_E, implementation=implementation
     )
     rows_MD = grouped_matmul(
         hidden_MF, weights.down, order.group_sizes_E, implementation=implementation
     )
-    return combine_rows(rows_MD, gates_NK, order)
+    return combine_rows(rows_MD, gates_NK, order, implementation=permute)
 
 
 class _Window(NamedTuple):

@@ -71,48 +71,107 @@ def _sum_rows(rows_MD: Array, order: ExpertOrder, weights_NK: Array | None = Non
     return functools.reduce(jnp.add, parts)
 
 
-@jax.custom_vjp
-def gather_rows(x_ND: Float[Array, "N D"], order: ExpertOrder) -> Float[Array, "M D"]:
+def _spread(
+    x_ND: Array, order: ExpertOrder, implementation: str, weights_NK: Array | None = None
+) -> Array:
+    """Each token, times its weights where given, copied to its rows."""
+    num_rows = order.token_M.shape[0]
+    if implementation == "hopper":
+        # Imported when chosen: a host without Mosaic for GPUs can still use the other.
+        from pallas_kernels.expert_exchange.hopper import spread_rows
+
+        return spread_rows(x_ND, order.row_NK, num_rows, weights_NK)
+    if implementation != "xla":
+        raise ValueError(f"implementation: {implementation!r} must be 'xla' or 'hopper'")
+    rows_MD = x_ND.at[order.token_M].get(mode="promise_in_bounds")
+    if weights_NK is None:
+        return rows_MD
+    weight_M = jnp.zeros(num_rows, weights_NK.dtype)
+    weight_M = weight_M.at[order.row_NK].set(weights_NK, mode="drop", unique_indices=True)
+    return (rows_MD.astype(jnp.float32) * weight_M[:, None]).astype(x_ND.dtype)
+
+
+def gather_rows(
+    x_ND: Float[Array, "N D"], order: ExpertOrder, *, implementation: str = "xla"
+) -> Float[Array, "M D"]:
     """Copies each token to its rows.
 
     The gradient of a token is a sum over its K rows, found by a gather: no scatter-add.
+
+    Args:
+        x_ND: tokens.
+        order: where they go.
+        implementation: "xla", or "hopper" for a kernel that reads each token once.
+
+    Raises:
+        ValueError: an unknown implementation, or a width that it cannot take.
     """
-    return x_ND[order.token_M]
+    return _gather_rows(implementation, x_ND, order)
 
 
-def _gather_rows_forward(x_ND: Array, order: ExpertOrder) -> tuple[Array, ExpertOrder]:
-    return gather_rows(x_ND, order), order
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather_rows(implementation: str, x_ND: Array, order: ExpertOrder) -> Array:
+    return _spread(x_ND, order, implementation)
 
 
-def _gather_rows_backward(order: ExpertOrder, d_rows_MD: Array) -> tuple[Array, None]:
+def _gather_rows_forward(
+    implementation: str, x_ND: Array, order: ExpertOrder
+) -> tuple[Array, ExpertOrder]:
+    return _gather_rows(implementation, x_ND, order), order
+
+
+def _gather_rows_backward(
+    implementation: str, order: ExpertOrder, d_rows_MD: Array
+) -> tuple[Array, None]:
+    del implementation
     # Rows behind the last group take part in nothing, so their cotangent is 0 by construction.
     return _sum_rows(d_rows_MD, order).astype(d_rows_MD.dtype), None
 
 
-gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
+_gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
 
 
-@jax.custom_vjp
 def combine_rows(
-    rows_MD: Float[Array, "M D"], weights_NK: Float[Array, "N K"], order: ExpertOrder
+    rows_MD: Float[Array, "M D"],
+    weights_NK: Float[Array, "N K"],
+    order: ExpertOrder,
+    *,
+    implementation: str = "xla",
 ) -> Float[Array, "N D"]:
-    """Sums each token's rows, weighted, in float32; returns the rows' dtype."""
+    """Sums each token's rows, weighted, in float32; returns the rows' dtype.
+
+    Args:
+        rows_MD: the experts' results.
+        weights_NK: float32 gates.
+        order: where the tokens' rows are.
+        implementation: of the gradient: "xla", or "hopper" for a kernel that reads each token once.
+
+    Raises:
+        ValueError: an unknown implementation, or a width that it cannot take.
+    """
+    return _combine_rows(implementation, rows_MD, weights_NK, order)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine_rows(
+    implementation: str, rows_MD: Array, weights_NK: Array, order: ExpertOrder
+) -> Array:
+    del implementation
     return _sum_rows(rows_MD, order, weights_NK).astype(rows_MD.dtype)
 
 
 def _combine_forward(
-    rows_MD: Array, weights_NK: Array, order: ExpertOrder
+    implementation: str, rows_MD: Array, weights_NK: Array, order: ExpertOrder
 ) -> tuple[Array, tuple[Array, Array, ExpertOrder]]:
-    return combine_rows(rows_MD, weights_NK, order), (rows_MD, weights_NK, order)
+    out_ND = _combine_rows(implementation, rows_MD, weights_NK, order)
+    return out_ND, (rows_MD, weights_NK, order)
 
 
 def _combine_backward(
-    residuals: tuple[Array, Array, ExpertOrder], d_out_ND: Array
+    implementation: str, residuals: tuple[Array, Array, ExpertOrder], d_out_ND: Array
 ) -> tuple[Array, Array, None]:
     rows_MD, weights_NK, order = residuals
-    weight_M = jnp.zeros(order.token_M.shape, weights_NK.dtype)
-    weight_M = weight_M.at[order.row_NK].set(weights_NK, mode="drop", unique_indices=True)
-    d_rows_MD = d_out_ND[order.token_M].astype(jnp.float32) * weight_M[:, None]
+    d_rows_MD = _spread(d_out_ND, order, implementation, weights_NK)
     d_out_ND = d_out_ND.astype(jnp.float32)
     d_weights_NK = jnp.stack(
         [
@@ -121,7 +180,7 @@ def _combine_backward(
         ],
         axis=1,
     )
-    return d_rows_MD.astype(rows_MD.dtype), d_weights_NK.astype(weights_NK.dtype), None
+    return d_rows_MD, d_weights_NK.astype(weights_NK.dtype), None
 
 
-combine_rows.defvjp(_combine_forward, _combine_backward)
+_combine_rows.defvjp(_combine_forward, _combine_backward)

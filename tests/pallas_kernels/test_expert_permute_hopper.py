@@ -1,0 +1,79 @@
+"""Tokens spread to their experts' rows by the Hopper kernel: as the gathers of XLA do it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.expert_exchange import combine_rows, gather_rows, sort_by_expert
+
+TOP_K, EXPERTS = 3, 6
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """Kernels for Hopper run on the CPU, by JAX's simulator."""
+    kernel = functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams())
+    monkeypatch.setattr(plgpu, "kernel", kernel)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("dtype", "max_rows"), [("bfloat16", None), ("float32", 15)])
+def test_kernel_is_the_gathers(dtype, max_rows, simulated, rng):
+    """All rows there are, in the same order, for a number of tokens that no block divides."""
+    tokens, width = 7, 256
+    indices = rng.integers(0, EXPERTS, (tokens, TOP_K)).astype(np.int32)
+    indices[rng.random(indices.shape) < 0.4] = EXPERTS
+    assert (indices < EXPERTS).sum() <= 15
+    x, probe = jnp.asarray(rng.standard_normal((2, tokens, width)), dtype)
+    gates = jnp.asarray(rng.random(indices.shape), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, x_ND, gates_NK):
+        order = sort_by_expert(jnp.asarray(indices), EXPERTS, max_rows)
+
+        def both(x_ND, gates_NK):
+            rows_MD = gather_rows(x_ND, order, implementation=implementation)
+            return rows_MD, combine_rows(rows_MD, gates_NK, order, implementation=implementation)
+
+        (rows_MD, out_ND), pull = jax.vjp(both, x_ND, gates_NK)
+        return rows_MD, out_ND, *pull((jnp.zeros_like(rows_MD), probe))
+
+    got, want = run("hopper", x, gates), run("xla", x, gates)
+    assert np.abs(np.asarray(want[0], np.float32)).sum() > 0
+    for ours, theirs in zip(got, want, strict=True):
+        # Copies are the same bit by bit; sums may be fused in other ways.
+        np.testing.assert_allclose(*(np.asarray(a, np.float64) for a in (ours, theirs)), rtol=2e-6)
+    np.testing.assert_array_equal(np.asarray(got[0]), np.asarray(want[0]))
+
+
+@pytest.mark.parametrize("width", [2048, 5120])
+def test_kernel_lowers(width):
+    """For CUDA, forward and backward one kernel each."""
+    x = jax.ShapeDtypeStruct((32768, width), jnp.bfloat16)
+    gates = jax.ShapeDtypeStruct((32768, 6), jnp.float32)
+    indices = jax.ShapeDtypeStruct((32768, 6), jnp.int32)
+
+    def run(x_ND, gates_NK, indices_NK):
+        order = sort_by_expert(indices_NK, 64)
+        rows_MD, pull = jax.vjp(lambda x: gather_rows(x, order, implementation="hopper"), x_ND)
+        combine = functools.partial(combine_rows, implementation="hopper")
+        out_ND, pull_combine = jax.vjp(lambda *a: combine(*a, order), rows_MD, gates_NK)
+        d_rows_MD, d_gates_NK = pull_combine(out_ND)
+        return pull(d_rows_MD), d_gates_NK
+
+    lowered = jax.jit(run).trace(x, gates, indices).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu_v2") == 2
+
+
+@pytest.mark.parametrize(
+    ("implementation", "width", "message"),
+    [("hopper", 192, "width 192 must be a multiple of 128"), ("cuda", 128, "implementation: 'cud")],
+)
+def test_refuses(implementation, width, message):
+    order = sort_by_expert(jnp.zeros((4, 1), jnp.int32), 2)
+    with pytest.raises(ValueError, match=message):
+        gather_rows(jnp.zeros((4, width)), order, implementation=implementation)

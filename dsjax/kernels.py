@@ -26,6 +26,8 @@ class Kernels:
         mla_attention: of attention in training and prefill.
         mla_decode: of absorbed decode.
         grouped_matmul: of the experts' products.
+        router: of the experts' affinities: "float32" multiplies in full precision; for bfloat16
+            tokens "bfloat16_terms" comes to as much by products that matrix units take.
         expert_exchange: how tokens move between devices that divide the experts: "ragged" (TPUs)
             and "ragged_parts" (GPUs) send what there is, "fixed" as much as there might be.
         exchange_chunks: parts of a device's tokens that are exchanged one by one, so that one is
@@ -37,6 +39,7 @@ class Kernels:
     mla_attention: str = "xla"
     mla_decode: str = "xla"
     grouped_matmul: str = "xla"
+    router: str = "float32"
     expert_exchange: str = "fixed"
     exchange_chunks: int = 1
     exchange_room: float = 1.5
@@ -77,6 +80,8 @@ def _choose(platform: str, kind: str, config: ModelConfig, tensor: int) -> Kerne
         mla_attention=ours if heads_fit else "xla",
         mla_decode=ours if heads_fit else "xla",
         grouped_matmul=ours if widths_fit else "xla",
+        # A TPU's compiler splits float32 by itself.
+        router="bfloat16_terms" if gpu and bf16 else "float32",
         # XLA's CPU backend has neither of the ragged ones; on GPUs "ragged" is a hundred times
         # slower than "ragged_parts".
         expert_exchange="ragged" if tpu else "ragged_parts" if gpu else "fixed",

@@ -46,6 +46,98 @@ class RouterStats:
     dropped: jax.Array
 
 
+def router_logits(
+    x_BTD: jax.Array, weight_DE: jax.Array, *, implementation: str = "float32"
+) -> jax.Array:
+    """Multiplies tokens by the experts' centroids (the exponents of eq. 22) in float32.
+
+    Args:
+        x_BTD: bfloat16 or float32.
+        weight_DE: bfloat16 or float32.
+        implementation: "float32", or "bfloat16_terms" for bfloat16 tokens.
+
+    Returns:
+        logits_BTE, float32.
+
+    Raises:
+        ValueError: an unknown implementation, or tokens that it cannot take.
+    """
+    if implementation == "bfloat16_terms":
+        if x_BTD.dtype != jnp.bfloat16:
+            raise ValueError(
+                f"x_BTD: dtype {x_BTD.dtype} must be bfloat16 for implementation 'bfloat16_terms'"
+            )
+        return _logits_of_bfloat16(x_BTD, weight_DE)
+    if implementation != "float32":
+        raise ValueError(
+            f"implementation: {implementation!r} must be 'float32' or 'bfloat16_terms'"
+        )
+    return jnp.einsum(
+        "BTD,DE->BTE",
+        x_BTD.astype(jnp.float32),
+        weight_DE.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def _bfloat16_terms(array: jax.Array, count: int, axis: int) -> jax.Array:
+    """Splits values into `count` bfloat16 terms, largest first; three sum to a float32 exactly."""
+    if array.dtype == jnp.bfloat16:
+        return jnp.expand_dims(array, axis)
+    terms = []
+    for _ in range(count):
+        # Not astype, there and back: the compiler may leave such a pair of casts out.
+        term = jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
+        array -= term
+        terms.append(term.astype(jnp.bfloat16))
+    return jnp.stack(terms, axis)
+
+
+@jax.custom_vjp
+def _logits_of_bfloat16(x_BTD: jax.Array, weight_DE: jax.Array) -> jax.Array:
+    """As float32 products, by products of bfloat16 terms (letters S, P) with float32 sums.
+
+    Matrix units take float32 at a small part of their rate; a bfloat16 x needs no splitting.
+    """
+    logits_BTSE = jnp.einsum(
+        "BTD,DSE->BTSE",
+        x_BTD,
+        _bfloat16_terms(weight_DE, 3, axis=1),
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.sum(logits_BTSE, axis=-2)
+
+
+def _logits_forward(
+    x_BTD: jax.Array, weight_DE: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _logits_of_bfloat16(x_BTD, weight_DE), (x_BTD, weight_DE)
+
+
+def _logits_backward(
+    kept: tuple[jax.Array, jax.Array], d_logits_BTE: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_BTD, weight_DE = kept
+    d_logits_BTSE = _bfloat16_terms(d_logits_BTE, 3, axis=-2)
+    d_weight_DSE = jnp.einsum(
+        "BTD,BTSE->DSE", x_BTD, d_logits_BTSE, preferred_element_type=jnp.float32
+    )
+    # d_x is rounded to bfloat16, so two terms of each side will do, without their last product.
+    weight_DSE = _bfloat16_terms(weight_DE, 2, axis=1)
+    pairs = [(0, 0), (1, 0)] + [(0, 1)] * (weight_DSE.shape[1] - 1)
+    of_d, of_weight = (list(side) for side in zip(*pairs, strict=True))
+    d_x_BTD = jnp.einsum(
+        "BTPE,DPE->BTD",
+        jnp.stack([d_logits_BTSE[..., term, :] for term in of_d], axis=-2),
+        jnp.stack([weight_DSE[:, term] for term in of_weight], axis=1),
+        preferred_element_type=x_BTD.dtype,
+    )
+    return d_x_BTD, jnp.sum(d_weight_DSE, axis=1).astype(weight_DE.dtype)
+
+
+_logits_of_bfloat16.defvjp(_logits_forward, _logits_backward)
+
+
 class Router(nnx.Module):
     """Softmax affinities and the choice of the experts, in float32 whatever the compute type."""
 
@@ -53,6 +145,7 @@ class Router(nnx.Module):
         shape, dims = (hidden_dim, config.num_experts), ("param_embed", "router_experts")
         self.weight = options.weight(rngs, shape, dims)
         self.config = config
+        self.implementation = options.kernels.router
 
     def __call__(
         self, x_BTD: jax.Array, mask_BT: jax.Array | None, dropping: TokenDropping | None
@@ -64,12 +157,7 @@ class Router(nnx.Module):
             mask_BT: bool, False for padding, which counts in no loss and load; None for none.
             dropping: the token-dropping option, or None to keep all.
         """
-        logits_BTE = jnp.einsum(
-            "BTD,DE->BTE",
-            x_BTD.astype(jnp.float32),
-            self.weight[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        logits_BTE = router_logits(x_BTD, self.weight[...], implementation=self.implementation)
         scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         weights_BTK, indices_BTK = choose_experts(scores_BTE, self.config)
         if mask_BT is None:

@@ -37,6 +37,19 @@ def test_transport_of_the_expert_exchange(device, transport):
     assert choose_kernels(device, deepseek_v2.config).expert_exchange == transport
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "router"),
+    [
+        (H200, "bfloat16", "bfloat16_terms"),
+        (A100, "bfloat16", "bfloat16_terms"),
+        (H200, "float32", "float32"),
+        (V5P, "bfloat16", "float32"),
+    ],
+)
+def test_the_routers_products(device, dtype, router):
+    assert choose_kernels(device, replace(deepseek_v2.config, dtype=dtype)).router == router
+
+
 def test_sizes_and_types_that_no_kernel_takes_get_the_portable_ones():
     # 96 wide experts and heads of 32 + 16
     assert ops(H200, replace(tiny.config, dtype="bfloat16")) == PORTABLE

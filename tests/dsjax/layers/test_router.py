@@ -1,5 +1,6 @@
 """The router, its balance losses and token dropping against the paper's equations."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -11,7 +12,13 @@ from flax import nnx
 from dsjax.config import MoEConfig, TokenDropping
 from dsjax.kernels import Kernels
 from dsjax.layers.basic import LayerOptions
-from dsjax.layers.router import Router, balance_losses, choose_experts, keep_within_capacity
+from dsjax.layers.router import (
+    Router,
+    balance_losses,
+    choose_experts,
+    keep_within_capacity,
+    router_logits,
+)
 from dsjax.sharding import ShardingRules
 from tests import oracle
 from tests.small_models import SMALL
@@ -245,3 +252,35 @@ def test_router_computes_in_float32_under_bfloat16(rng):
     )
     np.testing.assert_array_equal(routing.indices_BTK[0], indices)
     np.testing.assert_allclose(routing.weights_BTK[0], gates, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight_dtype", [jnp.bfloat16, jnp.float32])
+def test_logits_of_bfloat16_tokens_are_float32s(weight_dtype, rng):
+    """Products of bfloat16 terms lose nothing that float32 would have, forward and backward."""
+    x_BTD = jnp.asarray(rng.standard_normal((2, 48, 96)), jnp.bfloat16)
+    weight_DE = jnp.asarray(rng.standard_normal((96, 24)), weight_dtype)
+    probe_BTE = jnp.asarray(rng.standard_normal((2, 48, 24)), jnp.float32)
+    terms = functools.partial(router_logits, implementation="bfloat16_terms")
+    logits_BTE, pull = jax.vjp(terms, x_BTD, weight_DE)
+    d_x_BTD, d_weight_DE = pull(probe_BTE)
+    x, weight, probe = (np.asarray(each, np.float64) for each in (x_BTD, weight_DE, probe_BTE))
+    assert logits_BTE.dtype == jnp.float32
+    np.testing.assert_allclose(logits_BTE, x @ weight, rtol=0, atol=2e-5)
+    # Gradients have their argument's dtype, and its rounding alone.
+    assert (d_x_BTD.dtype, d_weight_DE.dtype) == (jnp.bfloat16, weight_dtype)
+    want = probe @ weight.T
+    np.testing.assert_allclose(
+        np.asarray(d_x_BTD, np.float64), want, rtol=2**-8, atol=2**-12 * np.abs(want).max()
+    )
+    want = np.einsum("btd,bte->de", x, probe)
+    rtol, atol = (2**-8, 1e-4) if weight_dtype == jnp.bfloat16 else (0, 2e-5)
+    np.testing.assert_allclose(np.asarray(d_weight_DE, np.float64), want, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "message"),
+    [("bfloat16_terms", "dtype float32 must be bfloat16"), ("bf16", "implementation: 'bf16'")],
+)
+def test_logits_refuse_what_they_cannot_take(implementation, message):
+    with pytest.raises(ValueError, match=message):
+        router_logits(jnp.zeros((1, 2, 4)), jnp.zeros((4, 3)), implementation=implementation)

@@ -1,6 +1,7 @@
 """Rows times their group's weights on Hopper: products, SwiGLU, and the rows' gradients."""
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,35 +27,58 @@ from pallas_kernels.grouped_matmul.tiles import HopperTile, hopper_tile, num_mul
 from pallas_kernels.grouped_matmul.weights import SCALE_BLOCK, BlockScaledWeights
 
 
-def _row_ranges(
-    group_sizes_G: Array, group_offset: Array, num_groups: int, num_rows: int, block_m: int
+def _running_sums(
+    group_sizes_G: Array, group_offset: Array, num_groups: int, block_m: int
 ) -> tuple[Array, Array]:
-    """Ranges of rows to write: the rows before the held groups, each group, the rows after them.
+    """For each range of rows, the rows before it and the tiles of the held groups before it.
 
-    Sums over a comparison matrix, not cumsum: XLA makes each a single small kernel.
+    The ranges to write are the rows before the held groups, each group, and the rows after them.
+    Sums over a comparison matrix and nothing after them, so that XLA makes one small kernel.
 
     Returns:
-        int32 first row and first row tile of each range, with their ends last, [num_groups + 3].
+        int32 rows and tiles, [num_groups + 2].
     """
-    range_R = jnp.arange(num_groups + 3)
-    before_RG = jnp.arange(group_sizes_G.shape[0]) < range_R[:, None] + (group_offset - 1)
-    start_R = jnp.sum(jnp.where(before_RG, group_sizes_G, 0), axis=1)
-    start_R = jnp.where(range_R == num_groups + 2, num_rows, start_R)
-    start_R = jnp.where(range_R == 0, 0, start_R).astype(jnp.int32)
-    tiles_R = (start_R[1:] - start_R[:-1] + block_m - 1) // block_m
-    before_RR = range_R[:-1] < range_R[:, None]
-    first_tile_R = jnp.sum(jnp.where(before_RR, tiles_R, 0), axis=1).astype(jnp.int32)
-    return start_R, first_tile_R
+    range_R1 = jnp.arange(num_groups + 2)[:, None]
+    group_G = jnp.arange(group_sizes_G.shape[0])
+    before_RG = (range_R1 > 0) & (group_G < range_R1 + (group_offset - 1))
+    tiles_G = (group_sizes_G + block_m - 1) // block_m
+    sizes_RG = jnp.where(before_RG, group_sizes_G, 0)
+    tiles_RG = jnp.where(before_RG & (group_G >= group_offset), tiles_G, 0)
+    return jnp.sum(sizes_RG, axis=1, dtype=jnp.int32), jnp.sum(tiles_RG, axis=1, dtype=jnp.int32)
 
 
-def _find_range(first_tile_ref: Any, tile: Array, num_ranges: int, columns: int) -> Array:
-    """Last range whose first tile, times the number of column tiles, is at most `tile`."""
-    found = jnp.int32(0)
-    for bit in reversed(range(math.ceil(math.log2(num_ranges)))):
-        candidate = found + (1 << bit)
-        first = first_tile_ref[jnp.minimum(candidate, num_ranges)]
-        found = jnp.where((candidate < num_ranges) & (first * columns <= tile), candidate, found)
-    return found
+class _RowRanges:
+    """Where the ranges of rows and their tiles begin, from their running sums."""
+
+    def __init__(self, start_ref: Any, tiles_ref: Any, num_rows: int, block_m: int):
+        self.start_ref, self.tiles_ref = start_ref, tiles_ref
+        self.num_ranges, self.num_rows = start_ref.shape[0], num_rows
+        first, last = start_ref[1], start_ref[self.num_ranges - 1]
+        self.leading = lax.div(first + block_m - 1, block_m)
+        trailing = lax.div(num_rows - last + block_m - 1, block_m)
+        self.total = self.leading + tiles_ref[self.num_ranges - 1] + trailing
+
+    def tile(self, index: Array) -> Array:
+        """First tile of a range."""
+        return jnp.where(index > 0, self.leading + self.tiles_ref[index], 0)
+
+    def find(self, tile: Array, columns: int) -> tuple[Array, Array, Array, Array, Array]:
+        """The range of a tile, when there are `columns` for each row tile.
+
+        Returns:
+            The range, its first tile and number of tiles, its first row and its end.
+        """
+        found = jnp.int32(0)
+        for bit in reversed(range(math.ceil(math.log2(self.num_ranges)))):
+            candidate = found + (1 << bit)
+            first = self.tile(jnp.minimum(candidate, self.num_ranges - 1))
+            within = (candidate < self.num_ranges) & (first * columns <= tile)
+            found = jnp.where(within, candidate, found)
+        after, is_last = found + 1, found == self.num_ranges - 1
+        after = jnp.where(is_last, found, after)
+        first, tile_end = self.tile(found), jnp.where(is_last, self.total, self.tile(after))
+        end = jnp.where(is_last, self.num_rows, self.start_ref[after])
+        return found, first, tile_end - first, self.start_ref[found], end
 
 
 def _store_rows(pieces: Any, rows: Any, out_ref: Any, row: Array, valid: Array, full: int) -> None:
@@ -126,24 +150,28 @@ def rows_kernel(
     block_m, block_n, stages = tile.block_m, tile.block_n, tile.stages
     num_products = 2 if activation else 1
     num_outs = 3 if keep_products else 1
-    num_ranges = num_groups + 2
     k_steps, columns = num_k // LANE, pl.cdiv(num_n, block_n)
-    start_R, first_tile_R = _row_ranges(group_sizes_G, group_offset, num_groups, num_rows, block_m)
+    sums = _running_sums(group_sizes_G, group_offset, num_groups, block_m)
     # Two warpgroups share the rows of a tile; of a low one (wgmma takes 64 rows) the columns; a
     # low tile of 64 columns has one warpgroup.
     if block_m >= 128:
         compute_wgs, wg_m, wg_n = 2, block_m // 2, block_n
     else:
-        compute_wgs = 2 if block_n >= 2 * LANE else 1
+        compute_wgs = block_n // LANE if scales else 2 if block_n >= 2 * LANE else 1
         wg_m, wg_n = 64, block_n // compute_wgs
     # A tile of fewer than 64 rows is multiplied with what follows it in memory, and not stored.
     lhs_rows = stages * block_m + max(0, wg_m - block_m)
     full = min(block_m, 64)
     dtype = jnp.bfloat16
-    # Three results held back and two accumulators are more than the registers.
-    deferred = not keep_products
+    # The first result leaves while the next tile multiplies; SwiGLU's products, where they are
+    # kept, at once: with them held back there would be too few registers.
+    blocks = list(itertools.product(range(num_outs), range(wg_m // 64), range(wg_n // LANE)))
+    held, at_once = ([block for block in blocks if (block[0] > 0) == now] for now in (False, True))
+    # Copies under way from the two slots of a warpgroup, while a third block is put together.
+    in_flight = 1 - len(blocks) % 2
+    slots = 1 + in_flight
 
-    def body(start_ref, first_tile_ref, *refs):
+    def body(start_ref, tiles_ref, *refs):
         lhs_refs, refs = refs[: len(lhs)], refs[len(lhs) :]
         rhs_refs, refs = refs[: len(rhs)], refs[len(rhs) :]
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
@@ -151,22 +179,20 @@ def rows_kernel(
         (lhs_pieces, lhs_plain), rhs_smem, (out_pieces, out_plain), loaded, free, *rest = refs
         wide, of_tickets = rest[: bool(scales)], rest[bool(scales) :]
         wg = lax.axis_index("wg")
-        total = first_tile_ref[num_ranges] * columns
+        ranges = _RowRanges(start_ref, tiles_ref, num_rows, block_m)
+        total = ranges.total * columns
         numbers = Tickets(*of_tickets) if tile.tickets else Turns(num_ctas)
 
         def locate(number):
             """Where a tile lies; a number beyond the last gets the last one's place."""
             linear = jnp.minimum(number, total - 1)
-            found = _find_range(first_tile_ref, linear, num_ranges, columns)
-            first = first_tile_ref[found]
-            m, n = raster(
-                linear - first * columns, first_tile_ref[found + 1] - first, columns, tile.band
-            )
-            row = start_ref[found] + m * block_m
+            found, first, height, start, end = ranges.find(linear, columns)
+            m, n = raster(linear - first * columns, height, columns, tile.band)
+            row = start + m * block_m
             # The first and the last range hold rows that get zeros.
-            has_group = (found > 0) & (found < num_ranges - 1)
+            has_group = (found > 0) & (found < ranges.num_ranges - 1)
             steps = jnp.where(has_group, k_steps * len(lhs), 0)
-            return number, found - 1, row, start_ref[found + 1] - row, n, steps
+            return number, found - 1, row, end - row, n, steps
 
         @pl.when(wg == compute_wgs)
         def _load() -> None:
@@ -218,21 +244,23 @@ def rows_kernel(
                 plgpu.barrier_arrive(free.at[slot])
                 return step + 1
 
-            def dequantise(k, step, group, n):
+            def scales_of(k, group, n):
+                """The scales of a step's weights: a load that is asked for one step ahead."""
+                row = jnp.minimum(lax.div(k, SCALE_BLOCK // LANE), pl.cdiv(num_k, SCALE_BLOCK) - 1)
+                column = lax.div(n * block_n + wg_column, SCALE_BLOCK)
+                column = jnp.minimum(column, pl.cdiv(num_n, SCALE_BLOCK) - 1)
+                return tuple(scale_ref[group, row, column] for scale_ref in scale_refs)
+
+            def dequantise(step, scales_now):
                 """Widen this warpgroup's columns of a stage.
 
                 Into one of three buffers: a warp may still multiply from the step before, and one
                 that has not passed this step's barrier from the step before that.
                 """
                 columns = pl.ds(wg_column, wg_n)
-                block_n_index = lax.div(n * block_n + wg_column, SCALE_BLOCK)
-                for product, scale_ref in enumerate(scale_refs):
+                for product, scale in enumerate(scales_now):
                     narrow = rhs_smem.at[product, lax.rem(step, stages), :, columns]
                     widened = wide[0].at[product, lax.rem(step, 3), :, columns]
-                    last = scale_ref.shape[2] - 1
-                    scale = scale_ref[
-                        group, lax.div(k, SCALE_BLOCK // LANE), jnp.minimum(block_n_index, last)
-                    ]
                     weights = plgpu.load(narrow, layout=plgpu.Layout.WGMMA_UPCAST_2X)
                     # float8 widens to float16 in one instruction, int8 to bfloat16; both exactly.
                     exact = jnp.bfloat16 if weights.dtype == jnp.int8 else jnp.float16
@@ -240,39 +268,35 @@ def rows_kernel(
                     widened[...] = weights.astype(jnp.bfloat16)
                 plgpu.commit_smem()
 
-            def store(values, row, valid, n):
-                """A tile's results from registers to memory."""
-                blocks = [
-                    (value, out_ref, i, j)
-                    for value, out_ref in zip(values, out_refs, strict=True)
-                    for i in range(wg_m // 64)
-                    for j in range(wg_n // LANE)
-                ]
-                for count, (value, out_ref, i, j) in enumerate(blocks):
-                    slot = count % 2
-                    # The copy before the last has left this slot.
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    block = value[i * 64 : (i + 1) * 64, j * LANE : (j + 1) * LANE]
-                    out_pieces[wg, slot] = block
-                    first = wg_row + i * 64
-                    column = lax.div(n * block_n + wg_column, LANE) + j
-                    _store_rows(
-                        out_pieces.at[wg, slot],
-                        out_plain.at[wg, slot],
-                        out_ref.at[:, column],
-                        row + first,
-                        jnp.where(column < num_n // LANE, valid - first, 0),
-                        full,
-                    )
+            def store(block, values, row, valid, n):
+                """A block of a tile's results from registers to memory."""
+                which, i, j = block
+                # The copy before the last has left this slot.
+                plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
+                slot = blocks.index(block) % slots
+                value = values[which][i * 64 : (i + 1) * 64, j * LANE : (j + 1) * LANE]
+                out_pieces[wg, slot] = value
+                first = wg_row + i * 64
+                column = lax.div(n * block_n + wg_column, LANE) + j
+                _store_rows(
+                    out_pieces.at[wg, slot],
+                    out_plain.at[wg, slot],
+                    out_refs[which].at[:, column],
+                    row + first,
+                    jnp.where(column < num_n // LANE, valid - first, 0),
+                    full,
+                )
 
             def multiply(index, place, step, steps, pending, *accs):
                 _, group, _, _, n, _ = place
 
-                def issue(k, step):
+                def issue(k, state):
+                    step, *scales_now = state
+                    scales_next = scales_of(k + 1, group, n)
                     slot = lax.rem(step, stages)
                     plgpu.barrier_wait(loaded.at[slot])
                     if scales:
-                        dequantise(k, step, group, n)
+                        dequantise(step, scales_now)
                     a = lhs_pieces.at[pl.ds(slot * block_m + wg_row, wg_m)]
                     for product, acc in enumerate(accs):
                         if scales:
@@ -282,7 +306,7 @@ def rows_kernel(
                         else:
                             b = rhs_smem.at[product, slot, :, pl.ds(wg_column, wg_n)]
                         plgpu.wgmma(acc, a, b)
-                    return step + 1
+                    return step + 1, *scales_next
 
                 def release(step):
                     """Give back a step's stage, when there is such a step."""
@@ -290,23 +314,26 @@ def rows_kernel(
                         lambda: plgpu.barrier_arrive(free.at[lax.rem(step, stages)])
                     )
 
-                def k_step(k, step):
-                    issue(k, step)
+                def k_step(k, state):
+                    following = issue(k, state)
                     # The step before has been read; this one may still run.
                     plgpu.wgmma_wait(num_products)
-                    plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
-                    return step + 1
+                    release(state[0] - 1)
+                    return following
 
                 first_step = step
-                ahead = jnp.minimum(steps, 2)
-                # While the first steps multiply, the tile before leaves the registers.
-                step = lax.fori_loop(0, ahead, issue, step)
+                ahead = jnp.minimum(steps, 1)
+                state = lax.fori_loop(0, ahead, issue, (step, *scales_of(0, group, n)))
                 next_place = locate(numbers.read(index + 1))
-                if deferred:
-                    store(*pending)
-                plgpu.wgmma_wait(num_products)
-                release(step - 2)
-                step = lax.fori_loop(ahead, steps, k_step, step)
+                # The tile before leaves the registers, one block behind each of the first steps:
+                # all at once they would keep those steps' stages from the loads.
+                for block in held:
+                    before, ahead = ahead, jnp.minimum(steps, ahead + 1)
+                    state = lax.fori_loop(before, ahead, issue, state)
+                    store(block, *pending)
+                    plgpu.wgmma_wait(num_products)
+                    pl.when(ahead > before)(functools.partial(release, state[0] - 2))
+                step, *_ = lax.fori_loop(ahead, steps, k_step, state)
                 plgpu.wgmma_wait(0)
                 release(step - 1)
                 return next_place, step, tuple(acc[...] for acc in accs)
@@ -324,19 +351,16 @@ def rows_kernel(
                     gate, up = values
                     hidden = gate * (1 / (1 + jnp.exp(-gate))) * up
                     values = (hidden, gate, up) if keep_products else (hidden,)
-                pending = (tuple(value.astype(dtype) for value in values), row, valid, n)
-                if not deferred:
-                    store(*pending)
-                    pending = ()
-                return next_place, step, pending
+                values = tuple(value.astype(dtype) for value in values)
+                for block in at_once:
+                    store(block, values, row, valid, n)
+                return next_place, step, (values[:1], row, valid, n)
 
-            pending: Any = ()
-            if deferred:
-                nothing = plgpu.layout_cast(jnp.zeros((wg_m, wg_n), dtype), plgpu.Layout.WGMMA)
-                pending = ((nothing,) * num_outs, *[jnp.int32(0)] * 3)
+            nothing = plgpu.layout_cast(jnp.zeros((wg_m, wg_n), dtype), plgpu.Layout.WGMMA)
+            pending = ((nothing,), *[jnp.int32(0)] * 3)
             _, pending = for_tiles(numbers, total, locate, compute_tile, jnp.int32(0), pending)
-            if deferred:
-                store(*pending)
+            for block in held:
+                store(block, *pending)
             plgpu.wait_smem_to_gmem(0)
 
     rhs_block = (block_n, LANE) if transpose_rhs else (LANE, block_n)
@@ -358,8 +382,8 @@ def rows_kernel(
                 transforms=BYTE_PIECES if scales else PIECES,
             ),
             plgpu.RefUnion(
-                plgpu.SMEM((compute_wgs, 2, 64, LANE), dtype, transforms=PIECES),
-                plgpu.SMEM((compute_wgs, 2, 64, LANE), dtype, transforms=ROWS),
+                plgpu.SMEM((compute_wgs, slots, 64, LANE), dtype, transforms=PIECES),
+                plgpu.SMEM((compute_wgs, slots, 64, LANE), dtype, transforms=ROWS),
             ),
             plgpu.Barrier(num_arrivals=1 + num_products, num_barriers=stages),
             plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=stages),
@@ -369,5 +393,5 @@ def rows_kernel(
         compiler_params=COMPILER_PARAMS,
     )
     views = [array.reshape(num_rows, k_steps, LANE) for array in lhs]
-    outs = kernel(start_R, first_tile_R, *views, *values, *scales)
+    outs = kernel(*sums, *views, *values, *scales)
     return tuple(vary_like(out.reshape(num_rows, num_n), lhs[0]) for out in outs)

@@ -59,6 +59,7 @@ def weight_gradient_kernel(
     num_ctas = num_ctas or num_multiprocessors()
     block_m, block_n, stages = tile.block_m, tile.block_n, tile.stages
     wg_m = block_m // COMPUTE_WARPGROUPS
+    num_blocks = wg_m // 64 * (block_n // LANE)
     rows, columns = pl.cdiv(num_k, block_m), pl.cdiv(num_n, block_n)
     dtype = jnp.bfloat16
     start_G, size_G = local_groups(group_sizes_G, group_offset, num_groups)
@@ -165,13 +166,17 @@ def weight_gradient_kernel(
 
                 first_step = step
                 own = jnp.maximum(steps - 2, 0)
-                ahead = jnp.minimum(own, 2)
-                # While the first steps multiply, the tile before leaves the registers.
+                ahead = jnp.minimum(own, 1)
                 step = lax.fori_loop(0, ahead, issue, step)
                 next_place = locate(numbers.read(index + 1))
-                store(*pending)
-                plgpu.wgmma_wait(1)
-                release(step - 2)
+                # The tile before leaves the registers, one block behind each of the first steps:
+                # all at once they would keep those steps' stages from the loads.
+                for block in range(num_blocks):
+                    before, ahead = ahead, jnp.minimum(own, block + 2)
+                    step = lax.fori_loop(before, ahead, issue, step)
+                    store(block, *pending)
+                    plgpu.wgmma_wait(1)
+                    pl.when(ahead > before)(functools.partial(release, step - 2))
                 step = lax.fori_loop(ahead, own, k_step, step)
                 masked_step = functools.partial(k_step, may_be_shared=True)
                 step = lax.fori_loop(own, steps, masked_step, step)
@@ -179,26 +184,27 @@ def weight_gradient_kernel(
                 release(step - 1)
                 return next_place, step, acc[...]
 
-            def store(value, next_group, m, n):
-                """A tile's results from registers to memory; next_group is 0 before the first."""
-                blocks = [(i, j) for i in range(wg_m // 64) for j in range(block_n // LANE)]
-                for count, (i, j) in enumerate(blocks):
-                    slot = count % 2
-                    # The copy before the last has left this slot.
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    block = value[i * 64 : (i + 1) * 64, j * LANE : (j + 1) * LANE]
-                    out_smem[wg, slot] = block
-                    plgpu.commit_smem()
-                    row = m * block_m + wg * wg_m + i * 64
-                    column = n * block_n + j * LANE
-                    copy = functools.partial(
-                        plgpu.copy_smem_to_gmem,
-                        out_smem.at[wg, slot],
-                        out_ref.at[next_group - 1, pl.ds(row, 64), pl.ds(column, LANE)],
-                        commit_group=False,
-                    )
-                    pl.when((row < num_k) & (column < num_n) & (next_group > 0))(copy)
-                    plgpu.commit_smem_to_gmem_group()
+            def store(block, value, next_group, m, n):
+                """A block of a tile's results from registers to memory.
+
+                next_group is one more than the group; 0 before the first tile.
+                """
+                i, j = divmod(block, block_n // LANE)
+                # The copy before the last has left this slot.
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                slot = out_smem.at[wg, block % 2]
+                slot[...] = value[i * 64 : (i + 1) * 64, j * LANE : (j + 1) * LANE]
+                plgpu.commit_smem()
+                row = m * block_m + wg * wg_m + i * 64
+                column = n * block_n + j * LANE
+                copy = functools.partial(
+                    plgpu.copy_smem_to_gmem,
+                    slot,
+                    out_ref.at[next_group - 1, pl.ds(row, 64), pl.ds(column, LANE)],
+                    commit_group=False,
+                )
+                pl.when((row < num_k) & (column < num_n) & (next_group > 0))(copy)
+                plgpu.commit_smem_to_gmem_group()
 
             def compute_tile(index, place, step, pending):
                 _, group, m, n, *_ = place
@@ -212,7 +218,8 @@ def weight_gradient_kernel(
             zero = jnp.int32(0)
             pending = (nothing, zero, zero, zero)
             _, pending = for_tiles(numbers, total, locate, compute_tile, zero, pending)
-            store(*pending)
+            for block in range(num_blocks):
+                store(block, *pending)
             plgpu.wait_smem_to_gmem(0)
 
     kernel = plgpu.kernel(

@@ -40,28 +40,23 @@ def hopper_tile(
 ) -> HopperTile:
     """Tile of the rows kernel, by the mean number of rows of a group.
 
-    Few rows: low tiles, many stages, and two blocks of 64 columns, or one where that leaves fewer
-    multiprocessors waiting at the end, so that the weights stream. Quantised weights are widened by
-    the warpgroups that multiply them: tiles stay low, and four warpgroups take 64 columns each
-    where there is shared memory for them.
+    Few rows: low tiles, many stages, and two blocks of 64 columns, so that the weights stream.
+    Quantised weights are widened by the warpgroups that multiply them: tiles stay low, and four
+    warpgroups take 64 columns each where there is shared memory for them and there are tiles for
+    all blocks.
     """
     mean = num_rows / num_groups
     low = 16 if mean <= 8 else 32 if mean <= 32 else 64
 
-    def columns(wide: int, narrow: int) -> int:
-        """The wide tiles, unless with narrow ones the last block is done in 4/5 of the time."""
-        touched, blocks = min(num_rows, num_groups), num_multiprocessors()
-        time = {
-            width: -(-touched * -(-num_n // width) // blocks) * width for width in (wide, narrow)
-        }
-        return narrow if 5 * time[narrow] <= 4 * time[wide] else wide
-
     if quantised:
-        width = 128 if activation else columns(256, 128)
-        return HopperTile(low, width, 8 if width == 128 and low < 64 and not activation else 4, 16)
+        # The time of the block with most tiles, in columns; wide tiles unless narrow ones save 1/5.
+        touched, blocks = min(num_rows, num_groups), num_multiprocessors()
+        narrow, wide = (-(-touched * -(-num_n // n) // blocks) * n for n in (128, 256))
+        if not activation and 5 * narrow > 4 * wide:
+            return HopperTile(low, 256, 4, 16)
+        return HopperTile(low, 128, 8 if low < 64 and not activation else 4, 16)
     if mean <= 32:
-        width = 64 if activation else columns(128, 64)
-        return HopperTile(low, width, 8 if activation or width == 128 else 16, 16)
+        return HopperTile(low, 64 if activation else 128, 8, 16)
     if mean <= 64:
         return HopperTile(64, 128, 4, 16) if activation else HopperTile(64, 256, 4, 16)
     tickets = mean > 128

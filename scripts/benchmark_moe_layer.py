@@ -7,14 +7,18 @@ The layer is dsjax.layers.moe.MoE on one device: route, permute, experts, combin
 the shared experts. The yardstick is the time that its routed (and shared) matrix products would
 take as dense ones of the same number of rows, timed in turns with the layer. The layer's memory is
 the compiled program's, beside the bytes of its rows times their widths. --profile lists the time
-of each kernel by CUPTI.
+of each kernel, traced.
 """
 
 import argparse
 import collections
 import dataclasses
 import functools
+import gzip
+import json
+import pathlib
 import re
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -29,10 +33,13 @@ from dsjax.layers.basic import LayerOptions
 from dsjax.layers.moe import MoE
 from dsjax.sharding import train_rules
 
+PROFILED_CALLS = 3
+
 
 def layer_step(config: ModelConfig, implementation: str) -> tuple[Callable, nnx.State]:
     """A jitted forward and backward pass of one layer, and its parameters."""
-    kernels = Kernels(grouped_matmul=implementation)
+    router = "bfloat16_terms" if implementation == "hopper" else "float32"
+    kernels = Kernels(grouped_matmul=implementation, router=router)
     options = LayerOptions.of(config, train_rules(None), kernels)
 
     @jax.jit
@@ -66,18 +73,30 @@ def dense_calls(rows: int, hidden: int, intermediate: int) -> dict[str, Callable
 
 def show_kernels(compiled: jax.stages.Compiled, *arrays: object) -> None:
     """Print the kernels of one call, the longest first, with the operation that each is part of."""
-    from jax.experimental.mosaic.gpu import profiler
-
     named = re.findall(r'%?(\S+) = .*op_name="([^"]*)"', compiled.as_text())
     operations = {re.sub(r"[.-]", "_", name): path for name, path in named}
-    _, timings = profiler.Cupti(finalize=False).measure(compiled, aggregate=False)(*arrays)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, create_perfetto_trace=False):
+            for _ in range(PROFILED_CALLS):
+                jax.block_until_ready(compiled(*arrays))
+        (path,) = pathlib.Path(folder).glob("**/*.trace.json.gz")
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    devices, streams = set(), set()
+    for event in events:
+        if event.get("name") == "process_name" and "GPU" in event["args"]["name"]:
+            devices.add(event["pid"])
+        if event.get("name") == "thread_name" and "Stream" in event["args"]["name"]:
+            streams.add((event["pid"], event["tid"]))
     total: dict[str, list[float]] = collections.defaultdict(list)
-    for name, milliseconds in timings:
-        total[name].append(milliseconds)
-    print(f"  kernels: {1e3 * sum(map(sum, total.values())):.1f} us")
+    for event in events:
+        where = event.get("pid"), event.get("tid")
+        if event.get("ph") == "X" and where[0] in devices and where in streams:
+            total[event["name"]].append(event["dur"] / PROFILED_CALLS)
+    print(f"  kernels: {sum(map(sum, total.values())):.1f} us")
     for name, each in sorted(total.items(), key=lambda item: -sum(item[1])):
         operation = operations.get(name, "").removeprefix("jit(step)/")
-        print(f"  {sum(each) * 1e3:9.1f} us {len(each):3d} x  {name[:40]}  {operation[-90:]}")
+        count = len(each) // PROFILED_CALLS
+        print(f"  {sum(each):9.1f} us {count:3d} x  {name[:40]}  {operation[-90:]}")
 
 
 def show_memory(compiled: jax.stages.Compiled, wide: int) -> None:

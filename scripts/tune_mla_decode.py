@@ -42,7 +42,7 @@ def main() -> None:
     times = {}
     for shape, tiles in itertools.product(shapes, candidates(start)):
         hopper.hopper_tiles = lambda tiles=tiles: tiles
-        times[shape, tiles] = time_decode(shape, "hopper", budget=0.05)
+        times[shape, tiles], _ = time_decode(shape, "hopper", budget=0.05)
         print(f"{shape.name:26} {times[shape, tiles] * 1e6:9.1f} us  {tiles}", flush=True)
 
     def slowdown(tiles: HopperTiles) -> float:

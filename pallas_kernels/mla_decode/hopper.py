@@ -3,8 +3,10 @@
 A tile of 64 query rows (query tokens times heads) attends to its keys 128 at a time. Two compute
 warpgroups each hold one half of the 64 x 512 float32 accumulator; warpgroup 0 computes the scores
 of the even block of 64 keys and warpgroup 1 those of the odd one, and both multiply both blocks'
-probabilities with their half of the latents. They run out of step: while one takes a softmax the
-other keeps the tensor cores busy. A third warpgroup loads the pages through the table with TMA.
+probabilities with their half of the latents. In turns: the even scores come first, so that their
+softmax runs under the odd scores' products, and the odd softmax under those of the even
+probabilities. A third warpgroup loads the pages through the table with TMA, and asks for the next
+ones in the second-level cache.
 
 The work, pairs of pages over all sequences, is cut into equal ranges, one per streaming
 multiprocessor (`plan_work`). A sequence that spans several ranges leaves partial results, which a
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.mla_decode.hopper_accumulators import finish, opaque, rescaled
 from pallas_kernels.mla_decode.hopper_narrow import attend_narrow
 from pallas_kernels.mla_decode.pages import LatentPages
 from pallas_kernels.mla_decode.split import (
@@ -33,12 +36,15 @@ from pallas_kernels.mla_decode.split import (
     merge_pieces,
     part_bound,
     plan_work,
+    present_sms,
 )
-from pallas_kernels.mla_decode.tiles import HopperTiles, hopper_tiles
+from pallas_kernels.mla_decode.tiles import hopper_tiles
 
 ROWS = 64  # Rows of a tile: the M of a wgmma.
 KEYS = 64  # Keys of a block: one page of 64, or a part of a larger page.
 KV_RANK, HALF, ROPE_DIM = 512, 256, 64
+# Powers of 2 that a score may lie above the maximum before that is raised.
+MAX_SLACK = 8.0
 CLUSTER = 2  # Thread blocks that load keys together.
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
 
@@ -74,7 +80,7 @@ def decode(
             lengths_B,
             scale=scale,
             num_tokens=num_tokens,
-            tiles=dataclasses.replace(tiles, num_sms=_present_sms(tiles)),
+            tiles=dataclasses.replace(tiles, num_sms=present_sms(tiles)),
         )
         lse_BTH = lse_BM.reshape(batch_size, num_tokens, num_heads)
         return out_BMC.reshape(q_latent_BTHC.shape), lse_BTH
@@ -124,6 +130,7 @@ def _attend(
     cluster = CLUSTER if num_tiles % CLUSTER == 0 else 1
     peers = ("peer",) if cluster > 1 else None  # The name of the axis within a cluster.
     row_layout = plgpu.Layout.WGMMA.reduce(1)
+    log2_scale = scale * LOG2E
 
     def body(*refs) -> None:
         starts_ref, firsts_ref, lengths_ref, table_ref, *inputs = refs[:8]
@@ -148,6 +155,8 @@ def _attend(
             right_empty,
             probs_ready,
             sum_ready,
+            even_started,
+            scored,
         ) = refs[12:]
         block = lax.axis_index("block")
         if cluster > 1:
@@ -169,28 +178,22 @@ def _attend(
             begin, stop = jnp.maximum(start, begin_bound), jnp.minimum(end, end_bound)
             return begin - start, stop - start, jnp.logical_and(begin == start, stop == end)
 
-        def scores(side, num_seen, num_keys, unit):
-            """Returns a block's scaled scores in units of log 2, masked where need be."""
+        def start_scores(s_ref, side, half):
+            """Starts the products of a block's keys with one half of the queries."""
+            here, only = opaque(side), opaque(0)
+            full, q_smem, k_smem = (
+                (left_full, ql_smem, left_smem),
+                (right_full, qr_smem, right_smem),
+                (rope_full, q_rope_smem, rope_smem),
+            )[half]
+            plgpu.barrier_wait(full.at[side])
+            plgpu.wgmma(s_ref, q_smem.at[only], k_smem.at[here].transpose((1, 0)))
 
-            def products(acc_ref):
-                halves = [
-                    (left_full, ql_smem, left_smem),
-                    (right_full, qr_smem, right_smem),
-                ]
-                here, only = _opaque(side), _opaque(0)
-                # The half that its own warpgroup frees first is loaded first.
-                for full, q_smem, k_smem in halves if side == 0 else halves[::-1]:
-                    plgpu.barrier_wait(full.at[side])
-                    plgpu.wgmma(acc_ref, q_smem.at[only], k_smem.at[here].transpose((1, 0)))
-                plgpu.barrier_wait(rope_full.at[side])
-                k_smem = rope_smem.at[here].transpose((1, 0))
-                plgpu.wgmma(acc_ref, q_rope_smem.at[only], k_smem)
-                return acc_ref[...]
-
-            s = pl.run_scoped(products, plgpu.ACC((ROWS, KEYS), jnp.float32)) * (scale * LOG2E)
+        def mask(s, side, num_seen, num_keys, unit):
+            """Hides the keys that a row does not see."""
             first_key = unit * UNIT + side * KEYS
 
-            def mask(s):
+            def hide(s):
                 row = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 0, layout=plgpu.Layout.WGMMA)
                 key = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=plgpu.Layout.WGMMA)
                 token = lax.div(row + tile_row, jnp.int32(num_heads))
@@ -198,7 +201,7 @@ def _attend(
                 return jnp.where(key + first_key < limit, s, -jnp.inf)
 
             hidden = first_key + KEYS > jnp.minimum(num_seen, num_keys)
-            return lax.cond(hidden, mask, lambda s: s, s)
+            return lax.cond(hidden, hide, lambda s: s, s)
 
         def clear_uncached(k_smem, side, num_keys, unit):
             """Zeroes the latents behind the sequence's end: they may be NaN, and 0 * NaN is NaN."""
@@ -215,8 +218,12 @@ def _attend(
                     chunk[...] = jnp.where(key < num_cached, values, jnp.zeros_like(values))
                 plgpu.commit_smem()
 
-        def scale_rows(acc, factor):
-            return acc * lax.broadcast_in_dim(factor, acc.shape, [0])
+        def raised(old_max, block_max):
+            """Returns a row's new maximum: the old one, where that is nearly as large.
+
+            Any number of that size will do, and where it stays, nothing need be scaled.
+            """
+            return jnp.where(block_max > old_max + MAX_SLACK, block_max, old_max)
 
         def store(side, sequence, acc, row_max, row_sum, whole):
             """Writes this warpgroup's half of the rows, and their log-sum-exp from the second."""
@@ -227,7 +234,8 @@ def _attend(
             plgpu.barrier_wait(sum_ready.at[1 - side])
             row_sum += plgpu.load(sum_smem.at[1 - side], layout=row_layout)
             seen = row_sum > 0
-            acc = scale_rows(acc, jnp.where(seen, 1.0 / row_sum, 0.0))
+            inverse = jnp.where(seen, 1.0 / row_sum, 0.0)
+            acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
             rows = pl.ds(0, tile_rows)
             slot = part + sequence
 
@@ -277,14 +285,6 @@ def _attend(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_empty)
 
-        def start():
-            zeros = jnp.zeros((ROWS, HALF), jnp.float32)
-            return (
-                plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),
-                plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), row_layout),
-                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout),
-            )
-
         def attend(side):
             """Takes the blocks of one side and this warpgroup's half of the latents of both."""
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
@@ -299,75 +299,132 @@ def _attend(
                 num_seen = length - (num_tokens - 1)  # Keys that the first query sees.
                 plgpu.barrier_wait(q_full)
 
-                def softmax(s, old_max):
-                    """Shares a block's probabilities and new maximum; returns both, and sums."""
-                    new_max = jnp.maximum(old_max, s.max(axis=1))
-                    max_smem.at[side][...] = new_max
-                    p = jnp.exp2(s - lax.broadcast_in_dim(new_max, s.shape, [0]))
-                    p_sum = p.sum(axis=1)
-                    p = p.astype(dtype)
+                def exponentials(s, top):
+                    return jnp.exp2(s * log2_scale - lax.broadcast_in_dim(top, s.shape, [0]))
+
+                def publish(p, top):
+                    """Shares a block's probabilities, in the place of its rotary keys."""
+                    max_smem.at[side][...] = top
+                    # All threads have read the rotary keys.
+                    plgpu.barrier_wait(scored.at[side])
                     rope_smem.at[side][...] = p
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(probs_ready.at[side])
-                    return p, new_max, p_sum
 
-                def multiply(acc, p, block):
-                    """Adds a block's probabilities times this half of its latents."""
+                def other_max():
+                    plgpu.barrier_wait(probs_ready.at[1 - side])
+                    return plgpu.load(max_smem.at[1 - side], layout=row_layout)
 
-                    def product(acc_ref):
-                        # No p: the other warpgroup's, taken from where it left them.
-                        here = _opaque(block)
-                        probs = rope_smem.at[here] if p is None else p
-                        plgpu.wgmma(acc_ref, probs, half_smem.at[here])
+                def multiply(acc_ref, probs, block):
+                    """Starts a product; no probabilities: those that the other warpgroup left."""
+                    here = opaque(block)
+                    probs = rope_smem.at[here] if probs is None else probs
+                    plgpu.wgmma(acc_ref, probs, half_smem.at[here])
 
-                    acc = pl.run_state(product)(plgpu.ACC.init(acc))
+                def free(block):
                     plgpu.barrier_arrive(half_empty.at[block])
-                    return acc
 
-                def even(unit, carry):
-                    acc, row_max, row_sum = carry
-                    s = scores(0, num_seen, num_keys, unit)
-                    p, even_max, p_sum = softmax(s, row_max)
-                    decay = jnp.exp2(row_max - even_max)
-                    row_sum = row_sum * decay + p_sum
-                    clear_uncached(half_smem, 0, num_keys, unit)
-                    acc = multiply(scale_rows(acc, decay), p, 0)
+                def scores(acc_ref=None):
+                    """Returns the next scores; gives back the last product's keys meanwhile."""
 
-                    plgpu.barrier_wait(probs_ready.at[1])
-                    odd_max = plgpu.load(max_smem.at[1], layout=row_layout)
+                    def products(s_ref):
+                        start_scores(s_ref, side, side)
+                        if acc_ref is not None:
+                            finish(acc_ref, 1)
+                            free(1)
+                        start_scores(s_ref, side, 1 - side)
+                        if side == 0:  # What is left keeps the tensor cores until then.
+                            plgpu.barrier_arrive(even_started)
+                        start_scores(s_ref, side, 2)
+                        s = finish(s_ref, 0)
+                        plgpu.barrier_arrive(scored.at[side])
+                        return s
+
+                    return pl.run_scoped(products, plgpu.ACC((ROWS, KEYS), jnp.float32))
+
+                def masked(s, unit, last):
+                    # Only the last unit holds keys that the last query does not see.
+                    if last or num_tokens > 1:
+                        s = mask(s, side, num_seen, num_keys, unit)
+                    return s
+
+                def clear(block, last):
+                    """Clears a block whose scores have been computed, so that it is all there."""
+                    if last:
+                        clear_uncached(half_smem, block, num_keys, end - 1)
+
+                def even(acc_ref, s, old_max, row_sum, last):
+                    even_max = raised(old_max, s.max(axis=1) * log2_scale)
+                    p = exponentials(s, even_max)
+                    probs = p.astype(dtype)
+                    publish(probs, even_max)
+                    clear(0, last)
+                    decay = jnp.exp2(old_max - even_max)
+                    acc_ref[...] = rescaled(finish(acc_ref, 0), decay)
+                    multiply(acc_ref, probs, 0)
+                    row_sum = row_sum * decay + p.sum(axis=1)
+                    acc = finish(acc_ref, 0)
+                    free(0)
+                    odd_max = other_max()
+                    clear(1, last)
                     decay = jnp.exp2(even_max - odd_max)
-                    clear_uncached(half_smem, 1, num_keys, unit)
-                    acc = multiply(scale_rows(acc, decay), None, 1)
-                    return acc, odd_max, row_sum * decay
+                    acc_ref[...] = rescaled(acc, decay)
+                    multiply(acc_ref, None, 1)
+                    return odd_max, row_sum * decay
 
-                def odd(unit, carry):
-                    acc, row_max, row_sum = carry
-                    s = scores(1, num_seen, num_keys, unit)
-                    plgpu.barrier_wait(probs_ready.at[0])
-                    even_max = plgpu.load(max_smem.at[0], layout=row_layout)
-                    decay = jnp.exp2(row_max - even_max)
-                    clear_uncached(half_smem, 0, num_keys, unit)
+                def odd(acc_ref, s, old_max, row_sum, last):
+                    own_max = s.max(axis=1) * log2_scale
+                    clear(1, last)
+                    even_max = other_max()
+                    clear(0, last)
+                    acc_ref[...] = rescaled(finish(acc_ref, 0), jnp.exp2(old_max - even_max))
+                    multiply(acc_ref, None, 0)
+                    odd_max = raised(even_max, own_max)
+                    p = exponentials(s, odd_max)
+                    probs = p.astype(dtype)
+                    publish(probs, odd_max)
+                    row_sum = row_sum * jnp.exp2(old_max - odd_max) + p.sum(axis=1)
+                    acc = finish(acc_ref, 0)
+                    free(0)
+                    acc_ref[...] = rescaled(acc, jnp.exp2(even_max - odd_max))
+                    multiply(acc_ref, probs, 1)
+                    return odd_max, row_sum
 
-                    def product(refs):
-                        acc_ref, p_ref, max_ref, sum_ref = refs
-                        here = _opaque(0)
-                        plgpu.wgmma(acc_ref, rope_smem.at[here], half_smem.at[here])
-                        # The softmax runs in the product's shadow.
-                        p_ref[...], max_ref[...], sum_ref[...] = softmax(s, even_max)
+                def attend_keys(acc_ref):
+                    def even_step(unit, carry):
+                        s, row_max, row_sum = carry
+                        s = masked(s, unit, last=False)
+                        row_max, row_sum = even(acc_ref, s, row_max, row_sum, last=False)
+                        return scores(acc_ref), row_max, row_sum
 
-                    like_p = plgpu.layout_cast(jnp.zeros(s.shape, dtype), plgpu.Layout.WGMMA)
-                    acc, p, odd_max, p_sum = pl.run_state(product)(
-                        (plgpu.ACC.init(scale_rows(acc, decay)), like_p, even_max, row_sum)
-                    )
-                    plgpu.barrier_arrive(half_empty.at[0])
-                    row_sum *= decay
-                    decay = jnp.exp2(even_max - odd_max)
-                    clear_uncached(half_smem, 1, num_keys, unit)
-                    acc = multiply(scale_rows(acc, decay), p, 1)
-                    return acc, odd_max, row_sum * decay + p_sum
+                    def odd_step(unit, carry):
+                        row_max, row_sum = carry
+                        plgpu.barrier_wait(even_started)
+                        s = masked(scores(), unit, last=False)
+                        row_max, row_sum = odd(acc_ref, s, row_max, row_sum, last=False)
+                        finish(acc_ref, 0)
+                        free(1)
+                        return row_max, row_sum
 
-                step = (even, odd)[side]
-                acc, row_max, row_sum = lax.fori_loop(begin, end, step, start())
+                    row_max = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), row_layout)
+                    row_sum = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
+                    if side == 0:
+                        start = scores(), row_max, row_sum
+                        s, row_max, row_sum = lax.fori_loop(begin, end - 1, even_step, start)
+                    else:
+                        sums = row_max, row_sum
+                        row_max, row_sum = lax.fori_loop(begin, end - 1, odd_step, sums)
+                        plgpu.barrier_wait(even_started)
+                        s = scores()
+                    s = masked(s, end - 1, last=True)
+                    row_max, row_sum = (even, odd)[side](acc_ref, s, row_max, row_sum, last=True)
+                    acc = finish(acc_ref, 0)
+                    free(1)
+                    return acc, row_max, row_sum
+
+                acc, row_max, row_sum = pl.run_scoped(
+                    attend_keys, plgpu.ACC((ROWS, HALF), jnp.float32)
+                )
                 store(side, sequence, acc, row_max, row_sum, whole)
 
         def copy():
@@ -390,16 +447,18 @@ def _attend(
                         )
                     plgpu.copy_gmem_to_smem(qr_gmem.at[source], q_rope_smem.at[0, rows], q_full)
 
+                def place(unit, side):
+                    """Returns the page that a block lies in, and its first row there."""
+                    index = unit * 2 + side
+                    column = jnp.minimum(lax.div(index, blocks_per_page), last_column)
+                    first_row = lax.rem(index, blocks_per_page) * KEYS
+                    return table_ref[sequence, column], first_row
+
                 @pl.loop(begin, end)
                 def _unit(unit):
                     first = unit == begin
                     not_first = jnp.logical_or(sequence > first_sequence, unit > begin)
-                    places = []
-                    for side in range(2):
-                        index = unit * 2 + side
-                        column = jnp.minimum(lax.div(index, blocks_per_page), last_column)
-                        first_row = lax.rem(index, blocks_per_page) * KEYS
-                        places.append((table_ref[sequence, column], pl.ds(first_row, KEYS)))
+                    places = [place(unit, side) for side in range(2)]
 
                     def load_latent(side, half):
                         smem = (left_smem, right_smem)[half].at[side]
@@ -410,15 +469,29 @@ def _attend(
                         def _():
                             plgpu.barrier_wait(empty)
 
-                        columns = pl.ds(half * HALF, HALF)
-                        source = latent_gmem.at[(*places[side], columns)]
+                        page, row = places[side]
+                        source = latent_gmem.at[page, pl.ds(row, KEYS), pl.ds(half * HALF, HALF)]
                         plgpu.copy_gmem_to_smem(source, smem, full, collective_axes=peers)
 
                     def load_rope(side):
-                        source, full = rope_gmem.at[places[side]], rope_full.at[side]
-                        plgpu.copy_gmem_to_smem(
-                            source, rope_smem.at[side], full, collective_axes=peers
-                        )
+                        page, row = places[side]
+                        source, smem = rope_gmem.at[page, pl.ds(row, KEYS)], rope_smem.at[side]
+                        full = rope_full.at[side]
+                        plgpu.copy_gmem_to_smem(source, smem, full, collective_axes=peers)
+
+                    def prefetch(side):
+                        """Brings the next unit's keys into the second-level cache."""
+
+                        # One tile of a sequence reads its keys once, which is soon bound by memory.
+                        @pl.when(jnp.logical_and(num_tiles > 1, unit + 1 < end))
+                        def _():
+                            page, row = place(unit + 1, side)
+                            if cluster > 1:
+                                row += lax.axis_index("peer") * (KEYS // cluster)
+                            rows = pl.ds(row, KEYS // cluster)
+                            for half in range(2):
+                                columns = pl.ds(half * HALF, HALF)
+                                plgpu.async_prefetch(latent_gmem.at[page, rows, columns])
 
                     # The first queries are not waited for; later ones follow the first pages,
                     # whose buffers are free before the previous queries' is.
@@ -427,9 +500,11 @@ def _attend(
                     load_latent(0, 1)
                     # A block's rotary keys give way to its probabilities, which both halves use.
                     load_rope(0)
+                    prefetch(0)
                     load_latent(1, 1)
                     load_latent(1, 0)
                     load_rope(1)
+                    prefetch(1)
 
                     @pl.when(jnp.logical_and(first, not_first))
                     def _():
@@ -444,17 +519,9 @@ def _attend(
                         for side in range(2):
                             plgpu.barrier_wait(empty.at[side])
 
-        @pl.when(warpgroup == 0)
-        def _():
-            attend(0)
-
-        @pl.when(warpgroup == 1)
-        def _():
-            attend(1)
-
-        @pl.when(warpgroup == 2)
-        def _():
-            copy()
+        pl.when(warpgroup == 0)(lambda: attend(0))
+        pl.when(warpgroup == 1)(lambda: attend(1))
+        pl.when(warpgroup == 2)(copy)
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     tiled_wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
@@ -494,7 +561,7 @@ def _attend(
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2),
-            *(make() for make in (pair, pair, pair, empty, empty, pair, pair)),
+            *(make() for make in (pair, pair, pair, empty, empty, pair, pair, plgpu.Barrier, pair)),
         ],
         grid=(num_parts * num_tiles // cluster,),
         grid_names=("block",),
@@ -506,25 +573,6 @@ def _attend(
     )
     arguments = (*plan, lengths_B, page_table_BP, q_latent_BMC, q_rope_BMR)
     return tuple(kernel(*arguments, pages.latent, pages.rope))
-
-
-def _present_sms(tiles: HopperTiles) -> int:
-    """Returns the multiprocessors that all run a block at once: some variants of a chip have fewer.
-
-    A compiling host without a GPU takes the chip's own number.
-    """
-    if jax.default_backend() != "gpu":
-        return tiles.num_sms
-    return min(tiles.num_sms, jax.local_devices()[0].core_count)
-
-
-def _opaque(index: int) -> Array:
-    """Returns an index that the compiler cannot see through.
-
-    The descriptors of a wgmma's operands depend on it. From a constant they would all be computed
-    before the loop, and there are not the registers to hold them.
-    """
-    return lax.optimization_barrier(jnp.int32(index))
 
 
 def _check(q_latent_BTHC: Array, pages: LatentPages) -> None:

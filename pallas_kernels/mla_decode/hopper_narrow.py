@@ -16,14 +16,17 @@ multiprocessors.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
 from jaxtyping import Array
 
+from pallas_kernels.mla_decode.hopper_accumulators import opaque
 from pallas_kernels.mla_decode.pages import LatentPages
 from pallas_kernels.mla_decode.split import LOG2E, LOWEST, find_share, num_units, part_of
 from pallas_kernels.mla_decode.tiles import HopperTiles
@@ -83,14 +86,14 @@ def attend_narrow(
     def body(*refs) -> None:
         # Blocks may be placed while the launch before this one ends; here they wait for its end.
         plgpu.griddepcontrol_wait()
-        lengths_ref, table_ref = refs[:2]
+        lengths_ref, control_ref = refs[:2]
         q_gmem, q_rope_gmem, latent_gmem, rope_gmem, *scale_gmem = refs[2 : 6 + pages.quantized]
         refs = refs[6 + pages.quantized :]
         out_gmem, lse_gmem, piece_out_gmem, piece_lse_gmem = refs[:4]
         q_smem, probs_smem, full, empty, q_full, q_empty, ring_smem = refs[4:11]
         # Of 8-bit latents alone: themselves, their scales, and they as bfloat16.
         narrow_smem, scale_smem, wide_smem = refs[11:] or (None,) * 3
-        done = pl.get_global(plgpu.SemaphoreType.REGULAR((batch_size * num_tiles,)))
+        done = control_ref.at[pl.ds(page_table_BP.size, batch_size * num_tiles)]
         block = lax.axis_index("block")
         part, tile = lax.div(block, num_tiles), lax.rem(block, num_tiles)
         tile_row = tile * width
@@ -122,7 +125,7 @@ def attend_narrow(
             _, slot = place(start, unit, piece)
             if narrow_smem is None:
                 return ring_smem.at[slot, j]
-            return ring_smem.at[slot, 0] if n == LATENT_TILES else wide_smem.at[_opaque(0) + n]
+            return ring_smem.at[slot, 0] if n == LATENT_TILES else wide_smem.at[opaque(0) + n]
 
         def over_rows(columns, shape):
             return lax.broadcast_in_dim(columns, shape, [1])
@@ -163,7 +166,7 @@ def attend_narrow(
                     """Returns a block's scaled scores in units of log 2, keys x queries."""
 
                     def products(tiles, acc_ref):
-                        only = _opaque(0)
+                        only = opaque(0)
                         for n in tiles:
                             if narrow_smem is None and n % part_tiles == 0:
                                 _, slot = place(start, unit, n // part_tiles)
@@ -227,7 +230,7 @@ def attend_narrow(
                     decay = over_rows(decay, s.shape)
 
                     def product(acc_refs):
-                        only = _opaque(0)
+                        only = opaque(0)
                         probs = probs_smem.at[only].transpose((1, 0))
                         for n, acc_ref in enumerate(acc_refs):
                             k = tile_of(start, unit, n).transpose((1, 0))
@@ -275,9 +278,7 @@ def attend_narrow(
                         target.transpose((1, 0))[...] = _turned(acc * inverse)
                     # All threads have written before one of them says so.
                     plgpu.commit_smem()
-                    plgpu.semaphore_signal(
-                        done.at[sequence * num_tiles + tile], 1, memory_scope="gpu"
-                    )
+                    _count(done.at[pl.ds(sequence * num_tiles + tile, 1)])
 
         def merge():
             """Merges this block's share of the sequences of which it has a piece."""
@@ -291,12 +292,7 @@ def attend_narrow(
                     first_part = part_of(start, share.total, num_parts)
                     last_part = part_of(stop - 1, share.total, num_parts)
                     num_pieces = last_part - first_part + 1
-                    plgpu.semaphore_wait(
-                        done.at[sequence * num_tiles + tile],
-                        num_pieces,
-                        decrement=False,
-                        memory_scope="gpu",
-                    )
+                    _await_count(done.at[pl.ds(sequence * num_tiles + tile, 1)], num_pieces)
                     num_mine = lax.div(
                         num_shares - 1 - (part - first_part) + num_pieces, num_pieces
                     )
@@ -374,7 +370,10 @@ def attend_narrow(
                 def _unit(unit):
                     column = jnp.minimum(lax.div(unit, blocks_per_page), last_column)
                     first_row = lax.rem(unit, blocks_per_page) * KEYS
-                    page, keys = table_ref[sequence, column], pl.ds(first_row, KEYS)
+                    page, keys = (
+                        control_ref[sequence * page_table_BP.shape[1] + column],
+                        pl.ds(first_row, KEYS),
+                    )
                     for piece in range(parts):
                         order, slot = place(start, unit, piece)
 
@@ -426,45 +425,64 @@ def attend_narrow(
         ]
     num_slots = num_parts + batch_size
     f32 = jnp.float32
-    kernel = plgpu.kernel(
-        body,
-        out_type=[
+    scratch = [
+        shared(NUM_TILES, width, TILE),
+        shared(1, width, TILE),
+        plgpu.Barrier(num_arrivals=part_tiles + pages.quantized, num_barriers=num_places),
+        plgpu.Barrier(num_barriers=num_places),
+        plgpu.Barrier(num_arrivals=NUM_TILES),
+        plgpu.Barrier(),
+        shared(num_places, 1 if pages.quantized else part_tiles, KEYS, TILE),
+        *quantized_scratch,
+    ]
+
+    def kernel(*refs) -> None:
+        pl.run_scoped(functools.partial(body, *refs), *scratch, collective_axes="warpgroup")
+
+    # The table and, behind it, a zeroed counter for each sequence: XLA makes both in one go.
+    counters = jnp.zeros(batch_size * num_tiles, jnp.int32)
+    control_ref = jax.new_ref(jnp.concatenate([page_table_BP.reshape(-1), counters]))
+    pool = (pages.latent, pages.rope, *((pages.scale,) if pages.quantized else ()))
+    out_BMC, lse_BM, _, _ = pl.kernel(
+        kernel,
+        out_type=(
             jax.ShapeDtypeStruct((batch_size, padded_rows, KV_RANK), dtype),
             jax.ShapeDtypeStruct((batch_size, padded_rows), f32),
             jax.ShapeDtypeStruct((num_slots, padded_rows, KV_RANK), f32),
             jax.ShapeDtypeStruct((num_slots, padded_rows), f32),
-        ],
-        scratch_types=[
-            shared(NUM_TILES, width, TILE),
-            shared(1, width, TILE),
-            plgpu.Barrier(num_arrivals=part_tiles + pages.quantized, num_barriers=num_places),
-            plgpu.Barrier(num_barriers=num_places),
-            plgpu.Barrier(num_arrivals=NUM_TILES),
-            plgpu.Barrier(),
-            shared(num_places, 1 if pages.quantized else part_tiles, KEYS, TILE),
-            *quantized_scratch,
-        ],
-        grid=(num_parts * num_tiles,),
-        grid_names=("block",),
-        num_threads=2,
-        thread_name="warpgroup",
+        ),
+        mesh=plgpu.Mesh(
+            grid=(num_parts * num_tiles,),
+            grid_names=("block",),
+            num_threads=2,
+            thread_name="warpgroup",
+        ),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )
-    arguments = (lengths_B, page_table_BP, q_latent_BMC, q_rope_BMR)
-    pool = (pages.latent, pages.rope, *((pages.scale,) if pages.quantized else ()))
-    out_BMC, lse_BM, _, _ = kernel(*arguments, *pool)
+    )(lengths_B, control_ref, q_latent_BMC, q_rope_BMR, *pool)
     return out_BMC[:, :num_rows], lse_BM[:, :num_rows]
+
+
+def _count(counter_ref: Any) -> None:
+    """Adds one to a counter in device memory, behind all that the warpgroup has written."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def signal(_, counter):
+        mgpu.SemaphoreRef(mgpu.utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
+
+    signal(counter_ref)
+
+
+def _await_count(counter_ref: Any, count: Array) -> None:
+    """Waits until a counter has reached a number; what was written before is seen then."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def wait(_, counter, count):
+        semaphore = mgpu.SemaphoreRef(mgpu.utils.memref_ptr(counter))
+        semaphore.wait(count.registers.item(), decrement=False, memory_scope="gpu")
+
+    wait(counter_ref, count)
 
 
 def _turned(array: Array) -> Array:
     """Returns an array whose registers hold neighbours of a column, to store it transposed."""
     return plgpu.layout_cast(array, plgpu.Layout.WGMMA_TRANSPOSED)
-
-
-def _opaque(index: int) -> Array:
-    """Returns an index that the compiler cannot see through.
-
-    The descriptors of a wgmma's operands depend on it. From a constant they would all be computed
-    before the loop, and there are not the registers to hold them.
-    """
-    return lax.optimization_barrier(jnp.int32(index))

@@ -1,6 +1,7 @@
 """The work of a Hopper decode: cut into equal parts, and the pieces of a sequence merged again."""
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.mla_decode.tiles import HopperTiles
 
+GROUPS = 8  # Of sequences, which `find_share` sums side by side.
+STEPS = 4  # Of its walk through a group that do not wait for a branch.
 UNIT = 128  # Keys of the unit of work: two blocks of 64.
 KV_RANK = 512
 LOG2E = math.log2(math.e)
@@ -72,37 +75,62 @@ class Share(NamedTuple):
 def find_share(
     lengths_ref: Any, batch_size: int, capacity: int, unit: int, part: Array, num_parts: int
 ) -> Share:
-    """Finds a part's share as `plan_work` does, within a kernel: by two walks over the lengths."""
-    # Several lengths at a time, so that their loads do not wait for each other.
-    chunk = min(batch_size, 8)
+    """Finds a part's share as `plan_work` does, within a kernel.
+
+    A thread finds it alone, so what counts is how many steps wait for each other: the sequences
+    are summed in groups, side by side, and only the two groups in which the part begins and ends
+    are walked through.
+    """
+    group = pl.cdiv(batch_size, GROUPS)
     zero = jnp.int32(0)
 
-    def walk(function: Any, carry: Any) -> Any:
-        def step(i: Array, carry: Any) -> Any:
-            for j in range(chunk):
-                sequence = i * chunk + j
-                inside = sequence < batch_size
-                length = lengths_ref[jnp.minimum(sequence, batch_size - 1)]
-                units = jnp.where(inside, num_units(length, capacity, unit), 0)
-                carry = function(carry, units, inside)
-            return carry
+    def units_of(sequence: Array) -> Array:
+        length = lengths_ref[jnp.minimum(sequence, batch_size - 1)]
+        return jnp.where(sequence < batch_size, num_units(length, capacity, unit), 0)
 
-        return lax.fori_loop(0, pl.cdiv(batch_size, chunk), step, carry)
+    def add(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(sum_ + units_of(g * group + i) for g, sum_ in enumerate(sums))
 
-    total = walk(lambda total, units, inside: total + units, zero)
+    sums = lax.fori_loop(0, group, add, (zero,) * GROUPS)
+    stops = list(itertools.accumulate(sums))
+    total = stops[-1]
     begin = part_bound(part, total, num_parts)
     end = part_bound(part + 1, total, num_parts)
 
-    def locate(carry: Any, units: Array, inside: Array) -> Any:
-        start, first_sequence, end_sequence, first_start = carry
-        stop = start + units
-        before = jnp.logical_and(inside, stop <= begin)
-        first_sequence += before.astype(jnp.int32)
-        first_start = jnp.where(before, stop, first_start)
-        end_sequence += jnp.logical_and(inside, start < end).astype(jnp.int32)
-        return stop, first_sequence, end_sequence, first_start
+    def enter(bound: Array) -> tuple[Array, Array]:
+        """Returns the first sequence of the group in which a unit lies, and where that starts."""
+        number, start = zero, zero
+        for stop in stops:
+            before = stop <= bound
+            number += before.astype(jnp.int32)
+            start = jnp.where(before, stop, start)
+        return number * group, start
 
-    _, first_sequence, end_sequence, first_start = walk(locate, (zero,) * 4)
+    # The sequences that stop at or before a unit: they are those before the one it lies in.
+    bounds = begin, end - 1
+    entries = [enter(bound) for bound in bounds]
+
+    def walk(i: Array, carry: Any) -> Any:
+        for j in range(STEPS):
+            index = i * STEPS + j
+            walked = []
+            for bound, (first, _), (start, stop, passed) in zip(
+                bounds, entries, carry, strict=True
+            ):
+                sequence = first + index
+                stop += jnp.where(index < group, units_of(sequence), 0)
+                inside = jnp.logical_and(index < group, sequence < batch_size)
+                before = jnp.logical_and(inside, stop <= bound)
+                start = jnp.where(before, stop, start)
+                walked.append((start, stop, passed + before.astype(jnp.int32)))
+            carry = tuple(walked)
+        return carry
+
+    carry = tuple((start, start, zero) for _, start in entries)
+    found = lax.fori_loop(0, pl.cdiv(group, STEPS), walk, carry)
+    (first_start, _, passed), (_, _, passed_last) = found
+    first_sequence = jnp.minimum(entries[0][0] + passed, batch_size)
+    end_sequence = jnp.minimum(entries[1][0] + passed_last + 1, batch_size)
     return Share(total, begin, end, first_sequence, end_sequence, first_start)
 
 
@@ -127,6 +155,16 @@ def _num_used(total: Array, num_parts: int) -> Array:
     """Returns the fewest parts whose largest is no larger: their bounds meet more sequences'."""
     largest = lax.div(total + (num_parts - 1), jnp.int32(num_parts))
     return lax.div(total + largest - 1, largest)
+
+
+def present_sms(tiles: HopperTiles) -> int:
+    """Returns the multiprocessors that all run a block at once: some variants of a chip have fewer.
+
+    A compiling host without a GPU takes the chip's own number.
+    """
+    if jax.default_backend() != "gpu":
+        return tiles.num_sms
+    return min(tiles.num_sms, jax.local_devices()[0].core_count)
 
 
 def merge_pieces(

@@ -10,53 +10,31 @@ from pathlib import Path
 import numpy as np
 
 from dsjax.config import (
-    AttentionConfig,
     BatchConfig,
     CheckpointConfig,
     DataConfig,
     LogConfig,
-    ModelConfig,
-    MoEConfig,
     OptimizerConfig,
     SourceConfig,
     TrainConfig,
-    YarnConfig,
     to_json,
 )
+from tests.small_models import SMALL
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LENGTH = 32
 STARTED: list[subprocess.Popen] = []  # so that a test that fails leaves none behind
 
 # One dense and one sparse layer; all widths can be divided over eight devices.
-MODEL = ModelConfig(
+MODEL = replace(
+    SMALL,
     vocab_size=264,
-    hidden_dim=32,
     num_layers=2,
-    num_dense_layers=1,
     intermediate_dim=48,
     max_length=64,
-    attention=AttentionConfig(
-        num_heads=2,
-        q_lora_rank=24,
-        kv_lora_rank=16,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-        yarn=YarnConfig(factor=4, original_length=16, mscale=0.8, mscale_all_dim=0.707),
-    ),
-    moe=MoEConfig(
-        num_experts=8,
-        top_k=2,
-        intermediate_dim=16,
-        num_shared_experts=1,
-        num_groups=4,
-        top_groups=2,
-        routing="group_limited_greedy",
-    ),
+    attention=replace(SMALL.attention, qk_nope_head_dim=16, v_head_dim=16),
+    moe=replace(SMALL.moe, top_k=2, intermediate_dim=16, num_shared_experts=1, routed_scale=1.0),
     init_std=0.1,
-    dtype="float32",
-    remat="none",
 )
 
 

@@ -250,15 +250,20 @@ def attention_costs(
 
     here = PROGRAMS
     shape = {"heads": heads, "tokens": tokens}
+    forward, backward = tiles.TPU_FORWARD, tiles.TPU_BACKWARD
+    if chip in ("v5e", "v5p"):
+        forward, backward = tiles.TPU_FORWARD_NARROW, tiles.TPU_BACKWARD_NARROW
     for label, name, tile in (
-        ("mla_attention forward", "attention_forward", tiles.TPU_FORWARD),
-        ("mla_attention backward", "attention_backward", tiles.TPU_BACKWARD),
+        ("mla_attention forward", "attention_forward", forward),
+        ("mla_attention backward", "attention_backward", backward),
     ):
         (schedule,) = compile_schedules(f"{here}:{name}", shape, chip, "mla_attention")
         # Two heads a step; code for whole parts and for those on the diagonal.
         pairs, rows, parts = heads // 2, -(-tokens // tile.block), -(-tokens // tile.part)
         full = parts * (parts - 1) // 2
         trips = [pairs * full, pairs * parts] if full else [pairs * parts]
+        if tile.lag:  # What is held last is finished once per block of queries.
+            trips.append(pairs * rows)
         steps = pairs * rows * (rows + 1) // 2
         yield cost(label, schedule, trips, pairs * rows, steps)
 

@@ -12,10 +12,13 @@ How they are laid out, and why:
   pair stays in VMEM, and those of keys and values are accumulated transposed, again for the MXU.
 - Which blocks are computed is a table of scalars, so blocks that the mask hides are neither
   computed nor fetched; only blocks that the mask cuts are masked.
-- The matmuls of the next tile are issued before the elementwise work of this one: the compiler
+- The matmuls of the next tiles are issued before the elementwise work of this one: the compiler
   schedules within a window of the program's order and would otherwise leave the MXU waiting.
+- A forward step does not finish its last tiles: their scores and weights are held in VMEM, and the
+  next step of the same queries goes on with them while the MXU computes its own first scores.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -50,7 +53,7 @@ def forward(
     B, T, H, _ = q_nope_BTHN.shape
     S = k_nope_BSHN.shape[1]
     dtype = q_nope_BTHN.dtype
-    tile = tiles.TPU_FORWARD
+    tile = tiles.tpu_forward_tile()
     shape = BlockShape.of(T, S, H, tile.block)
     table = blocks.make_table(
         T, S, shape.block_q, shape.block_k, masks, causal=causal, keys_outer=False
@@ -64,9 +67,16 @@ def forward(
         segment_ids=masks[:2],
     )
     heads, block_q = shape.heads, shape.block_q
+    held = _Held.of(tile, shape)
     out_BTW, lse_BGHT = pl.pallas_call(
         functools.partial(
-            _forward_kernel, shape=shape, table=table, tile=tile, scale=scale, causal=causal
+            _forward_kernel,
+            shape=shape,
+            table=table,
+            tile=tile,
+            held=held,
+            scale=scale,
+            causal=causal,
         ),
         out_shape=(
             blocks.like(q_nope_BTHN, (B, shape.padded_queries, H * VALUE), dtype),
@@ -84,6 +94,7 @@ def forward(
                 pltpu.VMEM((heads, NOPE + ROPE, block_q), dtype),
                 pltpu.VMEM((heads, 1, block_q), jnp.float32),
                 pltpu.VMEM((heads, VALUE + SUM_ROWS, block_q), jnp.float32),
+                *held.scratch(dtype, VALUE + SUM_ROWS if tile.sum_on_mxu else VALUE),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -95,6 +106,45 @@ def forward(
     )(*table.scalars, blocks.offsets(masks.q_offset_B, B), *operands)
     out_BTHV = out_BTW[:, :T].reshape(B, T, H, VALUE)
     return out_BTHV, lse_BGHT.reshape(B, H, shape.padded_queries)[:, :, :T]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """What a step leaves to the next one: tiles with scores only, and as many with weights.
+
+    Attributes:
+        lag: tiles whose scores, and as many whose weights, are under way within a step.
+        items: head and queries of the tiles that are held, the earliest first; they are the same
+            after every kind of block. Empty where a step finishes all its tiles.
+        size: keys and queries of such a tile.
+    """
+
+    lag: int
+    items: list[tuple[int, slice]]
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, tile: tiles.TpuTile, shape: BlockShape) -> "_Held":
+        order = tile.order(shape.heads, shape.block_q, shape.block_k)
+        *_, queries, keys = order[-1]
+        size = (keys.stop - keys.start, queries.stop - queries.start)
+        # The tiles of a step's last keys, which a block on the diagonal does not cut.
+        last = sum(item[2] == keys for item in order)
+        lag = min(tile.lag, last // 2)
+        items = [(h, queries) for h, queries, _ in order[-2 * lag :]] if lag else []
+        return cls(max(lag, 1), items, size)
+
+    def scratch(self, dtype: Any, rows: int) -> list[Any]:
+        """Returns the memory of scores, weights, decays and, for both kinds of tile, values."""
+        if not self.items:
+            return []
+        keys, queries = self.size
+        return [
+            pltpu.VMEM((self.lag, keys, queries), jnp.float32),
+            pltpu.VMEM((self.lag, keys, queries), dtype),
+            pltpu.VMEM((self.lag, 1, queries), jnp.float32),
+            pltpu.VMEM((2 * self.lag, rows, keys), dtype),
+        ]
 
 
 def _forward_kernel(
@@ -112,11 +162,14 @@ def _forward_kernel(
     shape: BlockShape,
     table: BlockTable,
     tile: tiles.TpuTile,
+    held: _Held,
     scale: float,
     causal: bool,
 ) -> None:
     del completed_ref
-    *segment_refs, out_ref, lse_ref, q_ref, max_ref, acc_ref = refs
+    num_refs = len(refs) - (4 if held.items else 0)
+    held_refs = refs[num_refs:]
+    *segment_refs, out_ref, lse_ref, q_ref, max_ref, acc_ref = refs[:num_refs]
     batch = pl.program_id(0)
     at = table.row(batch) + pl.program_id(2)
     info = info_ref[at]
@@ -125,6 +178,9 @@ def _forward_kernel(
     def _start() -> None:
         max_ref[...] = jnp.full_like(max_ref, MASKED)
         acc_ref[...] = jnp.zeros_like(acc_ref)
+        # Hidden keys, whose values are 0, are held to begin with.
+        for n, ref in enumerate(held_refs):
+            ref[...] = jnp.full_like(ref, MASKED if n == 0 else 0)
         # The scale goes into the queries: the vector unit has no cycle to spare for the scores.
         rope_TR = (q_rope_ref[0].astype(jnp.float32) * (scale * LOG2_E)).astype(q_ref.dtype)
         rope_RT = rope_TR.T
@@ -132,6 +188,47 @@ def _forward_kernel(
             nope_TN = q_nope_ref[0, :, h * NOPE : (h + 1) * NOPE].astype(jnp.float32)
             q_ref[h, :NOPE] = (nope_TN * (scale * LOG2_E)).astype(q_ref.dtype).T
             q_ref[h, NOPE:] = rope_RT[h * ROPE : (h + 1) * ROPE]
+
+    def softmax(h: int, queries: slice, scores_ST: Array, v_VS: Array) -> tuple[Any, ...]:
+        old_1T = max_ref[h, :, queries]
+        new_1T = jnp.maximum(old_1T, scores_ST.max(axis=0, keepdims=True))
+        weights_ST = jnp.exp2(scores_ST - new_1T)
+        decay_1T = jnp.exp2(old_1T - new_1T)
+        max_ref[h, :, queries] = new_1T
+        if not tile.sum_on_mxu:
+            sum_1T = weights_ST.sum(axis=0, keepdims=True)
+            acc_ref[h, VALUE:, queries] = acc_ref[h, VALUE:, queries] * decay_1T + sum_1T
+        return h, queries, weights_ST.astype(v_ref.dtype), decay_1T, v_VS
+
+    def accumulate(h: int, queries: slice, weights_ST: Array, decay_1T: Array, v_VS: Array) -> None:
+        rows = slice(0, v_VS.shape[0])
+        acc_VT = acc_ref[h, rows, queries] * decay_1T
+        acc_ref[h, rows, queries] = acc_VT + blocks.dot(v_VS, weights_ST)
+
+    def take_held() -> tuple[list[Any], list[Any]]:
+        """Returns the tiles that the step before has left: with scores, and with weights."""
+        if not held.items:
+            return [], []
+        scores_ref, weights_ref, decay_ref, values_ref = held_refs
+        lag = held.lag
+        return (
+            [(*held.items[lag + n], scores_ref[n], values_ref[lag + n]) for n in range(lag)],
+            [(*held.items[n], weights_ref[n], decay_ref[n], values_ref[n]) for n in range(lag)],
+        )
+
+    def hold(scored: list[Any], weighted: list[Any]) -> None:
+        assert [item[:2] for item in weighted + scored] == held.items
+        scores_ref, weights_ref, decay_ref, values_ref = held_refs
+        for n in range(held.lag):
+            *_, scores_ref[n], values_ref[held.lag + n] = scored[n]
+            *_, weights_ref[n], decay_ref[n], values_ref[n] = weighted[n]
+
+    def drain(scored: list[Any], weighted: list[Any]) -> None:
+        for item in scored:
+            weighted.append(softmax(*item))
+            accumulate(*weighted.pop(0))
+        for item in weighted:
+            accumulate(*item)
 
     def attend(kind: int) -> None:
         mask = blocks.BlockMask(
@@ -157,35 +254,27 @@ def _forward_kernel(
         def scores(h: int, queries: slice, keys: slice) -> Array:
             k_nope_SN = k_nope_ref[0, keys, h * NOPE : (h + 1) * NOPE]
             k_SK = jnp.concatenate([k_nope_SN, k_rope_ref[0, keys]], axis=1)
-            return blocks.dot(k_SK, q_ref[h, :, queries])
+            return mask.apply(blocks.dot(k_SK, q_ref[h, :, queries]), queries, keys)
 
-        def softmax(h: int, queries: slice, keys: slice, scores_ST: Array) -> tuple[Array, Array]:
-            scores_ST = mask.apply(scores_ST, queries, keys)
-            old_1T = max_ref[h, :, queries]
-            new_1T = jnp.maximum(old_1T, scores_ST.max(axis=0, keepdims=True))
-            weights_ST = jnp.exp2(scores_ST - new_1T)
-            decay_1T = jnp.exp2(old_1T - new_1T)
-            max_ref[h, :, queries] = new_1T
-            if not tile.sum_on_mxu:
-                sum_1T = weights_ST.sum(axis=0, keepdims=True)
-                acc_ref[h, VALUE:, queries] = acc_ref[h, VALUE:, queries] * decay_1T + sum_1T
-            return weights_ST.astype(v_ref.dtype), decay_1T
-
-        def accumulate(
-            h: int, queries: slice, keys: slice, weights_ST: Array, decay_1T: Array
-        ) -> None:
-            rows = slice(0, acc_ref.shape[1] if tile.sum_on_mxu else VALUE)
-            acc_VT = acc_ref[h, rows, queries] * decay_1T
-            product_VT = blocks.dot(values(h, keys.start, keys.stop), weights_ST)
-            acc_ref[h, rows, queries] = acc_VT + product_VT
-
-        blocks.pipeline(mask.tiles(tile, shape.heads), scores, softmax, accumulate)
+        scored, weighted = take_held()
+        for h, queries, keys in mask.tiles(tile, shape.heads):
+            v_VS = values(h, keys.start, keys.stop)
+            scored.append((h, queries, scores(h, queries, keys), v_VS))
+            if len(scored) > held.lag:
+                weighted.append(softmax(*scored.pop(0)))
+            if len(weighted) > held.lag:
+                accumulate(*weighted.pop(0))
+        if held.items:
+            hold(scored, weighted)
+        else:
+            drain(scored, weighted)
 
     for kind in table.kinds:
         pl.when((info & blocks.KIND_BITS) == kind)(functools.partial(attend, kind))
 
     @pl.when((info & blocks.OUTER_LAST) != 0)
     def _finish() -> None:
+        drain(*take_held())
         for h in range(shape.heads):
             seen_1T = max_ref[h] > MASKED / 2
             sum_1T = jnp.where(seen_1T, acc_ref[h, VALUE : VALUE + 1], 1.0)

@@ -98,7 +98,7 @@ def _backward_piece(
     B, T, H, _ = q_nope_BTHN.shape
     S = k_nope_BSHN.shape[1]
     dtype, f32 = q_nope_BTHN.dtype, jnp.float32
-    tile = tiles.TPU_BACKWARD
+    tile = tiles.tpu_backward_tile()
     shape = BlockShape.of(T, S, H, tile.block)
     heads, block_q, block_k = shape.heads, shape.block_q, shape.block_k
     table = blocks.make_table(T, S, block_q, block_k, masks, causal=causal, keys_outer=True)

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 ENVIRONMENT = {
@@ -171,7 +172,10 @@ def main(which: str, chips: str) -> None:
             args = jax.tree.map(
                 lambda x, s=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), args
             )
-            compiled = jax.jit(fn).trace(*args).lower().compile()
+            # Kernels ask the mesh in use for the chip; `shard_map` brings its own.
+            alone = Mesh(devices[:1], ("chip",)).abstract_mesh
+            with jax.sharding.use_abstract_mesh(alone) if which != "sharded" else nullcontext():
+                compiled = jax.jit(fn).trace(*args).lower().compile()
             calls = re.findall(
                 r"%?([a-z_]+)[\w.\-]* = [^\n]*custom_call_target=\"tpu_custom_call\"",
                 compiled.as_text(),

@@ -11,6 +11,7 @@ a kernel takes at least the longer of the two. Cycles and bytes are a core's.
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ DEVICES = {
     "v6e": ("TPU v6 lite", 1),
     "tpu7x": ("TPU7x", 1),
 }
+# What megablox may take: it asks for no more VMEM than the compiler gives a kernel unasked.
+MEGABLOX_VMEM = {"v5e": 2**24, "v5p": 2**24, "v6e": 2**25, "tpu7x": 2**25}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,26 +222,45 @@ def megablox_cost(problem: Problem, chip: str, tiling: tuple[int, int, int]) -> 
     return Cost(label, schedule, bodies, whole.cycles * share, 2 * moved * share)
 
 
-def tilings(problem: Problem, heights: list[int]) -> list[tuple[int, int, int]]:
-    """Tilings worth trying: of some heights, as deep and wide as its share of VMEM allows."""
+def tilings(problem: Problem, heights: list[int], chip: str) -> list[tuple[int, int, int]]:
+    """Tilings worth trying: of some heights, whole depth or half of it, as wide as VMEM allows.
 
-    def divisor(width: int, most: int) -> int:
-        return max(n for n in range(128, most + 1, 128) if width % n == 0)
-
+    Cores share the columns evenly.
+    """
     contracted, out = problem.widths
-    # The weights' gradient keeps a tile of its result in float32.
-    most = 1536 if problem.kind == "weights-backward" else 2560
-    return [(height, divisor(contracted, most), divisor(out, 1536)) for height in heights]
+    cores = DEVICES[chip][1]
+    found = []
+
+    def tile(width: int, parts: int) -> int:
+        return -(-width // (128 * parts)) * 128
+
+    def fits(height: int, depth: int, columns: int) -> bool:
+        # Two buffers of the inputs and the result in bfloat16, and its sums in float32.
+        if problem.kind == "weights-backward":
+            taken = 4 * height * (depth + columns) + 8 * depth * columns
+        else:
+            taken = 4 * depth * (height + columns) + 8 * height * columns
+        return taken <= MEGABLOX_VMEM[chip]
+
+    for height in heights:
+        for depth in (contracted, contracted // 256 * 128):
+            parts = (
+                n * cores for n in itertools.count(1) if fits(height, depth, tile(out, n * cores))
+            )
+            found.append((height, depth, tile(out, number := next(parts))))
+            if number == cores:  # As wide as can be.
+                break
+    return found
 
 
 def compare(problem: Problem, chip: str, heights: list[int], default: bool) -> None:
     """Prints the rows of a problem: ours, and the best of megablox (no SwiGLU there)."""
     kind = "forward" if problem.kind == "swiglu" else problem.kind
     peer = dataclasses.replace(problem, kind=kind)
-    sizes = [] if problem.kind == "swiglu" else tilings(peer, heights)
+    sizes = [] if problem.kind == "swiglu" else tilings(peer, heights, chip)
     sizes += [(128, 128, 128)] if default and sizes else []
     found = []
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ours = pool.submit(our_cost, problem, chip)
         for size, future in [(n, pool.submit(megablox_cost, peer, chip, n)) for n in sizes]:
             try:
@@ -265,7 +287,7 @@ def main() -> None:
         "--shape", default="49152x2048x1408x64", help="rows, depth, columns, groups"
     )
     parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--heights", default="128,256,512", help="of megablox's tiles")
+    parser.add_argument("--heights", default="64,128,256", help="of megablox's tiles")
     parser.add_argument("--default", action="store_true", help="megablox's default tiling too")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

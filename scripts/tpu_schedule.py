@@ -153,7 +153,9 @@ def read_schedule(folder: Path, name: str) -> Schedule:
     for start, end in itertools.pairwise(edges):
         sums = [sum(column) for column in zip(*used[start:end], strict=True)]
         units_used = dict(zip(names, sums, strict=True))
-        regions.append(Region(start, end - start, units_used, slots, depths[start]))
+        # The listing gives no depth to empty bundles, which may begin a region.
+        depth = max((depths.get(address, 0) for address in range(start, end)), default=0)
+        regions.append(Region(start, end - start, units_used, slots, depth))
 
     text = dump("[0-9]-post-bundle-packing-post-ra").read_text()
     sizes = {

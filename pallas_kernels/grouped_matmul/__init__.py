@@ -14,11 +14,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from pallas_kernels.grouped_matmul.weights import BlockScaledWeights, block_scaled, dequantise
+from pallas_kernels.grouped_matmul.weights import (
+    BlockScaledWeights,
+    LayerOfStack,
+    block_scaled,
+    dequantise,
+)
 
 __all__ = [
     "IMPLEMENTATIONS",
     "BlockScaledWeights",
+    "LayerOfStack",
     "block_scaled",
     "dequantise",
     "grouped_matmul",
@@ -37,7 +43,7 @@ def _implementation(name: str) -> ModuleType:
 
 def grouped_matmul(
     lhs_MK: Float[Array, "M K"],
-    rhs_GKN: Float[Array, "G _ _"] | BlockScaledWeights,
+    rhs_GKN: Float[Array, "G _ _"] | BlockScaledWeights | LayerOfStack,
     group_sizes_G: Int[Array, " groups"],
     *,
     transpose_rhs: bool = False,
@@ -48,12 +54,12 @@ def grouped_matmul(
 
     Rows of group g follow those of group g - 1. Rows at or beyond sum(group_sizes_G), and rows of
     groups that rhs_GKN does not hold, give 0. Sums are in float32. Differentiable in lhs_MK and
-    rhs_GKN (not when that is BlockScaledWeights); the gradient of an empty group is exactly 0.
+    rhs_GKN (when that is an array); the gradient of an empty group is exactly 0.
 
     Args:
         lhs_MK: bfloat16 or float32 rows.
         rhs_GKN: matrices of lhs_MK's dtype, [G, K, N], or [G, N, K] when transpose_rhs; or their
-            quantised form.
+            quantised form; or a layer of a stack, which "tpu" uses where it lies and others copy.
         group_sizes_G: int32 rows of every group, those not held by rhs_GKN included; their sum is
             at most M.
         transpose_rhs: multiply by the transposes, which are not materialised.
@@ -79,8 +85,8 @@ def grouped_matmul(
 
 def grouped_swiglu(
     lhs_MK: Float[Array, "M K"],
-    gate_GKN: Float[Array, "G K N"] | BlockScaledWeights,
-    up_GKN: Float[Array, "G K N"] | BlockScaledWeights,
+    gate_GKN: Float[Array, "G K N"] | BlockScaledWeights | LayerOfStack,
+    up_GKN: Float[Array, "G K N"] | BlockScaledWeights | LayerOfStack,
     group_sizes_G: Int[Array, " groups"],
     *,
     group_offset: Int[Array, ""] | int | None = None,
@@ -93,7 +99,8 @@ def grouped_swiglu(
 
     Args:
         lhs_MK: bfloat16 or float32 rows.
-        gate_GKN: gate matrices of lhs_MK's dtype, or their quantised form (then no gradients).
+        gate_GKN: gate matrices of lhs_MK's dtype, or their quantised form or a layer of a stack
+            (then no gradients).
         up_GKN: up matrices, as gate_GKN.
         group_sizes_G: int32 rows of every group. Their sum is at most M.
         group_offset: int32, the first group that gate_GKN and up_GKN hold; None when they hold all.
@@ -114,6 +121,9 @@ def grouped_swiglu(
             f"up_GKN: shape {up_GKN.shape} and dtype {up_GKN.dtype} must be those of gate_GKN, "
             f"{gate_GKN.shape} and {gate_GKN.dtype}"
         )
+    layers = [getattr(rhs, "layer", None) for rhs in (gate_GKN, up_GKN)]
+    if layers[0] is not layers[1]:
+        raise ValueError(f"up_GKN: layer {layers[1]} must be the one of gate_GKN, {layers[0]}")
     offset = jnp.asarray(0 if group_offset is None else group_offset, jnp.int32)
     arrays = _vary_alike((lhs_MK, gate_GKN, up_GKN, group_sizes_G.astype(jnp.int32), offset))
     if lhs_MK.shape[0] == 0:
@@ -124,7 +134,7 @@ def grouped_swiglu(
 def _check_rhs(
     name: str,
     lhs_MK: Array,
-    rhs: Array | BlockScaledWeights,
+    rhs: Array | BlockScaledWeights | LayerOfStack,
     group_sizes_G: Array,
     group_offset: Array | int | None,
     contracted_dim: int,
@@ -175,13 +185,20 @@ def _vary_alike[T](arrays: T) -> T:
     return jax.tree.unflatten(treedef, cast)
 
 
-def _refuse_gradient(name: str, rhs: Array | BlockScaledWeights) -> None:
-    if isinstance(rhs, BlockScaledWeights):
-        raise ValueError(f"{name}: BlockScaledWeights of {rhs.dtype} have no gradient")
+def _placed(module: ModuleType, rhs: Array | BlockScaledWeights | LayerOfStack) -> object:
+    """The weights as the module takes them: those that fetch weights themselves do so in place."""
+    in_place = getattr(module, "TAKES_STACKS", False)
+    return rhs.take() if isinstance(rhs, LayerOfStack) and not in_place else rhs
+
+
+def _refuse_gradient(name: str, rhs: Array | BlockScaledWeights | LayerOfStack) -> None:
+    if isinstance(rhs, BlockScaledWeights | LayerOfStack):
+        raise ValueError(f"{name}: {type(rhs).__name__} of {rhs.dtype} have no gradient")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(module, transpose_rhs, lhs_MK, rhs_GKN, group_sizes_G, group_offset):  # type: ignore[no-untyped-def]
+    rhs_GKN = _placed(module, rhs_GKN)
     return module.matmul(lhs_MK, rhs_GKN, group_sizes_G, group_offset, transpose_rhs=transpose_rhs)
 
 
@@ -209,6 +226,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu(module, lhs_MK, gate_GKN, up_GKN, group_sizes_G, group_offset):  # type: ignore[no-untyped-def]
+    gate_GKN, up_GKN = _placed(module, gate_GKN), _placed(module, up_GKN)
     return module.swiglu(lhs_MK, gate_GKN, up_GKN, group_sizes_G, group_offset)
 
 

@@ -95,9 +95,9 @@ _TPU_CHIPS = {
     "TPU7x": TpuChip(vmem_mib=64, wide=True, cores=1),
 }
 _TPU_COLUMNS = 128
-# Multiplications of one stretch of code, about 4,000 cycles: some 270 pass before its first
-# results come, and longer code takes long to compile.
-_TPU_BODY_WIDE, _TPU_BODY = 2**30, 2**28
+# Multiplications of one stretch of code, about 4,000 cycles or 8,000: some 270 pass before its
+# first results come, and longer code takes long to compile.
+_TPU_BODY_WIDE, _TPU_BODY = 2**30, 2**29
 
 
 def tpu_chip() -> TpuChip:
@@ -161,8 +161,8 @@ def tpu_rows_tile(
     if itemsize == 4:  # The same code takes six passes.
         rows, large, small = (256, 128, 64) if mean > 64 else (64, 32, 16)
     elif mean > 64:
-        # A wide MXU takes as long for fewer rows: it waits for the weights, transposed ones longer.
-        small = (256 if transpose_rhs else 128) if chip.wide else 64
+        # Fewer rows take an MXU as long: it waits for the weights, and for transposed ones longer.
+        small = (128 if chip.wide else 32) * (2 if transpose_rhs else 1)
         rows, large = 512, 256
     else:
         rows, large, small = (128, 64, 32) if mean > 16 else (64, 32, 16)

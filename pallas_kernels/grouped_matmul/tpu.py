@@ -12,12 +12,14 @@ from jax import Array
 from pallas_kernels.grouped_matmul.tpu_rows import rows_kernel
 from pallas_kernels.grouped_matmul.tpu_weight_gradient import weight_gradient_kernel
 from pallas_kernels.grouped_matmul.tpu_windows import LANES
-from pallas_kernels.grouped_matmul.weights import BlockScaledWeights
+from pallas_kernels.grouped_matmul.weights import BlockScaledWeights, LayerOfStack
+
+TAKES_STACKS = True  # Layers of a stack are used where they lie.
 
 
 def matmul(
     lhs_MK: Array,
-    rhs_GKN: Array | BlockScaledWeights,
+    rhs_GKN: Array | BlockScaledWeights | LayerOfStack,
     group_sizes_G: Array,
     group_offset: Array,
     *,
@@ -38,8 +40,8 @@ def matmul(
 
 def swiglu(
     lhs_MK: Array,
-    gate_GKN: Array | BlockScaledWeights,
-    up_GKN: Array | BlockScaledWeights,
+    gate_GKN: Array | BlockScaledWeights | LayerOfStack,
+    up_GKN: Array | BlockScaledWeights | LayerOfStack,
     group_sizes_G: Array,
     group_offset: Array,
     *,
@@ -121,7 +123,7 @@ def weight_gradient(
     )
 
 
-def _checked[T: (Array, Array | BlockScaledWeights)](name: str, array: T) -> T:
+def _checked[T: (Array, Array | BlockScaledWeights | LayerOfStack)](name: str, array: T) -> T:
     """The array, when it is one that the kernels take."""
     widths = array.shape[1:]
     if any(width % LANES for width in widths):

@@ -15,6 +15,7 @@ How it is laid out, and why:
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ from pallas_kernels.grouped_matmul.groups import local_groups
 from pallas_kernels.grouped_matmul.tpu_windows import (
     ALIGN,
     FIRST,
+    compiler_params,
     copy_rows,
     dot,
     fetched,
@@ -36,7 +38,7 @@ from pallas_kernels.grouped_matmul.tpu_windows import (
     make_windows,
     pad_rows,
 )
-from pallas_kernels.grouped_matmul.weights import SCALE_BLOCK, BlockScaledWeights
+from pallas_kernels.grouped_matmul.weights import SCALE_BLOCK, BlockScaledWeights, LayerOfStack
 
 BUFFERS = 2  # Of rows and of outputs.
 
@@ -72,38 +74,34 @@ class _Plan:
 
 def rows_kernel(
     lhs: tuple[Array, ...],
-    rhs: tuple[Array | BlockScaledWeights, ...],
+    rhs: tuple[Array | BlockScaledWeights | LayerOfStack, ...],
     group_sizes_G: Array,
     group_offset: Array,
     *,
     transpose_rhs: bool = False,
     activation: bool = False,
     keep_products: bool = False,
-    num_groups: int | None = None,
-    first_group: Array | int = 0,
     interpret: Any = False,
 ) -> tuple[Array, ...]:
     """Multiplies rows by their group's matrices.
 
     Args:
         lhs: one array of rows [M, K], or as many as there are matrices, whose products are added.
-        rhs: matrices [stored, K, N], or [stored, N, K] when transpose_rhs: one, or a gate and an
-            up matrix, or one for each of `lhs`.
+        rhs: matrices [G, K, N], or [G, N, K] when transpose_rhs: one, or a gate and an up matrix,
+            or one for each of `lhs`. All or none are of a stack, and of the same layer.
         group_sizes_G: int32 rows of every group.
         group_offset: int32, the first group held.
         transpose_rhs: multiply by the transposes.
         activation: give silu(gate) * up of the two products.
         keep_products: give the two products as well.
-        num_groups: number of groups held; None when they are all that is stored.
-        first_group: int32, where the held groups begin in what is stored: the layers of a stack
-            of weights are used in place.
         interpret: as of `pl.pallas_call`.
 
     Returns:
         Rows [M, N] of the dtype of `lhs`; with keep_products also the gate and the up products.
     """
     num_rows, dtype = lhs[0].shape[0], lhs[0].dtype
-    num_groups = rhs[0].shape[0] if num_groups is None else num_groups
+    num_groups = rhs[0].shape[0]
+    first_group = rhs[0].layer * num_groups if isinstance(rhs[0], LayerOfStack) else jnp.int32(0)
     quantised = isinstance(rhs[0], BlockScaledWeights)
     depth, num_columns = lhs[0].shape[1], rhs[0].shape[1 if transpose_rhs else 2]
     lhs = tuple(pad_rows(x) for x in lhs)
@@ -129,7 +127,7 @@ def rows_kernel(
     )
     scalars = _scalars(plan, group_sizes_G, group_offset, num_groups, first_group, padded)
 
-    values = tuple(x.values if isinstance(x, BlockScaledWeights) else x for x in rhs)
+    values = tuple(map(_stored, rhs))
     columns = tile.columns
     slab = (columns, depth) if transpose_rhs else (depth, columns)
     weights = [pltpu.VMEM((tile.weight_buffers, *slab), x.dtype) for x in values]
@@ -159,12 +157,10 @@ def rows_kernel(
                 pltpu.SemaphoreType.DMA((BUFFERS,)),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=tiles.tpu_vmem_limit()
-        ),
+        compiler_params=compiler_params(),
         cost_estimate=pl.CostEstimate(
             flops=2 * padded * depth * num_columns * len(rhs),
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*lhs, *values))
+            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in (*lhs, *rhs))
             + num_out * padded * num_columns * dtype.itemsize,
             transcendentals=padded * num_columns if activation else 0,
         ),
@@ -174,12 +170,19 @@ def rows_kernel(
     return tuple(x[:num_rows] for x in outs)
 
 
+def _stored(rhs: Array | BlockScaledWeights | LayerOfStack) -> Array:
+    """All matrices that lie with those wanted, one behind the other."""
+    if isinstance(rhs, LayerOfStack):
+        return rhs.stack.reshape(-1, *rhs.shape[1:])
+    return rhs.values if isinstance(rhs, BlockScaledWeights) else rhs
+
+
 def _scalars(
     plan: _Plan,
     group_sizes_G: Array,
     group_offset: Array,
     num_groups: int,
-    first_group: Array | int,
+    first_group: Array,
     num_rows: int,
 ) -> tuple[Array, ...]:
     """The windows, over the rows before the held groups, each group's, and those after.
@@ -198,7 +201,7 @@ def _scalars(
     used_R = jnp.concatenate([zero - 1, after_G - used_G, zero - 1]).astype(jnp.int32)
     number_G = jnp.arange(num_groups, dtype=jnp.int32)
     group_U = jnp.sum(after_G <= number_G[:, None], axis=1, dtype=jnp.int32)
-    place_U = jnp.minimum(group_U, num_groups - 1) + jnp.asarray(first_group, jnp.int32)
+    place_U = jnp.minimum(group_U, num_groups - 1) + first_group.astype(jnp.int32)
     used_W = used_R[windows.range_W]
     buffer_W = jnp.maximum(used_W, 0) % plan.tile.weight_buffers
     return *windows.scalars, used_W, buffer_W, place_U, after_G[-1:].astype(jnp.int32)

@@ -23,6 +23,7 @@ from pallas_kernels.grouped_matmul.tpu_windows import (
     FIRST,
     LANES,
     LAST,
+    compiler_params,
     copy_rows,
     dot,
     fetched,
@@ -83,9 +84,7 @@ def weight_gradient_kernel(
                 pltpu.SemaphoreType.DMA(()),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=tiles.tpu_vmem_limit()
-        ),
+        compiler_params=compiler_params(),
         cost_estimate=pl.CostEstimate(
             flops=2 * num_rows * K * N,
             bytes_accessed=itemsize * (num_rows * (K + N) + num_groups * K * N),
@@ -143,8 +142,9 @@ def _kernel(
         part = out_hbm.at[group, pl.ds(first_row, tile.height), pl.ds(first_column, tile.width)]
         return pltpu.make_async_copy(staged_ref, part, out_semaphore)
 
-    def zero_others(low: Any, high: Any, slot: Any, depth: int) -> None:
+    def zero_others(low: Any, high: Any, slot: Any) -> None:
         """Zeroes the rows of others, up to the depth that is multiplied."""
+        depth = (high + (tile.depths[0] - 1)) // tile.depths[0] * tile.depths[0]
         for ref in (lhs_ref.at[slot], d_out_ref.at[slot]):
 
             def mask(first: Any, ref: Any = ref) -> None:
@@ -162,7 +162,6 @@ def _kernel(
 
     def multiply(index: Any, depth: int, *, last: bool) -> None:
         slot, first = index & 1, (bits_ref[index] & FIRST) != 0
-        zero_others(low_ref[index], high_ref[index], slot, depth)
 
         @pl.loop(0, tile.height // tile.body_height)
         def _rows(n: Any) -> None:
@@ -191,6 +190,7 @@ def _kernel(
             copy_out(group - 1).wait()
 
         copy_in(index, wait=True)
+        pl.when(high > low)(functools.partial(zero_others, low, high, index & 1))
         pl.when(~last)(functools.partial(multiply, index, tile.rows, last=False))
         below = 0
         for depth in tile.depths:

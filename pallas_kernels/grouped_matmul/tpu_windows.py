@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.grouped_matmul.groups import group_of_tile
 
 LANES = 128
@@ -131,6 +132,19 @@ def dot(lhs: Array, rhs: Array, *, transpose_rhs: bool = False) -> Array:
     precision = lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
     dims = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
     return lax.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def compiler_params() -> pltpu.CompilerParams:
+    """What the compiler is told of a kernel whose grid cores share.
+
+    Copies lie within their arrays because windows do; to check each of them again would take as
+    long as all other work of a window that is no matrix work.
+    """
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel",),
+        vmem_limit_bytes=tiles.tpu_vmem_limit(),
+        disable_bounds_checks=True,
+    )
 
 
 def like(array: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

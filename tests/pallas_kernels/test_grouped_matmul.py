@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.grouped_matmul import (
     BlockScaledWeights,
+    LayerOfStack,
     block_scaled,
     dequantise,
     grouped_matmul,
@@ -111,6 +112,27 @@ def test_quantised_weights(implementation, dtype):
         jax.grad(lambda lhs: grouped_matmul(lhs, gate, sizes, implementation=implementation).sum())(
             inputs.lhs
         )
+
+
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_layer_of_a_stack(implementation):
+    case = Case("stack", 40, 24, 40, (10, 0, 30))
+    layers = [make_inputs(case, seed) for seed in range(3)]
+    gates, ups = (jnp.stack([getattr(x, n) for x in layers]) for n in ("rhs", "second_rhs"))
+    lhs, sizes, layer = layers[0].lhs, layers[0].group_sizes, jnp.int32(1)
+    gate, up = LayerOfStack(gates, layer), LayerOfStack(ups, layer)
+
+    def call(lhs):
+        return grouped_matmul(lhs, gate, sizes, implementation=implementation)
+
+    close(call(lhs), oracle.grouped_matmul(lhs, layers[1].rhs, sizes))
+    hidden = grouped_swiglu(lhs, gate, up, sizes, implementation=implementation)
+    close(hidden, oracle.grouped_swiglu(lhs, layers[1].rhs, layers[1].second_rhs, sizes))
+    with pytest.raises(ValueError, match="rhs_GKN: LayerOfStack of float32 have no gradient"):
+        jax.grad(lambda lhs: call(lhs).sum())(lhs)
+    for other in (up.take(), LayerOfStack(ups, jnp.int32(1))):
+        with pytest.raises(ValueError, match=r"up_GKN: layer .* must be the one of gate_GKN, 1"):
+            grouped_swiglu(lhs, gate, other, sizes, implementation=implementation)
 
 
 def test_rows_outside_the_groups_may_hold_anything():

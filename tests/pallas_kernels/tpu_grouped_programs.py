@@ -18,11 +18,16 @@ def compile_programs(chips: tuple[str, ...]) -> list[dict]:
 
 
 def programs():
-    """Training on a shard of V2's experts and on all of V2-Lite's; V2's decoding, quantised."""
+    """Training on a shard of V2's experts and on all of V2-Lite's; decoding, also of a stack."""
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.grouped_matmul import BlockScaledWeights, grouped_matmul, grouped_swiglu
+    from pallas_kernels.grouped_matmul import (
+        BlockScaledWeights,
+        LayerOfStack,
+        grouped_matmul,
+        grouped_swiglu,
+    )
 
     bf16 = jnp.bfloat16
 
@@ -40,6 +45,18 @@ def programs():
             return experts(rows, weights, group_sizes, offset).astype(jnp.float32).sum()
 
         return jax.value_and_grad(loss, argnums=(0, 1))(rows, weights)
+
+    def layers(rows, stacks, group_sizes, offset):
+        def layer(rows, number):
+            weights = [LayerOfStack(stack, number) for stack in stacks]
+            return rows + experts(rows, weights, group_sizes, offset), None
+
+        return jax.lax.scan(layer, rows, jnp.arange(stacks[0].shape[0]))[0]
+
+    def stack_decoding(rows, width, hidden, groups, layers):
+        gate, down = array(layers, groups, width, hidden), array(layers, groups, hidden, width)
+        sizes, offset = array(groups, dtype=jnp.int32), array(dtype=jnp.int32)
+        return array(rows, width), (gate, gate, down), sizes, offset
 
     def training(rows, width, hidden, held, groups):
         gate, down = array(held, width, hidden), array(held, hidden, width)
@@ -60,6 +77,7 @@ def programs():
         "v2_lite_training": (step, training(49152, 2048, 1408, 64, 64)),
         "v2_int8_decoding": (experts, decoding(768, 5120, 1536, 160, jnp.int8)),
         "v2_lite_float8_decoding": (experts, decoding(6, 2048, 1408, 64, jnp.float8_e4m3fn)),
+        "v2_lite_stack_decoding": (layers, stack_decoding(96, 2048, 1408, 64, 4)),
     }
 
 
@@ -86,7 +104,7 @@ def main(chips: str) -> None:
                 compiled.as_text(),
             )
             rows, width = arguments[0].shape
-            hidden = arguments[1][0].shape[2]
+            hidden = arguments[1][0].shape[-1]
             result = {
                 "chip": chip,
                 "program": name,

@@ -44,6 +44,11 @@ class Kernels:
     exchange_chunks: int = 1
     exchange_room: float = 1.5
 
+    @property
+    def experts_in_place(self) -> bool:
+        """Whether the grouped matmul reads one layer's experts within those of all layers."""
+        return self.grouped_matmul == "tpu"
+
 
 def choose_kernels(device: jax.Device, config: ModelConfig, tensor: int = 1) -> Kernels:
     """Chooses the implementations for a model on a device, and says so once in the log.

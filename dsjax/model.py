@@ -14,10 +14,12 @@ from dsjax.cache import LatentCache
 from dsjax.config import ModelConfig, TokenDropping
 from dsjax.kernels import Kernels
 from dsjax.layers.basic import MLP, LayerOptions, RMSNorm, float32_matmul
+from dsjax.layers.expert_passes import Experts, Weights
 from dsjax.layers.mla import MLA
 from dsjax.layers.moe import MoE
 from dsjax.layers.router import RouterStats
 from dsjax.sharding import ShardingRules, check_divisible
+from pallas_kernels.grouped_matmul import LayerOfStack
 
 
 class Block(nnx.Module):
@@ -47,33 +49,47 @@ class Block(nnx.Module):
         return self._feed_forward(x_BTD, mask_BT, dropping)
 
     def prefill(
-        self, x_BTD: jax.Array, num_tokens_B: jax.Array, cache: LatentCache, layer: jax.Array
+        self,
+        x_BTD: jax.Array,
+        num_tokens_B: jax.Array,
+        cache: LatentCache,
+        layer: jax.Array,
+        experts: Experts | None = None,
     ) -> tuple[jax.Array, LatentCache]:
         """Runs over prompts from their first token and writes their latents to the cache."""
         positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
         attended = self.attention.prefill(self.attention_norm(x_BTD), positions_BT, None)
         out_BTD, latent_BTC, k_rope_BTR = attended
         cache = cache.write(layer, latent_BTC, k_rope_BTR, num_tokens_B)
-        x_BTD, _ = self._feed_forward(x_BTD + out_BTD, positions_BT < num_tokens_B[:, None], None)
+        mask_BT = positions_BT < num_tokens_B[:, None]
+        x_BTD, _ = self._feed_forward(x_BTD + out_BTD, mask_BT, None, experts)
         return x_BTD, cache
 
     def decode(
-        self, x_BTD: jax.Array, cache: LatentCache, layer: jax.Array
+        self,
+        x_BTD: jax.Array,
+        cache: LatentCache,
+        layer: jax.Array,
+        experts: Experts | None = None,
     ) -> tuple[jax.Array, LatentCache]:
         """Runs over the next tokens of sequences whose earlier ones are in the cache."""
         positions_BT = cache.lengths_B[:, None] + jnp.arange(x_BTD.shape[1])
         normed_BTD = self.attention_norm(x_BTD)
         out_BTD, cache = self.attention.decode(normed_BTD, positions_BT, cache, layer)
-        x_BTD, _ = self._feed_forward(x_BTD + out_BTD, None, None)
+        x_BTD, _ = self._feed_forward(x_BTD + out_BTD, None, None, experts)
         return x_BTD, cache
 
     def _feed_forward(
-        self, x_BTD: jax.Array, mask_BT: jax.Array | None, dropping: TokenDropping | None
+        self,
+        x_BTD: jax.Array,
+        mask_BT: jax.Array | None,
+        dropping: TokenDropping | None,
+        experts: Experts | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
         normed_BTD = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MLP):
             return x_BTD + self.feed_forward(normed_BTD), None
-        out_BTD, stats = self.feed_forward(normed_BTD, mask_BT, dropping)
+        out_BTD, stats = self.feed_forward(normed_BTD, mask_BT, dropping, experts)
         return x_BTD + out_BTD, stats
 
 
@@ -187,7 +203,8 @@ class DeepSeekV2(nnx.Module):
             carry: tuple[jax.Array, LatentCache], xs: tuple[Block, jax.Array]
         ) -> tuple[tuple[jax.Array, LatentCache], None]:
             block, layer = xs
-            return block.prefill(carry[0], num_tokens_B, carry[1], layer), None
+            experts = self._experts_in_place(layer)
+            return block.prefill(carry[0], num_tokens_B, carry[1], layer, experts), None
 
         x_BTD, cache = self._through_layers(run, self._embed(tokens_BT), cache)
         last_B1D = jnp.take_along_axis(x_BTD, (num_tokens_B - 1)[:, None, None], axis=1)
@@ -208,7 +225,7 @@ class DeepSeekV2(nnx.Module):
             carry: tuple[jax.Array, LatentCache], xs: tuple[Block, jax.Array]
         ) -> tuple[tuple[jax.Array, LatentCache], None]:
             block, layer = xs
-            return block.decode(*carry, layer), None
+            return block.decode(*carry, layer, self._experts_in_place(layer)), None
 
         x_BTD, cache = self._through_layers(run, self._embed(tokens_BT), cache)
         return self.unembed(self.norm(x_BTD)), cache.advance(tokens_BT.shape[1])
@@ -227,6 +244,22 @@ class DeepSeekV2(nnx.Module):
                 (x_BTD, cache), _ = jax.lax.scan(run, (x_BTD, cache), (layers, numbers))
             first += count
         return x_BTD, cache
+
+    def _experts_in_place(self, layer: jax.Array) -> Experts | None:
+        """Returns a layer's experts within those of all, for kernels that read them there.
+
+        The scan's own slice of them would be written out before every call of a TPU's kernel.
+        """
+        layers, dtype = self.moe_layers, self.options.dtype
+        if not self.options.kernels.experts_in_place or layers is None:
+            return None
+        moe = layers.feed_forward
+        assert isinstance(moe, MoE)
+        stacks = (moe.w_gate[...], moe.w_up[...], moe.w_down[...])
+        if self.options.rules.is_divided("expert_embed") or moe.w_gate.dtype != dtype:
+            return None  # they are gathered or cast first, which is a copy anyway
+        number = layer - self.config.num_dense_layers
+        return Weights(*(LayerOfStack(stack, number) for stack in stacks))
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = self.embed[...][tokens_BT].astype(self.options.dtype)

@@ -148,6 +148,10 @@ class ShardingRules:
         """Returns the number of devices along a mesh axis, 1 off a mesh."""
         return 1 if self.mesh is None else self.mesh.shape[axis]
 
+    def is_divided(self, dim: str) -> bool:
+        """Says whether more than one device divides a logical dim."""
+        return self.mesh is not None and bool(self._dividing(dict(self.table)[dim]))
+
     def num_batch_shards(self) -> int:
         """Returns the number of parts that the rules divide a batch into."""
         return math.prod(self.axis_size(axis) for axis in dict(self.table)["batch"])

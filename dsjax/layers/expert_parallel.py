@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from dsjax.config import MoEConfig
 from dsjax.kernels import Kernels
 from dsjax.layers.basic import LayerOptions
-from dsjax.layers.expert_passes import PassSize, Weights, apply_local_experts
+from dsjax.layers.expert_passes import Experts, PassSize, Weights, apply_local_experts
 from dsjax.layers.router import Routing
 from pallas_kernels.expert_exchange import (
     plan_exchange,
@@ -19,6 +20,7 @@ from pallas_kernels.expert_exchange import (
     send_choices,
     send_tokens,
 )
+from pallas_kernels.grouped_matmul import LayerOfStack
 
 # Room of a pass comes in multiples of _ROUND; with at least _MIN_PASS, few tokens take one pass.
 _ROUND, _MIN_PASS = 128, 256
@@ -27,8 +29,8 @@ _ROUND, _MIN_PASS = 128, 256
 def apply_experts(
     x_BTD: jax.Array,
     routing: Routing,
-    experts: Weights,
-    shared: Weights | None,
+    experts: Experts,
+    shared: Weights[jax.Array] | None,
     config: MoEConfig,
     options: LayerOptions,
 ) -> jax.Array:
@@ -37,7 +39,8 @@ def apply_experts(
     Args:
         x_BTD: compute dtype.
         routing: experts and gates of each token.
-        experts: gate and up [E, D, F], down [E, F, D], compute dtype.
+        experts: gate and up [E, D, F], down [E, F, D], compute dtype; or each a LayerOfStack, in
+            which D is not divided.
         shared: of the shared experts as one MLP, without E; None for none.
         config: how tokens are routed, which bounds the devices a token goes to.
         options: rules and kernels.
@@ -63,11 +66,13 @@ def apply_experts(
     )
     tokens, chosen = ("batch", "length", "embed"), ("batch", "length", None)
     into, out = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
-    weights: list[jax.Array] = [*experts]
-    dims: list[tuple[str, ...]] = [into, into, out]
+    dims: list[tuple[str, ...]] = []
+    for weight, each in zip(experts, (into, into, out), strict=True):
+        dims += [("layers", *each), ()] if isinstance(weight, LayerOfStack) else [each]
     if shared is not None:
-        weights += shared
         dims += [("param_embed", "mlp"), ("param_embed", "mlp"), ("mlp", "param_embed")]
+    weights, structure = jax.tree.flatten((experts, shared))
+    of_device = functools.partial(of_device, structure=structure)
     run = rules.shard_map(of_device, (tokens, chosen, chosen, *dims), tokens)
     return run(x_BTD, routing.weights_BTK, routing.indices_BTK, *weights)
 
@@ -99,6 +104,7 @@ def _experts_of_device(
     gates_BTK: jax.Array,
     indices_BTK: jax.Array,
     *weights: jax.Array,
+    structure: Any,
     config: MoEConfig,
     kernels: Kernels,
     gather_axes: tuple[str, ...],
@@ -108,8 +114,9 @@ def _experts_of_device(
     tokens_divided: bool,
 ) -> jax.Array:
     """Runs on one device of the mesh, with its experts and its tokens."""
-    experts = _gather(Weights(*weights[:3]), gather_axes)
-    shared = _gather(Weights(*weights[3:]), gather_shared_axes) if weights[3:] else None
+    experts, shared = jax.tree.unflatten(structure, weights)
+    experts = _gather(experts, gather_axes)
+    shared = None if shared is None else _gather(shared, gather_shared_axes)
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     gates_NK = gates_BTK.reshape(-1, config.top_k)
     indices_NK = indices_BTK.reshape(-1, config.top_k)
@@ -155,7 +162,7 @@ def _gather(weights: Weights, axes: tuple[str, ...]) -> Weights:
     return Weights(gate, up, down)
 
 
-def _hidden(x_ND: jax.Array, shared: Weights) -> jax.Array:
+def _hidden(x_ND: jax.Array, shared: Weights[jax.Array]) -> jax.Array:
     return jax.nn.silu(x_ND @ shared.gate) * (x_ND @ shared.up)
 
 
@@ -163,8 +170,8 @@ def _exchanged(
     x_ND: jax.Array,
     gates_NK: jax.Array,
     indices_NK: jax.Array,
-    experts: Weights,
-    shared: Weights | None,
+    experts: Experts,
+    shared: Weights[jax.Array] | None,
     config: MoEConfig,
     kernels: Kernels,
     num_shards: int,
@@ -207,7 +214,7 @@ def _of_all_tokens(
     x_ND: jax.Array,
     gates_NK: jax.Array,
     indices_NK: jax.Array,
-    experts: Weights,
+    experts: Experts,
     config: MoEConfig,
     kernels: Kernels,
     num_shards: int,

@@ -15,15 +15,19 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.expert_exchange import combine_rows, gather_rows, sort_by_expert
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
 
 
-class Weights(NamedTuple):
-    """The experts of one device: gate and up [E, D, F], down [E, F, D], compute dtype."""
+class Weights[W](NamedTuple):
+    """SwiGLU's, compute dtype: gate and up [..., D, F], down [..., F, D]."""
 
-    gate: jax.Array
-    up: jax.Array
-    down: jax.Array
+    gate: W
+    up: W
+    down: W
+
+
+# The experts of one device, [E, ...] each.
+Experts = Weights[jax.Array] | Weights[LayerOfStack]
 
 
 class PassSize(NamedTuple):
@@ -38,7 +42,7 @@ def apply_local_experts(
     experts_NK: jax.Array,
     gates_NK: jax.Array,
     num_tokens: jax.Array | int,
-    weights: Weights,
+    weights: Experts,
     size: PassSize,
     implementation: str,
 ) -> jax.Array:
@@ -73,15 +77,18 @@ def _one_pass(
     x_ND: jax.Array,
     experts_NK: jax.Array,
     gates_NK: jax.Array,
-    weights: Weights,
+    weights: Experts,
     rows: int,
     implementation: str,
 ) -> jax.Array:
     order = sort_by_expert(experts_NK, weights.gate.shape[0], rows)
+    gate, up = weights.gate, weights.up
+    if isinstance(gate, LayerOfStack) and isinstance(up, LayerOfStack):
+        up = LayerOfStack(up.stack, gate.layer)  # jax has made two values of the one layer number
     permute = "hopper" if implementation == "hopper" else "xla"
     rows_MD = gather_rows(x_ND, order, implementation=permute)
     hidden_MF = grouped_swiglu(
-        rows_MD, weights.gate, weights.up, order.group_sizes_E, implementation=implementation
+        rows_MD, gate, up, order.group_sizes_E, implementation=implementation
     )
     rows_MD = grouped_matmul(
         hidden_MF, weights.down, order.group_sizes_E, implementation=implementation
@@ -117,7 +124,7 @@ def _run_window(
     experts_NK: jax.Array,
     x_ND: jax.Array,
     gates_NK: jax.Array,
-    weights: Weights,
+    weights: Experts,
 ) -> jax.Array:
     """Runs one pass; 0 for tokens that are not its own."""
     cut_NK = _cut(experts_NK, window, size.tokens)
@@ -128,7 +135,7 @@ def _run_window(
     return _one_pass(x_ND, cut_NK, gates_NK, weights, size.rows, implementation)
 
 
-def _running_rows(experts_NK: jax.Array, weights: Weights) -> jax.Array:
+def _running_rows(experts_NK: jax.Array, weights: Experts) -> jax.Array:
     return jnp.cumsum(jnp.sum(experts_NK < weights.gate.shape[0], axis=1, dtype=jnp.int32))
 
 
@@ -151,12 +158,39 @@ def _passes(
     experts_NK: jax.Array,
     gates_NK: jax.Array,
     num_tokens: jax.Array,
-    weights: Weights,
+    weights: Experts,
 ) -> jax.Array:
-    out_ND, _ = _passes_forward(
-        size, implementation, x_ND, experts_NK, gates_NK, num_tokens, weights
+    ends_N = _running_rows(experts_NK, weights)
+    run = functools.partial(_run_window, size, implementation)
+    first = _window(jnp.int32(0), ends_N, size)
+    part_ND = run(first, experts_NK, x_ND, gates_NK, weights)
+    return _later_passes(
+        size, run, first, part_ND, ends_N, x_ND, experts_NK, gates_NK, num_tokens, weights
     )
-    return out_ND
+
+
+def _later_passes(
+    size: PassSize,
+    run: Any,
+    first: _Window,
+    part_ND: jax.Array,
+    ends_N: jax.Array,
+    x_ND: jax.Array,
+    experts_NK: jax.Array,
+    gates_NK: jax.Array,
+    num_tokens: jax.Array,
+    weights: Experts,
+) -> jax.Array:
+    """Adds to what the first pass gave what the others give, if there are any."""
+
+    def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        done, out_ND = carry
+        window = _window(done, ends_N, size)
+        part_ND = run(window, experts_NK, x_ND, gates_NK, weights)
+        return window.end, _add_cut(out_ND, part_ND, window)
+
+    carry = (first.end, _pad(part_ND, x_ND.shape[0]))
+    return jax.lax.while_loop(lambda carry: carry[0] < num_tokens, body, carry)[1]
 
 
 def _passes_forward(
@@ -166,23 +200,19 @@ def _passes_forward(
     experts_NK: jax.Array,
     gates_NK: jax.Array,
     num_tokens: jax.Array,
-    weights: Weights,
+    weights: Experts,
 ) -> tuple[jax.Array, Any]:
     ends_N = _running_rows(experts_NK, weights)
     run = functools.partial(_run_window, size, implementation)
     # The first pass stands outside the loop, so that its intermediate results can be kept; the
     # rare later ones are computed again in the backward pass.
     first = _window(jnp.int32(0), ends_N, size)
-    out_ND, pull_first = jax.vjp(functools.partial(run, first, experts_NK), x_ND, gates_NK, weights)
-
-    def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        done, out_ND = carry
-        window = _window(done, ends_N, size)
-        part_ND = run(window, experts_NK, x_ND, gates_NK, weights)
-        return window.end, _add_cut(out_ND, part_ND, window)
-
-    carry = (first.end, _pad(out_ND, x_ND.shape[0]))
-    _, out_ND = jax.lax.while_loop(lambda carry: carry[0] < num_tokens, body, carry)
+    part_ND, pull_first = jax.vjp(
+        functools.partial(run, first, experts_NK), x_ND, gates_NK, weights
+    )
+    out_ND = _later_passes(
+        size, run, first, part_ND, ends_N, x_ND, experts_NK, gates_NK, num_tokens, weights
+    )
     residuals = (pull_first, first.end, x_ND, experts_NK, gates_NK, num_tokens, weights, ends_N)
     return out_ND, residuals
 

@@ -8,7 +8,7 @@ from flax import nnx
 from dsjax.config import MoEConfig, TokenDropping
 from dsjax.layers.basic import MLP, LayerOptions
 from dsjax.layers.expert_parallel import apply_experts
-from dsjax.layers.expert_passes import Weights
+from dsjax.layers.expert_passes import Experts, Weights
 from dsjax.layers.router import Router, RouterStats
 
 
@@ -28,7 +28,11 @@ class MoE(nnx.Module):
         self.options = options
 
     def __call__(
-        self, x_BTD: jax.Array, mask_BT: jax.Array | None, dropping: TokenDropping | None
+        self,
+        x_BTD: jax.Array,
+        mask_BT: jax.Array | None,
+        dropping: TokenDropping | None,
+        experts: Experts | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """Computes eq. 20 without its residual.
 
@@ -36,18 +40,18 @@ class MoE(nnx.Module):
             x_BTD: normalised residual stream, compute dtype.
             mask_BT: bool, False for padding; None for none.
             dropping: the token-dropping option; None to keep every token.
+            experts: this layer's, where they lie in those of all layers; None for its own.
 
         Returns:
             out_BTD in the compute dtype, and the router's statistics.
         """
         routing, stats = self.router(x_BTD, mask_BT, dropping)
         shared = None if self.shared is None else self._weights(self.shared)
-        out_BTD = apply_experts(
-            x_BTD, routing, self._weights(self), shared, self.config, self.options
-        )
+        experts = self._weights(self) if experts is None else experts
+        out_BTD = apply_experts(x_BTD, routing, experts, shared, self.config, self.options)
         return out_BTD, stats
 
-    def _weights(self, holder: MoE | MLP) -> Weights:
+    def _weights(self, holder: MoE | MLP) -> Weights[jax.Array]:
         dtype = self.options.dtype
         return Weights(
             *(weight[...].astype(dtype) for weight in (holder.w_gate, holder.w_up, holder.w_down))

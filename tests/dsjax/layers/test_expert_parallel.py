@@ -17,6 +17,7 @@ from dsjax.layers.expert_parallel import apply_experts, max_shards
 from dsjax.layers.expert_passes import PassSize, Weights, apply_local_experts
 from dsjax.layers.router import Routing, choose_experts
 from dsjax.sharding import ShardingRules, inference_rules, make_mesh, train_rules
+from pallas_kernels.grouped_matmul import LayerOfStack
 from tests.small_models import SMALL
 
 TOKENS, TOP_K, EXPERTS, WIDTH, HIDDEN = 24, 3, 4, 16, 8
@@ -158,8 +159,14 @@ def test_chunks_that_do_not_divide_the_tokens(rng):
         run_layer(*draw_routed_layer(rng, MOE), MOE, options_of(rules, exchange_chunks=5))
 
 
-def test_decoding_sums_over_the_devices_once_and_moves_no_token(rng):
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("min_pass", [256, 3])
+def test_decoding_sums_over_the_devices_once_and_moves_no_token(
+    stacked, min_pass, rng, monkeypatch
+):
     """Few tokens, not divided: each device reads its experts once; one sum is all they exchange."""
+    monkeypatch.setattr(expert_parallel, "_ROUND", 1)
+    monkeypatch.setattr(expert_parallel, "_MIN_PASS", min_pass)
     rules = inference_rules(make_mesh(MeshConfig(fsdp=1, expert=4, tensor=2)))
     options = options_of(rules)
     x, gates, indices, weights, _ = draw_routed_layer(rng, MOE)
@@ -168,6 +175,10 @@ def test_decoding_sums_over_the_devices_once_and_moves_no_token(rng):
     def run(x_BTD, gates_BTK, indices_BTK, weights, options):
         routing = Routing(gates_BTK, indices_BTK)
         experts, shared = Weights(*weights[:3]), Weights(*weights[3:])
+        if stacked:  # the second of two layers
+            layer = indices_BTK[0, 0, 0] * 0 + 1
+            stacks = (jnp.stack([jnp.full_like(w, jnp.nan), w]) for w in experts)
+            experts = Weights(*(LayerOfStack(stack, layer) for stack in stacks))
         return apply_experts(x_BTD, routing, experts, shared, MOE, options)
 
     def shard(array, *dims):

@@ -1,0 +1,56 @@
+"""Compiles a step of generation for a TPU that is not there; run as a module, in its own process.
+
+    python -m tests.dsjax.decode_program v5p:2x2x1
+
+prints one JSON line: temporary memory, and the bytes of one layer's experts, of which a step with
+V2-Lite's shapes in three layers would copy those of every layer if its kernel could not read them
+where they lie.
+"""
+
+import dataclasses
+import json
+import sys
+
+
+def main(topology: str) -> None:
+    """Compiles and prints."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from jax.experimental import topologies
+
+    from configs.models import deepseek_v2_lite
+    from dsjax.cache import allocate_cache
+    from dsjax.config import MeshConfig
+    from dsjax.kernels import choose_kernels
+    from dsjax.model import abstract_model
+    from dsjax.sharding import inference_rules, make_mesh
+
+    config = dataclasses.replace(
+        deepseek_v2_lite.config, num_layers=3, param_dtype="bfloat16", vocab_size=1024
+    )
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    kernels = choose_kernels(device, config)
+    rules = inference_rules(make_mesh(MeshConfig(), [device]))
+    graphdef, params = abstract_model(config, rules, kernels)
+    cache = jax.eval_shape(lambda: allocate_cache(config, 16, 1024, decode_kernel="tpu"))
+    place = rules.sharding()
+
+    def on_device(tree):
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
+        )
+
+    def step(params, tokens_BT, cache):
+        return nnx.merge(graphdef, params).decode(tokens_BT, cache)
+
+    tokens = jax.ShapeDtypeStruct((16, 1), jnp.int32)
+    arguments = on_device((params, tokens, cache))
+    compiled = jax.jit(step, donate_argnums=2).lower(*arguments).compile()
+    experts = 3 * config.moe.num_experts * config.hidden_dim * config.moe.intermediate_dim * 2
+    memory = compiled.memory_analysis()
+    print(json.dumps({"temporary": memory.temp_size_in_bytes, "experts": experts}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

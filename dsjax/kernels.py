@@ -26,6 +26,8 @@ class Kernels:
         mla_attention: of attention in training and prefill.
         mla_decode: of absorbed decode.
         grouped_matmul: of the experts' products.
+        experts_in_place: whether generation lets it read one layer's experts within those of all
+            layers, for kernels that fetch weights themselves: else they may be copied first.
         router: of the experts' affinities: "float32" multiplies in full precision; for bfloat16
             tokens "bfloat16_terms" comes to as much by products that matrix units take.
         expert_exchange: how tokens move between devices that divide the experts: "ragged" (TPUs)
@@ -39,15 +41,11 @@ class Kernels:
     mla_attention: str = "xla"
     mla_decode: str = "xla"
     grouped_matmul: str = "xla"
+    experts_in_place: bool = False
     router: str = "float32"
     expert_exchange: str = "fixed"
     exchange_chunks: int = 1
     exchange_room: float = 1.5
-
-    @property
-    def experts_in_place(self) -> bool:
-        """Whether the grouped matmul reads one layer's experts within those of all layers."""
-        return self.grouped_matmul == "tpu"
 
 
 def choose_kernels(device: jax.Device, config: ModelConfig, tensor: int = 1) -> Kernels:
@@ -85,10 +83,11 @@ def _choose(platform: str, kind: str, config: ModelConfig, tensor: int) -> Kerne
         mla_attention=ours if heads_fit else "xla",
         mla_decode=ours if heads_fit else "xla",
         grouped_matmul=ours if widths_fit else "xla",
+        experts_in_place=tpu and widths_fit,
         # A TPU's compiler splits float32 by itself.
         router="bfloat16_terms" if gpu and bf16 else "float32",
-        # XLA's CPU backend has neither of the ragged ones; on GPUs "ragged" is a hundred times
-        # slower than "ragged_parts".
+        # XLA's CPU backend has neither of the ragged ones; "ragged" is some 70
+        # times slower than "ragged_parts" on two H200s.
         expert_exchange="ragged" if tpu else "ragged_parts" if gpu else "fixed",
     )
     _LOG.info("kernels on %s: %s", kind, chosen)

@@ -256,7 +256,7 @@ class DeepSeekV2(nnx.Module):
         moe = layers.feed_forward
         assert isinstance(moe, MoE)
         stacks = (moe.w_gate[...], moe.w_up[...], moe.w_down[...])
-        if self.options.rules.is_divided("expert_embed") or moe.w_gate.dtype != dtype:
+        if self.options.rules.dividing_axes("expert_embed") or moe.w_gate.dtype != dtype:
             return None  # they are gathered or cast first, which is a copy anyway
         number = layer - self.config.num_dense_layers
         return Weights(*(LayerOfStack(stack, number) for stack in stacks))

@@ -102,7 +102,7 @@ class ShardingRules:
             return array
         return jax.lax.with_sharding_constraint(array, self.sharding(*dims))
 
-    def gather_by_axis(self, weight: jax.Array, *dims: str | None) -> jax.Array:
+    def gather_minor_axes(self, weight: jax.Array, *dims: str | None) -> jax.Array:
         """Begins to gather a weight where more than one mesh axis divides a dim (fsdp).
 
         A dim comes back divided by its first axis alone, so that two gathers follow one another,
@@ -110,17 +110,16 @@ class ShardingRules:
         asks for, libtpu gathers by an all-reduce of an array that is zero elsewhere, at twice the
         bytes. The gradient goes straight back to where the weight lives.
         """
-        table = dict(self.table)
-        split = [() if dim is None else self._dividing(table[dim]) for dim in dims]
+        split = [() if dim is None else self.dividing_axes(dim) for dim in dims]
         if all(len(axes) < 2 for axes in split):
             return weight
         first = PartitionSpec(*(axes[:1] or None for axes in split))
         assert self.mesh is not None
         return _constrain_forward(NamedSharding(self.mesh, first), weight)
 
-    def _dividing(self, axes: tuple[str, ...]) -> tuple[str, ...]:
-        """Those axes that have more than one device."""
-        return tuple(axis for axis in axes if self.axis_size(axis) > 1)
+    def dividing_axes(self, dim: str) -> tuple[str, ...]:
+        """Returns the mesh axes of more than one device that divide a logical dim."""
+        return tuple(axis for axis in dict(self.table)[dim] if self.axis_size(axis) > 1)
 
     def shard_map(
         self, f: Callable[..., Any], in_dims: tuple[Dims | None, ...], out_dims: Any
@@ -147,10 +146,6 @@ class ShardingRules:
     def axis_size(self, axis: str) -> int:
         """Returns the number of devices along a mesh axis, 1 off a mesh."""
         return 1 if self.mesh is None else self.mesh.shape[axis]
-
-    def is_divided(self, dim: str) -> bool:
-        """Says whether more than one device divides a logical dim."""
-        return self.mesh is not None and bool(self._dividing(dict(self.table)[dim]))
 
     def num_batch_shards(self) -> int:
         """Returns the number of parts that the rules divide a batch into."""

@@ -9,9 +9,7 @@ a kernel takes at least the longer of the two. Cycles and bytes are a core's.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
-import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -244,10 +242,14 @@ def tilings(problem: Problem, heights: list[int], chip: str) -> list[tuple[int, 
 
     for height in heights:
         for depth in (contracted, contracted // 256 * 128):
-            parts = (
-                n * cores for n in itertools.count(1) if fits(height, depth, tile(out, n * cores))
+            widest = (
+                n
+                for n in range(cores, out // 128 + cores, cores)
+                if fits(height, depth, tile(out, n))
             )
-            found.append((height, depth, tile(out, number := next(parts))))
+            number = next(widest, None)
+            if number is not None:
+                found.append((height, depth, tile(out, number)))
             if number == cores:  # As wide as can be.
                 break
     return found
@@ -260,18 +262,17 @@ def compare(problem: Problem, chip: str, heights: list[int], default: bool) -> N
     sizes = [] if problem.kind == "swiglu" else tilings(peer, heights, chip)
     sizes += [(128, 128, 128)] if default and sizes else []
     found = []
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ours = pool.submit(our_cost, problem, chip)
-        for size, future in [(n, pool.submit(megablox_cost, peer, chip, n)) for n in sizes]:
-            try:
-                found.append(future.result())
-            except RuntimeError as error:
-                print(f"megablox {size}: {str(error)[-300:]}", file=sys.stderr)
-            else:
-                cycles = found[-1].cycles / 1e6
-                print(f"{chip} {found[-1].label}: {cycles:.2f} M cycles", file=sys.stderr)
+    ours = our_cost(problem, chip)
+    for size in sizes:
+        try:
+            found.append(megablox_cost(peer, chip, size))
+        except RuntimeError as error:
+            print(f"megablox {size}: {str(error)[-300:]}", file=sys.stderr)
+        else:
+            cycles = found[-1].cycles / 1e6
+            print(f"{chip} {found[-1].label}: {cycles:.2f} M cycles", file=sys.stderr)
     best = min(found, key=lambda cost: cost.cycles, default=None)
-    print(ours.result().row(problem, chip, best), flush=True)
+    print(ours.row(problem, chip, best), flush=True)
     for cost in found:
         if cost is best or cost.label.endswith("128×128×128"):
             print(cost.row(peer, chip, None), flush=True)

@@ -53,9 +53,9 @@ class LayerOptions:
         return nnx.Param(values.astype(self.param_dtype), dims=dims)
 
     def read(self, weight: nnx.Param) -> jax.Array:
-        """Returns a parameter made by `weight` in the compute type, on its way to every device."""
+        """Returns a parameter made by `weight` in the compute type, its gathering begun (fsdp)."""
         array = weight[...].astype(self.dtype)
-        return self.rules.gather_by_axis(array, *weight.get_metadata("dims"))
+        return self.rules.gather_minor_axes(array, *weight.get_metadata("dims"))
 
 
 @jax.custom_vjp
@@ -111,7 +111,10 @@ class RMSNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: a dense layer's feed-forward, and the shared experts as one wider MLP."""
+    """SwiGLU: a dense layer's feed-forward; of shared experts it holds the weights.
+
+    Those are one wider MLP, which `apply_experts` runs beside the routed ones, not `__call__`.
+    """
 
     def __init__(
         self, hidden_dim: int, intermediate_dim: int, options: LayerOptions, rngs: nnx.Rngs

@@ -1,4 +1,4 @@
-"""The routed experts' computation, on one device or with experts divided over the mesh."""
+"""The experts' computation, routed and shared, on one device or divided over the mesh."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def apply_experts(
         _experts_of_device,
         config=config,
         kernels=options.kernels,
-        gather_axes=table["expert_embed"] if on_mesh else (),
-        gather_shared_axes=table["param_embed"] if on_mesh else (),
+        gather_axes=rules.dividing_axes("expert_embed"),
+        gather_shared_axes=rules.dividing_axes("param_embed"),
         sum_axes=table["mlp"] if on_mesh else (),
         num_shards=rules.axis_size("expert"),
         tokens_divided="expert" in table["batch"],
@@ -163,6 +163,7 @@ def _gather(weights: Weights, axes: tuple[str, ...]) -> Weights:
 
 
 def _hidden(x_ND: jax.Array, shared: Weights[jax.Array]) -> jax.Array:
+    """Hidden rows of the shared experts, as `MLP` has them."""
     return jax.nn.silu(x_ND @ shared.gate) * (x_ND @ shared.up)
 
 

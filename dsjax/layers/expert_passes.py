@@ -26,7 +26,7 @@ class Weights[W](NamedTuple):
     down: W
 
 
-# The experts of one device, [E, ...] each.
+# A layer's routed experts, all of them or one device's, [E, ...] each.
 Experts = Weights[jax.Array] | Weights[LayerOfStack]
 
 

@@ -81,7 +81,10 @@ def router_logits(
 
 
 def _bfloat16_terms(array: jax.Array, count: int, axis: int) -> jax.Array:
-    """Splits values into `count` bfloat16 terms, largest first; three sum to a float32 exactly."""
+    """Splits values into `count` bfloat16 terms, largest first.
+
+    Three sum to a float32 exactly, where it is of normal size.
+    """
     if array.dtype == jnp.bfloat16:
         return jnp.expand_dims(array, axis)
     terms = []

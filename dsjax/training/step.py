@@ -164,7 +164,9 @@ def train_step(
     batch: Batch,
     learning_rate: jax.Array,
 ) -> tuple[TrainState, StepReport]:
-    """Takes one step, jitted, or skips it where the loss or the gradient is bad.
+    """Takes one step, or skips it where the loss or the gradient is bad.
+
+    Runs `jitted_train_step` of the state's platform; take that to lower or to trace a step.
 
     Args:
         graphdef: the model's graph; carries its sharding rules and kernels.

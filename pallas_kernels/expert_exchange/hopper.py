@@ -32,15 +32,8 @@ def spread_rows(
 
     Returns:
         Rows [M, D] of x's dtype.
-
-    Raises:
-        ValueError: a width that the kernel cannot take.
     """
     (num_tokens, width), num_copies = x_ND.shape, row_NK.shape[1]
-    if width % THREADS:
-        raise ValueError(
-            f"x_ND: width {width} must be a multiple of {THREADS} for implementation 'hopper'"
-        )
     bytes_16 = 16 // x_ND.dtype.itemsize
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // THREADS, bytes_16))
     weights = [] if weights_NK is None else [weights_NK]

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+# A token's values are spread over as many threads in Hopper's kernel.
+_HOPPER_THREADS = 128
+
 
 class ExpertOrder(NamedTuple):
     """Assignments as M rows sorted by expert; M is N * K, or less where fewer go anywhere.
@@ -71,6 +74,16 @@ def _sum_rows(rows_MD: Array, order: ExpertOrder, weights_NK: Array | None = Non
     return functools.reduce(jnp.add, parts)
 
 
+def _check(name: str, width: int, implementation: str) -> None:
+    if implementation not in ("xla", "hopper"):
+        raise ValueError(f"implementation: {implementation!r} must be 'xla' or 'hopper'")
+    if implementation == "hopper" and width % _HOPPER_THREADS:
+        raise ValueError(
+            f"{name}: width {width} must be a multiple of {_HOPPER_THREADS} for implementation "
+            "'hopper'"
+        )
+
+
 def _spread(
     x_ND: Array, order: ExpertOrder, implementation: str, weights_NK: Array | None = None
 ) -> Array:
@@ -81,8 +94,6 @@ def _spread(
         from pallas_kernels.expert_exchange.hopper import spread_rows
 
         return spread_rows(x_ND, order.row_NK, num_rows, weights_NK)
-    if implementation != "xla":
-        raise ValueError(f"implementation: {implementation!r} must be 'xla' or 'hopper'")
     rows_MD = x_ND.at[order.token_M].get(mode="promise_in_bounds")
     if weights_NK is None:
         return rows_MD
@@ -106,6 +117,7 @@ def gather_rows(
     Raises:
         ValueError: an unknown implementation, or a width that it cannot take.
     """
+    _check("x_ND", x_ND.shape[1], implementation)
     return _gather_rows(implementation, x_ND, order)
 
 
@@ -149,6 +161,7 @@ def combine_rows(
     Raises:
         ValueError: an unknown implementation, or a width that it cannot take.
     """
+    _check("rows_MD", rows_MD.shape[1], implementation)
     return _combine_rows(implementation, rows_MD, weights_NK, order)
 
 

@@ -101,7 +101,7 @@ def grouped_swiglu(
         lhs_MK: bfloat16 or float32 rows.
         gate_GKN: gate matrices of lhs_MK's dtype, or their quantised form or a layer of a stack
             (then no gradients).
-        up_GKN: up matrices, as gate_GKN.
+        up_GKN: up matrices, as gate_GKN; of a stack, with the very `layer` object of gate_GKN.
         group_sizes_G: int32 rows of every group. Their sum is at most M.
         group_offset: int32, the first group that gate_GKN and up_GKN hold; None when they hold all.
         implementation: one of IMPLEMENTATIONS.
@@ -123,7 +123,9 @@ def grouped_swiglu(
         )
     layers = [getattr(rhs, "layer", None) for rhs in (gate_GKN, up_GKN)]
     if layers[0] is not layers[1]:
-        raise ValueError(f"up_GKN: layer {layers[1]} must be the one of gate_GKN, {layers[0]}")
+        raise ValueError(
+            f"up_GKN: layer {layers[1]} must be the same object as gate_GKN's, {layers[0]}"
+        )
     offset = jnp.asarray(0 if group_offset is None else group_offset, jnp.int32)
     arrays = _vary_alike((lhs_MK, gate_GKN, up_GKN, group_sizes_G.astype(jnp.int32), offset))
     if lhs_MK.shape[0] == 0:

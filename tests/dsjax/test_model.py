@@ -187,11 +187,9 @@ def test_decoding_token_by_token_equals_the_forward_pass(name):
 
 @pytest.mark.core
 @pytest.mark.parametrize("in_place", [False, True])
-def test_prefill_and_decode_of_a_batch_equal_each_sequence_alone(in_place, monkeypatch):
+def test_prefill_and_decode_of_a_batch_equal_each_sequence_alone(in_place):
     """With each layer's experts cut out of those of all layers by the scan, or read there."""
-    monkeypatch.setattr(Kernels, "experts_in_place", in_place)
-    # Another room for the exchange that there is not, so that each case has its own program.
-    model = random_model(SMALL, kernels=Kernels(exchange_room=2.0 if in_place else 1.0))
+    model = random_model(SMALL, kernels=Kernels(experts_in_place=in_place))
     tokens = make_batch()[0]
     prompts = np.array([13, 5, 8], np.int32)
     want = jax.jit(lambda model, tokens: model(tokens))(model, tokens)

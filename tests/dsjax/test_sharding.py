@@ -179,7 +179,7 @@ def test_weights_are_gathered_along_one_mesh_axis_after_another():
     @functools.partial(jax.jit, out_shardings=(rules.sharding(None, None), rules.sharding(*dims)))
     def gather(weight_DF):
         def whole(weight_DF):
-            array = rules.gather_by_axis(weight_DF, *dims)
+            array = rules.gather_minor_axes(weight_DF, *dims)
             return rules.constrain(array, None, None)
 
         out_DF, pull = jax.vjp(whole, weight_DF)

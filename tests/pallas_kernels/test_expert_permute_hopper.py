@@ -77,3 +77,5 @@ def test_refuses(implementation, width, message):
     order = sort_by_expert(jnp.zeros((4, 1), jnp.int32), 2)
     with pytest.raises(ValueError, match=message):
         gather_rows(jnp.zeros((4, width)), order, implementation=implementation)
+    with pytest.raises(ValueError, match=message):
+        combine_rows(jnp.zeros((4, width)), jnp.ones((4, 1)), order, implementation=implementation)

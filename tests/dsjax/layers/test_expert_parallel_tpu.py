@@ -40,7 +40,7 @@ def test_compiles_for_every_chip():
         assert hidden or each["topology"].startswith("tpu7x"), each
         # In chunks, one chunk's experts hide the exchange of another.
         experts = [name for products in hidden for name in products if "grouped_swiglu" in name]
-        assert chunks == 1 or experts, each
+        assert chunks == 1 or (experts and len(hidden) >= 4 * chunks - 2), each
         # Experts and gates beside the rows, and the gates' gradient.
         assert len(each["exchanges"]) - len(rows) == 2 * chunks, each
         assert {"grouped_swiglu", "grouped_matmul", "grouped_weight_gradient"} <= set(

@@ -131,7 +131,7 @@ def test_layer_of_a_stack(implementation):
     with pytest.raises(ValueError, match="rhs_GKN: LayerOfStack of float32 have no gradient"):
         jax.grad(lambda lhs: call(lhs).sum())(lhs)
     for other in (up.take(), LayerOfStack(ups, jnp.int32(1))):
-        with pytest.raises(ValueError, match=r"up_GKN: layer .* must be the same object as gate_GKN's, 1"):
+        with pytest.raises(ValueError, match=r"up_GKN: layer .* must be the same object"):
             grouped_swiglu(lhs, gate, other, sizes, implementation=implementation)
 
 

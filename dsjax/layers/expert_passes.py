@@ -160,28 +160,32 @@ def _passes(
     num_tokens: jax.Array,
     weights: Experts,
 ) -> jax.Array:
-    ends_N = _running_rows(experts_NK, weights)
-    run = functools.partial(_run_window, size, implementation)
-    first = _window(jnp.int32(0), ends_N, size)
-    part_ND = run(first, experts_NK, x_ND, gates_NK, weights)
-    return _later_passes(
-        size, run, first, part_ND, ends_N, x_ND, experts_NK, gates_NK, num_tokens, weights
-    )
+    arguments = (x_ND, experts_NK, gates_NK, num_tokens, weights)
+    return _run_passes(size, implementation, *arguments, differentiate=False)[0]
 
 
-def _later_passes(
+def _run_passes(
     size: PassSize,
-    run: Any,
-    first: _Window,
-    part_ND: jax.Array,
-    ends_N: jax.Array,
+    implementation: str,
     x_ND: jax.Array,
     experts_NK: jax.Array,
     gates_NK: jax.Array,
     num_tokens: jax.Array,
     weights: Experts,
-) -> jax.Array:
-    """Adds to what the first pass gave what the others give, if there are any."""
+    *,
+    differentiate: bool = True,
+) -> tuple[jax.Array, Any]:
+    """Returns the sum, and the residuals if it is to be differentiated."""
+    ends_N = _running_rows(experts_NK, weights)
+    run = functools.partial(_run_window, size, implementation)
+    # The first pass stands outside the loop, so that its intermediate results can be kept; the
+    # rare later ones are computed again in the backward pass.
+    first = _window(jnp.int32(0), ends_N, size)
+    run_first, pull_first = functools.partial(run, first, experts_NK), None
+    if differentiate:
+        part_ND, pull_first = jax.vjp(run_first, x_ND, gates_NK, weights)
+    else:  # not by jax.vjp: some weights have no gradient
+        part_ND = run_first(x_ND, gates_NK, weights)
 
     def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         done, out_ND = carry
@@ -190,29 +194,7 @@ def _later_passes(
         return window.end, _add_cut(out_ND, part_ND, window)
 
     carry = (first.end, _pad(part_ND, x_ND.shape[0]))
-    return jax.lax.while_loop(lambda carry: carry[0] < num_tokens, body, carry)[1]
-
-
-def _passes_forward(
-    size: PassSize,
-    implementation: str,
-    x_ND: jax.Array,
-    experts_NK: jax.Array,
-    gates_NK: jax.Array,
-    num_tokens: jax.Array,
-    weights: Experts,
-) -> tuple[jax.Array, Any]:
-    ends_N = _running_rows(experts_NK, weights)
-    run = functools.partial(_run_window, size, implementation)
-    # The first pass stands outside the loop, so that its intermediate results can be kept; the
-    # rare later ones are computed again in the backward pass.
-    first = _window(jnp.int32(0), ends_N, size)
-    part_ND, pull_first = jax.vjp(
-        functools.partial(run, first, experts_NK), x_ND, gates_NK, weights
-    )
-    out_ND = _later_passes(
-        size, run, first, part_ND, ends_N, x_ND, experts_NK, gates_NK, num_tokens, weights
-    )
+    _, out_ND = jax.lax.while_loop(lambda carry: carry[0] < num_tokens, body, carry)
     residuals = (pull_first, first.end, x_ND, experts_NK, gates_NK, num_tokens, weights, ends_N)
     return out_ND, residuals
 
@@ -246,4 +228,4 @@ def _passes_backward(
     return d_x_ND, None, d_gates_NK, None, d_weights
 
 
-_passes.defvjp(_passes_forward, _passes_backward)
+_passes.defvjp(_run_passes, _passes_backward)

@@ -9,9 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# A token's values are spread over as many threads in Hopper's kernel.
-_HOPPER_THREADS = 128
-
 
 class ExpertOrder(NamedTuple):
     """Assignments as M rows sorted by expert; M is N * K, or less where fewer go anywhere.
@@ -77,11 +74,13 @@ def _sum_rows(rows_MD: Array, order: ExpertOrder, weights_NK: Array | None = Non
 def _check(name: str, width: int, implementation: str) -> None:
     if implementation not in ("xla", "hopper"):
         raise ValueError(f"implementation: {implementation!r} must be 'xla' or 'hopper'")
-    if implementation == "hopper" and width % _HOPPER_THREADS:
-        raise ValueError(
-            f"{name}: width {width} must be a multiple of {_HOPPER_THREADS} for implementation "
-            "'hopper'"
-        )
+    if implementation == "hopper":
+        from pallas_kernels.expert_exchange.hopper import THREADS  # as in `_spread`
+
+        if width % THREADS:
+            raise ValueError(
+                f"{name}: width {width} must be a multiple of {THREADS} for implementation 'hopper'"
+            )
 
 
 def _spread(

@@ -12,10 +12,10 @@ from flax import nnx
 from dsjax.config import TrainConfig
 from dsjax.config.load import load_train_config
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
-from dsjax.infer.generate import generate
-from dsjax.infer.sampler import Sampling
+from dsjax.inference.generate import generate
+from dsjax.inference.sampler import Sampling
+from dsjax.mesh import inference_rules
 from dsjax.model import DeepSeekV2
-from dsjax.sharding import inference_rules
 from dsjax.training.loop import FitResult, fit
 from dsjax.weights import load_weights, locate, save_weights
 

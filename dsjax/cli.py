@@ -57,8 +57,8 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Trains a model; run again to go on from the last complete checkpoint."""
+    from dsjax.processes import initialize_processes
     from dsjax.training.loop import fit
-    from dsjax.training.processes import initialize_processes
 
     run = load_train_config(config, overrides or ())
     initialize_processes()

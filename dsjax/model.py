@@ -18,7 +18,7 @@ from dsjax.layers.expert_passes import Experts, Weights
 from dsjax.layers.mla import MLA
 from dsjax.layers.moe import MoE
 from dsjax.layers.router import RouterStats
-from dsjax.sharding import ShardingRules, check_divisible
+from dsjax.mesh import ShardingRules, check_divisible
 from pallas_kernels.grouped_matmul import LayerOfStack
 
 

@@ -25,10 +25,10 @@ import typer
 
 from dsjax.config import ModelConfig
 from dsjax.config.load import load_model_config
+from dsjax.progress import ByteProgress
 from dsjax.weights.hf_export import INDEX_NAME, config_json, create_file, plan_shards, write_tensor
 from dsjax.weights.hf_table import hf_table
-from dsjax.weights.progress import ByteProgress
-from dsjax.weights.safetensors_io import SafetensorsFolder
+from dsjax.weights.safetensors import SafetensorsFolder
 
 _ITEM_BYTES = 2  # bfloat16
 

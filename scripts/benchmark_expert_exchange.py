@@ -31,7 +31,7 @@ from dsjax.layers.basic import LayerOptions
 from dsjax.layers.expert_parallel import max_shards
 from dsjax.layers.moe import MoE
 from dsjax.layers.router import choose_experts
-from dsjax.sharding import ShardingRules, make_mesh, train_rules
+from dsjax.mesh import ShardingRules, make_mesh, train_rules
 from pallas_kernels.expert_exchange import (
     TRANSPORTS,
     exchange_rows,

@@ -31,7 +31,7 @@ from dsjax.config.load import load_model_config
 from dsjax.kernels import Kernels
 from dsjax.layers.basic import LayerOptions
 from dsjax.layers.moe import MoE
-from dsjax.sharding import train_rules
+from dsjax.mesh import train_rules
 
 PROFILED_CALLS = 3
 

@@ -11,7 +11,7 @@ from dsjax.config import ModelConfig
 from dsjax.config.huggingface import to_hf_config
 from dsjax.weights.convert import convert
 from dsjax.weights.hf_table import hf_tensor_shapes
-from dsjax.weights.safetensors_io import INDEX_NAME
+from dsjax.weights.safetensors import INDEX_NAME
 
 INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
 

@@ -9,8 +9,8 @@ from flax import nnx
 
 from dsjax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 from dsjax.kernels import Kernels
+from dsjax.mesh import ShardingRules
 from dsjax.model import DeepSeekV2, abstract_model, param_shardings
-from dsjax.sharding import ShardingRules
 
 # Every feature of V2. The widths differ from one another, so that no mix-up fits by chance.
 SMALL = ModelConfig(

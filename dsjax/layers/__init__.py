@@ -11,5 +11,5 @@ Local arrays carry their logical dims as a suffix, and einsum letters are the sa
     M  rows sorted by expert         P  pages of a sequence
 
 Parameters carry no suffix; their logical dims are the `dims` metadata of each `nnx.Param`, which
-`dsjax.sharding` maps to mesh axes.
+`dsjax.mesh.rules` maps to mesh axes.
 """

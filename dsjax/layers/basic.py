@@ -10,7 +10,7 @@ from flax import nnx
 
 from dsjax.config import ModelConfig
 from dsjax.kernels import Kernels
-from dsjax.sharding import ShardingRules
+from dsjax.mesh import ShardingRules
 
 
 @dataclass(frozen=True)

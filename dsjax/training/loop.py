@@ -18,17 +18,17 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsjax.checkpoint import RUN_FILE, RunCheckpoints, read_run_file, write_run_file
 from dsjax.config import LogConfig, ModelConfig, TrainConfig, to_json
 from dsjax.config.serialize import differing_fields
 from dsjax.data.loader import Loader, make_eval_batches, make_loader
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.kernels import Kernels, choose_kernels
-from dsjax.metrics import MetricsWriter
+from dsjax.mesh import ShardingRules, make_mesh, train_rules
 from dsjax.model import DeepSeekV2, abstract_model, create_model
-from dsjax.sharding import ShardingRules, make_mesh, train_rules
+from dsjax.processes import HostShard
+from dsjax.training.checkpoints import RUN_FILE, RunCheckpoints, read_run_file, write_run_file
+from dsjax.training.metrics import MetricsWriter
 from dsjax.training.preemption import Preemption
-from dsjax.training.processes import HostShard
 from dsjax.training.report import Display, Throughput, step_figures
 from dsjax.training.schedule import Schedule
 from dsjax.training.step import (

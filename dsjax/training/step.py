@@ -13,9 +13,9 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from dsjax.config import GuardConfig, LossConfig, OptimizerConfig
-from dsjax.losses import Batch, LossTerms, sum_cross_entropy, training_loss
+from dsjax.mesh import ShardingRules
 from dsjax.model import DeepSeekV2, param_shardings
-from dsjax.sharding import ShardingRules
+from dsjax.training.losses import Batch, LossTerms, sum_cross_entropy, training_loss
 
 # Why a step was not applied: the index is what the step reports.
 SKIP_REASONS = (

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from dsjax.config.load import read_json
-from dsjax.weights.safetensors_io import INDEX_NAME
+from dsjax.weights.safetensors import INDEX_NAME
 
 ASSETS = "hf"
 TOKENIZER_FILE = "tokenizer.json"

@@ -22,6 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax.progress import ByteProgress
 from dsjax.weights.assets import ASSETS, copy_files
 from dsjax.weights.hf_export import (
     HEADERS_FILE,
@@ -36,7 +37,6 @@ from dsjax.weights.hf_export import (
 )
 from dsjax.weights.hf_table import HFTensor, Path
 from dsjax.weights.param_store import ITEM, ParamStore, one_line
-from dsjax.weights.progress import ByteProgress
 from dsjax.weights.sources import (
     MANIFEST,
     RUN_FILE,

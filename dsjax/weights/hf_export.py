@@ -17,7 +17,7 @@ from dsjax.config.huggingface import from_hf_config, to_hf_config
 from dsjax.config.load import read_json
 from dsjax.weights.assets import Assets, special_ids
 from dsjax.weights.hf_table import HFTable, HFTensor, Part, Path
-from dsjax.weights.safetensors_io import INDEX_NAME, Header, make_header, parse_header, stored_name
+from dsjax.weights.safetensors import INDEX_NAME, Header, make_header, parse_header, stored_name
 
 MAX_FILE_BYTES = 5_000_000_000
 

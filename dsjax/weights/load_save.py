@@ -24,8 +24,8 @@ from jax.experimental import multihost_utils
 
 from dsjax.config import ModelConfig
 from dsjax.kernels import Kernels, choose_kernels
+from dsjax.mesh import ShardingRules
 from dsjax.model import DeepSeekV2, abstract_model, param_shardings
-from dsjax.sharding import ShardingRules
 from dsjax.weights import assets as asset_files
 from dsjax.weights.assets import ASSETS, TOKENIZER_FILE, Assets
 from dsjax.weights.hf_export import INDEX_NAME, config_json, create_file, plan_shards, read_tensor

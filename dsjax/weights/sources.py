@@ -21,7 +21,7 @@ from dsjax.config.model import DType
 from dsjax.weights.assets import ASSETS, Assets, small_files
 from dsjax.weights.hf_table import HFTable, Path, hf_table, is_ignored
 from dsjax.weights.param_store import ITEM, ParamStore
-from dsjax.weights.safetensors_io import SafetensorsFolder, float_dtype
+from dsjax.weights.safetensors import SafetensorsFolder, float_dtype
 
 MANIFEST = "dsjax.json"  # its presence says that a model checkpoint is complete
 FORMAT = 1

@@ -23,8 +23,8 @@ def main(topology: str) -> None:
     from dsjax.cache import allocate_cache
     from dsjax.config import MeshConfig
     from dsjax.kernels import choose_kernels
+    from dsjax.mesh import inference_rules, make_mesh
     from dsjax.model import abstract_model
-    from dsjax.sharding import inference_rules, make_mesh
 
     config = dataclasses.replace(
         deepseek_v2_lite.config, num_layers=3, param_dtype="bfloat16", vocab_size=1024

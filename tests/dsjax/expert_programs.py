@@ -35,7 +35,7 @@ def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float
     from dsjax.kernels import choose_kernels
     from dsjax.layers.basic import LayerOptions
     from dsjax.layers.moe import MoE
-    from dsjax.sharding import make_mesh, train_rules
+    from dsjax.mesh import make_mesh, train_rules
     from dsjax.training.step import COMPILER_OPTIONS
 
     config = importlib.import_module(f"configs.models.{model}").config

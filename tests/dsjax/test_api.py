@@ -12,8 +12,8 @@ import pytest
 import dsjax
 from dsjax.config import TrainConfig
 from dsjax.data.tokenizer import load_tokenizer
-from dsjax.infer.generate import generate
-from dsjax.infer.sampler import Sampling
+from dsjax.inference.generate import generate
+from dsjax.inference.sampler import Sampling
 from tests.dsjax.training.small_runs import MODEL, small_run
 from tests.small_models import random_model
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from dsjax.kernels import Kernels
 from dsjax.layers.basic import MLP, LayerOptions, RMSNorm
-from dsjax.sharding import ShardingRules
+from dsjax.mesh import ShardingRules
 from tests import oracle
 from tests.small_models import SMALL
 

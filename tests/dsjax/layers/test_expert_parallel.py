@@ -16,7 +16,7 @@ from dsjax.layers.basic import LayerOptions
 from dsjax.layers.expert_parallel import apply_experts, max_shards
 from dsjax.layers.expert_passes import PassSize, Weights, apply_local_experts
 from dsjax.layers.router import Routing, choose_experts
-from dsjax.sharding import ShardingRules, inference_rules, make_mesh, train_rules
+from dsjax.mesh import ShardingRules, inference_rules, make_mesh, train_rules
 from pallas_kernels.grouped_matmul import LayerOfStack
 from tests.small_models import SMALL
 

@@ -19,7 +19,7 @@ from dsjax.layers.router import (
     keep_within_capacity,
     router_logits,
 )
-from dsjax.sharding import ShardingRules
+from dsjax.mesh import ShardingRules
 from tests import oracle
 from tests.small_models import SMALL
 

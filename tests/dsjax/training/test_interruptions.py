@@ -150,7 +150,7 @@ FULL_DISK = """
 import builtins, errno, os, resource, signal, sys
 from dsjax.cli import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing past the limit is an error, EFBIG
-from dsjax.checkpoint import RunCheckpoints
+from dsjax.training.checkpoints import RunCheckpoints
 save = RunCheckpoints.save
 def limited(self, step, *rest):
     if step == 3:

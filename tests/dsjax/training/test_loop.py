@@ -192,7 +192,7 @@ def test_mfu_is_given_where_the_peak_is_known(monkeypatch, corpus, tmp_path: Pat
 
 @pytest.mark.core
 def test_bad_steps_in_a_row_stop_the_run(monkeypatch, corpus, tmp_path: Path):
-    from dsjax.training.processes import HostShard
+    from dsjax.processes import HostShard
 
     place = HostShard.place
     count = 0

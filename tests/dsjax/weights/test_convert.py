@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 import dsjax.weights.convert as convert_module
 from dsjax.weights import load_weights, save_weights
 from dsjax.weights.hf_table import hf_table, hf_tensor_shapes, params_from_hf
-from dsjax.weights.safetensors_io import INDEX_NAME
+from dsjax.weights.safetensors import INDEX_NAME
 from tests.hf_folders import INV_FREQ, contents, convert_quietly, make_folder
 from tests.small_models import SMALL, SMALL_LITE, random_model
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import dsjax.weights.safetensors_io as safetensors_io
+import dsjax.weights.safetensors as safetensors_io
 from dsjax.weights import load_weights
-from dsjax.weights.safetensors_io import INDEX_NAME, read_header
+from dsjax.weights.safetensors import INDEX_NAME, read_header
 from tests.hf_folders import convert_quietly, make_folder
 from tests.small_models import SMALL
 

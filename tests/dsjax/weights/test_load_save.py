@@ -26,7 +26,7 @@ from dsjax.config import (
 )
 from dsjax.config.load import load_model_config
 from dsjax.data.tokenizer import load_tokenizer
-from dsjax.sharding import inference_rules, make_mesh, train_rules
+from dsjax.mesh import inference_rules, make_mesh, train_rules
 from dsjax.weights import load_weights, locate, save_assets, save_weights
 from dsjax.weights.convert import convert
 from dsjax.weights.hf_table import params_to_hf

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dsjax.config import MeshConfig
-from dsjax.sharding import make_mesh, train_rules
-from dsjax.training import processes
-from dsjax.training.processes import HostShard, initialize_processes
+from dsjax.mesh import make_mesh, train_rules
+from dsjax.processes import HostShard, initialize_processes
+from dsjax.processes import join as processes
 
 pytestmark = pytest.mark.core
 

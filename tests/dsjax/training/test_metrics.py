@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsjax.config import LogConfig
-from dsjax.metrics import MetricsWriter
+from dsjax.training.metrics import MetricsWriter
 
 pytestmark = pytest.mark.core
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.infer.sampler import Sampling, SamplingArrays, sample
+from dsjax.inference.sampler import Sampling, SamplingArrays, sample
 
 pytestmark = pytest.mark.core
 

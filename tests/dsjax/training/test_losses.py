@@ -11,8 +11,8 @@ import pytest
 from dsjax.config import BalanceConfig, LossConfig
 from dsjax.layers.basic import float32_matmul
 from dsjax.layers.router import RouterStats
-from dsjax.losses import balance_terms, sum_cross_entropy, training_loss
-from dsjax.sharding import ShardingRules
+from dsjax.mesh import ShardingRules
+from dsjax.training.losses import balance_terms, sum_cross_entropy, training_loss
 from tests.small_models import SMALL, random_model
 
 

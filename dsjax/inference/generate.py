@@ -13,8 +13,8 @@ from flax import nnx
 
 from dsjax.cache import LatentCache, allocate_cache
 from dsjax.data.tokenizer import Tokenizer
-from dsjax.infer.sampler import Sampling, SamplingArrays, sample
-from dsjax.infer.text import TextStream
+from dsjax.inference.sampler import Sampling, SamplingArrays, sample
+from dsjax.inference.text import TextStream
 from dsjax.model import DeepSeekV2
 
 

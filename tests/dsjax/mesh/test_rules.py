@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec
 
 from dsjax.config import MeshConfig, TokenDropping
 from dsjax.kernels import Kernels
-from dsjax.model import abstract_model, create_model, param_dims, param_shardings
-from dsjax.sharding import (
+from dsjax.mesh import (
     BATCH_AXES,
     MESH_AXES,
     ShardingRules,
@@ -23,6 +22,7 @@ from dsjax.sharding import (
     make_mesh,
     train_rules,
 )
+from dsjax.model import abstract_model, create_model, param_dims, param_shardings
 from tests.small_models import SMALL, random_model
 
 # Divisible over every mesh below: 8 experts, 4 heads; two documents a row, padding behind some.

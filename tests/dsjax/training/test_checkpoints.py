@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from dsjax.checkpoint import RunCheckpoints, read_run_file, write_run_file
 from dsjax.config import CheckpointConfig, TrainConfig
+from dsjax.training.checkpoints import RunCheckpoints, read_run_file, write_run_file
 from dsjax.training.loop import fit
 from tests.dsjax.training.small_runs import MODEL, losses
 

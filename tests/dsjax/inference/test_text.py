@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from dsjax.data.tokenizer import ByteTokenizer
-from dsjax.infer.text import TextStream
+from dsjax.inference.text import TextStream
 
 pytestmark = pytest.mark.core
 

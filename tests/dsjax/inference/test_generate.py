@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dsjax.data.tokenizer import ByteTokenizer
-from dsjax.infer.generate import generate
-from dsjax.infer.sampler import Sampling
+from dsjax.inference.generate import generate
+from dsjax.inference.sampler import Sampling
 from dsjax.model import DeepSeekV2
 from tests.small_models import SMALL, random_model
 

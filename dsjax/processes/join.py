@@ -6,14 +6,8 @@ import glob
 import importlib.util
 import logging
 import os
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-
-from dsjax.losses import Batch
-from dsjax.sharding import ShardingRules
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,46 +78,3 @@ def _on_tpu_host() -> bool:
     chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
     return bool(chips) and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
-
-
-class HostShard:
-    """Which rows of every batch this process feeds.
-
-    Attributes:
-        index: this process's place among those that feed different rows.
-        count: how many those are. Devices along an axis that does not divide the batch hold the
-            same rows, so these may be fewer than there are processes.
-    """
-
-    def __init__(self, rules: ShardingRules):
-        self.index, self.count = 0, 1
-        self._sharding = rules.sharding(None, "batch", "length")
-        self._rows_sharding = rules.sharding(None, "batch")
-        if self._rows_sharding is None:
-            return
-        # A mesh that follows a pod's wires may give a process rows that do not lie together.
-        rows_of: dict[int, set[int]] = {}
-        shape = (1, rules.num_batch_shards())
-        devices: Any = self._rows_sharding.devices_indices_map(shape)
-        for device, (_, rows) in devices.items():
-            rows_of.setdefault(device.process_index, set()).add(rows.start or 0)
-        shares = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
-        if sum(map(len, shares)) != rules.num_batch_shards():
-            raise ValueError(
-                f"mesh={dict(rules.mesh.shape) if rules.mesh else None}: processes share some rows "
-                "of the batch but not all; give data, fsdp and expert whole processes"
-            )
-        self.index = shares.index(tuple(sorted(rows_of[jax.process_index()])))
-        self.count = len(shares)
-
-    def place(self, batch: dict[str, np.ndarray], num_slices: int) -> Batch:
-        """Makes this process's rows a part of the global batch [slices, sequences, ...]."""
-
-        def put(rows: np.ndarray) -> jax.Array:
-            sliced = rows.reshape(num_slices, -1, *rows.shape[1:])
-            sharding = self._sharding if rows.ndim > 1 else self._rows_sharding
-            if sharding is None:
-                return jnp.asarray(sliced)
-            return jax.make_array_from_process_local_data(sharding, sliced)
-
-        return {name: put(rows) for name, rows in batch.items()}

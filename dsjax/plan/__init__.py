@@ -1,0 +1,6 @@
+"""What a run will need on a pod that is not here: its step compiled, and the program read."""
+
+from dsjax.plan.collectives import CollectiveUse, count_collectives
+from dsjax.plan.compile import compile_train_step
+
+__all__ = ["CollectiveUse", "compile_train_step", "count_collectives"]

@@ -3,7 +3,7 @@
     python scripts/benchmark_convert.py FOLDER [--model configs/models/deepseek_v2_lite.py]
 
 Each direction runs in a process of its own, whose peak resident memory is reported. FOLDER needs
-room for the checkpoint twice; what is made there is removed.
+room for the checkpoint twice. The script removes what it made there.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     python scripts/benchmark_expert_exchange.py [bytes] [exchange] [layer] [--tokens 16384]
 
-`exchange`: rows that device-limited routing sends (V2's 160 experts in 8 groups, random
-affinities), by every transport, and `jax.lax.all_to_all` of as many bytes, in the same run. GB/s
-count the bytes that leave one device. "dispatch" is what a layer does before its experts: the rows
-gathered by device, sent, and the choices beside them; "combine" what it does behind: rows sent
-back and summed. `bytes`: what a device of a pod sends, on paper. `layer`: a layer, forward and
-backward, on all devices against one: values, time.
+`exchange` times the rows that device-limited routing sends (V2's 160 experts in 8 groups, random
+affinities) by every transport, and `jax.lax.all_to_all` of as many bytes in the same run. GB/s
+count the bytes that leave one device. "dispatch" is what a layer does before its experts: it
+gathers the rows by device and sends them, with the choices beside them. "combine" is what it does
+after its experts: it sends the rows back and sums them. `bytes` prints what a device of a pod
+sends, on paper. `layer` compares a layer on all devices with one on one device, forward and
+backward: values and time.
 """
 
 import argparse
@@ -45,7 +46,7 @@ REPEATS, ROUNDS = 20, 5
 
 
 def seconds_of(call, *arguments, repeats: int = 1) -> float:
-    """Median seconds of one repeat."""
+    """Returns the median seconds of one repeat."""
     jax.block_until_ready(call(*arguments))
     times = []
     for _ in range(ROUNDS):
@@ -176,7 +177,7 @@ def exchange_bytes(config: ModelConfig, shards: int, tokens: int) -> None:
 
 
 def layer(config: ModelConfig, tokens: int, timed: bool, **changes: object) -> None:
-    """Prints how far all devices' results are from one's, and the time of both."""
+    """Prints how far the results of all devices are from those of one, and the time of both."""
     dtype = config.dtype
     count, width = jax.device_count(), config.hidden_dim
     kernels = dataclasses.replace(choose_kernels(jax.devices()[0], config), **changes)

@@ -3,11 +3,11 @@
     python scripts/benchmark_grouped_matmul.py [training] [swiglu] [decode] [portable]
         [--implementation hopper] [--no-torch]
 
-Rates are 2 M N K over the time (4 M N K for SwiGLU), M the sum of the group sizes. The variants of
-one size are timed in turns, and the median of the turns is given: a GPU under load changes its
-clock, and all of them should meet that alike. Decode is the time of all kernels on the device by
-CUPTI, the group metadata's included, with the L2 cache flushed before every call. `portable` is
-for the CPU: the xla implementation beside jax.lax.ragged_dot.
+Rates are 2 M N K over the time (4 M N K for SwiGLU), M the sum of the group sizes. A GPU under load
+changes its clock. So the variants of one size are timed in turns, and the median of the turns is
+given. Decode is the time of all kernels on the device by CUPTI, the group metadata's included, with
+the L2 cache flushed before every call. `portable` is for the CPU: the xla implementation beside
+jax.lax.ragged_dot.
 """
 
 import argparse
@@ -44,19 +44,19 @@ DECODE = (
 
 
 def draw(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
-    """Random bfloat16 values; zeros would let the chip run faster."""
+    """Returns random bfloat16 values; zeros would let the chip run faster."""
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) * jnp.bfloat16(scale)
 
 
 def even_sizes(num_groups: int, num_rows: int) -> jax.Array:
-    """The same number of rows for every group, but for a remainder."""
+    """Returns the same number of rows for every group, but for a remainder."""
     sizes = np.full(num_groups, num_rows // num_groups)
     sizes[: num_rows % num_groups] += 1
     return jnp.asarray(sizes, jnp.int32)
 
 
 def zipf_sizes(num_groups: int, num_rows: int) -> jax.Array:
-    """Sizes proportional to 1 / rank, in random order."""
+    """Returns sizes proportional to 1 / rank, in random order."""
     share = 1 / np.arange(1, num_groups + 1)
     sizes = np.floor(share / share.sum() * num_rows).astype(np.int64)
     sizes[0] += num_rows - sizes.sum()
@@ -64,7 +64,7 @@ def zipf_sizes(num_groups: int, num_rows: int) -> jax.Array:
 
 
 def compile_all(calls: dict[str, tuple[Callable, tuple]]) -> dict[str, jax.stages.Compiled]:
-    """Compile functions for their arguments, all at once."""
+    """Compiles functions for their arguments, all at once."""
     lowered = {name: jax.jit(call).lower(*arrays) for name, (call, arrays) in calls.items()}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda each: each.compile(), lowered.values())
@@ -72,7 +72,7 @@ def compile_all(calls: dict[str, tuple[Callable, tuple]]) -> dict[str, jax.stage
 
 
 def take_turns(calls: dict[str, Callable[[], object]], wait: Callable[[object], object]) -> dict:
-    """Median seconds of each call, timed in turns."""
+    """Returns the median seconds of each call, timed in turns."""
     repeats, seconds = {}, {name: [] for name in calls}
     for name, call in calls.items():
         wait(call())
@@ -91,7 +91,7 @@ def take_turns(calls: dict[str, Callable[[], object]], wait: Callable[[object], 
 
 
 def show(title: str, flops: int, seconds: dict[str, float], peers: tuple[str, ...]) -> None:
-    """Print one line a variant: milliseconds, rate, and the ratio to each peer."""
+    """Prints one line a variant: milliseconds, rate, and the ratio to each peer."""
     print(f"\n{title}")
     for name, each in seconds.items():
         ratios = "".join(
@@ -101,7 +101,7 @@ def show(title: str, flops: int, seconds: dict[str, float], peers: tuple[str, ..
 
 
 def torch_calls(lhs: jax.Array, rhs: jax.Array, d_out: jax.Array, sizes: dict) -> dict:
-    """torch._grouped_mm on the same arrays, forward and weights-backward."""
+    """Returns calls of torch._grouped_mm on the same arrays, forward and weights-backward."""
     import torch
 
     torch_lhs, torch_rhs, torch_d_out = map(torch.from_dlpack, (lhs, rhs, d_out))
@@ -115,7 +115,7 @@ def torch_calls(lhs: jax.Array, rhs: jax.Array, d_out: jax.Array, sizes: dict) -
 
 
 def training(implementation: str, with_torch: bool) -> None:
-    """Forward, rows-backward and weights-backward, even and skewed."""
+    """Times forward, rows-backward and weights-backward, with even and with Zipf sizes."""
 
     def forward(lhs, rhs, sizes):
         return grouped_matmul(lhs, rhs, sizes, implementation=implementation)
@@ -159,12 +159,12 @@ def training(implementation: str, with_torch: bool) -> None:
 
 
 def thrice(call: Callable[[], object]) -> list[object]:
-    """The results of three calls."""
+    """Returns the results of three calls."""
     return [call() for _ in range(3)]
 
 
 def swiglu(implementation: str, with_torch: bool) -> None:
-    """Gate, up and SwiGLU fused and apart, and both directions of a training step."""
+    """Times gate, up and SwiGLU, fused and apart, and then forward and backward together."""
     del with_torch
 
     def fused(lhs, gate, up, sizes):
@@ -206,7 +206,7 @@ def swiglu(implementation: str, with_torch: bool) -> None:
 
 
 def device_seconds(call: Callable, *arrays: jax.Array) -> float:
-    """Median over calls of the time of all kernels."""
+    """Returns the time of all kernels of a call, the median over calls."""
     from jax.experimental.mosaic.gpu import profiler
 
     _, milliseconds = profiler.Cupti(finalize=False).measure(call, iterations=9)(*arrays)
@@ -214,7 +214,7 @@ def device_seconds(call: Callable, *arrays: jax.Array) -> float:
 
 
 def decode(implementation: str, with_torch: bool) -> None:
-    """Few tokens: each touched expert's weights are read once, beside a sum over as many bytes."""
+    """Times few tokens, which read each touched expert's weights once, beside a plain read."""
     del with_torch
     flush = draw(9, 100_000_000)
 
@@ -251,7 +251,7 @@ def decode(implementation: str, with_torch: bool) -> None:
 
 
 def portable(implementation: str, with_torch: bool) -> None:
-    """The xla implementation beside jax.lax.ragged_dot, forward and backward."""
+    """Times the xla implementation beside jax.lax.ragged_dot, forward and backward."""
     del implementation, with_torch
     num_groups, width_in, width_out = 64, 256, 256
 
@@ -290,7 +290,7 @@ SECTIONS = {
 
 
 def main() -> None:
-    """Run the sections named on the command line."""
+    """Runs the sections named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help=", ".join(SECTIONS))
     parser.add_argument("--implementation", default="hopper")

@@ -5,8 +5,8 @@
 Prints TFLOP/s of the forward and the backward pass (DeepSeek-V2's 192/128 heads, causal, bfloat16),
 counted as 2 B H T^2 (192 + 128) / 2 and 2 B H T^2 (3 * 192 + 2 * 128) / 2. With torch installed its
 cuDNN attention is measured in the same run. `--check` compares all of the tests' cases with the
-float64 oracle first. `--segment-ids` gives all tokens one document's, as training on long documents
-does: the work is the same, the kernels look for masked blocks.
+float64 oracle first. `--segment-ids` gives all tokens the id of one document, as training on long
+documents does. The work is the same, but the kernels look for masked blocks.
 """
 
 import argparse

@@ -3,12 +3,12 @@
     python scripts/benchmark_mla_decode.py [--cases NAME ...] [--implementation hopper] [--kernels]
 
 A call is timed inside one jitted loop over the layers of a pool that is larger than the last-level
-cache, as in a model; planning the work and merging its pieces are part of it. FLOPs are
-B H T 2 S (576 + 512) and bytes 2 B (T H 576 + S 576 + T H 512), with 644 for a token's 2 * 576
-where its latent has 8 bits.
+cache, as in a model. Planning the work and merging its pieces are part of it. FLOPs are
+B H T 2 S (576 + 512) and bytes 2 B (T H 576 + S 576 + T H 512). A token whose latent has 8 bits
+counts 644 bytes, not 2 * 576.
 
-Long products are held back by the card's power limit: the same is timed in short runs after
-pauses too ("rested"), as benchmarks with few repeats do.
+The card's power limit holds long runs back. So each call is timed in short runs after pauses too
+("rested"), as benchmarks with few repeats do.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """How it is called on the command line."""
+        """Its name on the command line."""
         name = f"b{self.batch}_h{self.heads}_s{self.length}"
         name += f"_t{self.tokens}" if self.tokens > 1 else ""
         return name + "_ragged" * self.ragged + (f"_{self.quantized}" if self.quantized else "")
@@ -113,7 +113,7 @@ def make_inputs(shape: Shape):
 def seconds_per_call(step, first, *args, budget: float = 0.1) -> tuple[float, float]:
     """Returns the median time of `step(i, previous, *args)`, one of many in a jitted loop.
 
-    The second is that of a fifth of the repeats, each time after a pause.
+    The second figure is the same of a fifth of the repeats, each time after a pause.
     """
     steps = 20
 

@@ -3,8 +3,8 @@
     python scripts/benchmark_model.py train configs/models/deepseek_v2_lite.py num_layers=8
     python scripts/benchmark_model.py generate configs/models/deepseek_v2_lite.py --batch 128
 
-Prints one JSON line a measurement: median seconds, tokens per second, and the share of the chip's
-peak where it is known.
+Prints one JSON line a measurement: median seconds, tokens per second, and for training the share
+of the chip's peak where it is known. Every call is waited for.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def measure_training(config: ModelConfig, kernels: Kernels, arguments: argparse.
 def measure_generation(
     config: ModelConfig, kernels: Kernels, arguments: argparse.Namespace
 ) -> None:
-    """Times a prefill of all prompts, and decode steps behind it."""
+    """Times a prefill of all prompts, and the decode steps after it."""
     batch, length = arguments.batch, arguments.length
     config = dataclasses.replace(config, param_dtype=config.dtype)
     graphdef, state = nnx.split(create_model(config, 0, kernels=kernels))

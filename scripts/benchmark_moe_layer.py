@@ -4,10 +4,9 @@
         [--profile]
 
 The layer is dsjax.layers.moe.MoE on one device: route, permute, experts, combine, without and with
-the shared experts. The yardstick is the time that its routed (and shared) matrix products would
-take as dense ones of the same number of rows, timed in turns with the layer. The layer's memory is
-the compiled program's, beside the bytes of its rows times their widths. --profile lists the time
-of each kernel, traced.
+the shared experts. It is set against its routed (and shared) matrix products as dense ones of the
+same number of rows, timed in turns with it. Its memory is the compiled program's, printed beside
+the bytes of its rows times their widths. --profile lists the time of each kernel in a trace.
 """
 
 import argparse
@@ -37,7 +36,7 @@ PROFILED_CALLS = 3
 
 
 def layer_step(config: ModelConfig, implementation: str) -> tuple[Callable, nnx.State]:
-    """A jitted forward and backward pass of one layer, and its parameters."""
+    """Returns a jitted forward and backward pass of one layer, and its parameters."""
     router = "bfloat16_terms" if implementation == "hopper" else "float32"
     kernels = Kernels(grouped_matmul=implementation, router=router)
     options = LayerOptions.of(config, train_rules(None), kernels)
@@ -61,7 +60,7 @@ def layer_step(config: ModelConfig, implementation: str) -> tuple[Callable, nnx.
 
 
 def dense_calls(rows: int, hidden: int, intermediate: int) -> dict[str, Callable[[], object]]:
-    """Gate with up, and down, as dense products."""
+    """Returns gate with up, and down, as dense products."""
     wide, narrow = (hidden, 2 * intermediate), (intermediate, hidden)
     return {
         f"dense {rows} x {into} x {out}": functools.partial(
@@ -72,7 +71,7 @@ def dense_calls(rows: int, hidden: int, intermediate: int) -> dict[str, Callable
 
 
 def show_kernels(compiled: jax.stages.Compiled, *arrays: object) -> None:
-    """Print the kernels of one call, the longest first, with the operation that each is part of."""
+    """Prints the kernels of one call, the longest first, with the operation each is part of."""
     named = re.findall(r'%?(\S+) = .*op_name="([^"]*)"', compiled.as_text())
     operations = {re.sub(r"[.-]", "_", name): path for name, path in named}
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +99,7 @@ def show_kernels(compiled: jax.stages.Compiled, *arrays: object) -> None:
 
 
 def show_memory(compiled: jax.stages.Compiled, wide: int) -> None:
-    """Print the program's bytes beside those of rows as wide as hidden and intermediate."""
+    """Prints the program's bytes beside those of rows as wide as hidden and intermediate."""
     memory = compiled.memory_analysis()
     sizes = {
         "arguments": memory.argument_size_in_bytes,
@@ -116,7 +115,7 @@ def show_memory(compiled: jax.stages.Compiled, wide: int) -> None:
 def measure(
     config: ModelConfig, num_tokens: int, implementation: str, shared: bool, profile: bool
 ) -> None:
-    """Print the layer's time, its share of dense, and its memory."""
+    """Prints the layer's time, the dense products' share of it, and its memory."""
     if not shared:
         config = dataclasses.replace(
             config, moe=dataclasses.replace(config.moe, num_shared_experts=0)
@@ -150,7 +149,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure the layer of the config on the command line."""
+    """Measures the layer of the config on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", default="configs/models/deepseek_v2_lite.py")
     parser.add_argument("--tokens", type=int, default=32768)

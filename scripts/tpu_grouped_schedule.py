@@ -2,10 +2,10 @@
 
     python scripts/tpu_grouped_schedule.py --chips v6e --shape 49152x2048x1408x64
 
-Both are compiled for the chip, and the cycles of their code are summed as often as it runs for one
+Both are compiled for the chip. The cycles of each stretch of code count as often as it runs for one
 draw of group sizes (rows dealt to groups at random). Of megablox's tilings the best is shown.
-Beside the cycles stand the bytes that the copies move and what they take at the chip's bandwidth:
-a kernel takes at least the longer of the two. Cycles and bytes are a core's.
+Beside the cycles stand the bytes that the copies move, and the time that these take at the chip's
+bandwidth. A kernel takes at least the longer of the two. Cycles and bytes are a core's.
 """
 
 import argparse
@@ -96,7 +96,7 @@ HEADER = (
 
 
 def windows_of(problem: Problem, rows: int) -> list[tuple[int, int]]:
-    """Valid and last rows of each window, as (first of its range, end) from the window's base."""
+    """Returns each window's end of the valid rows, from its base, and its bits (`make_windows`)."""
     start_R = np.concatenate([[0], np.cumsum(problem.sizes)]).astype(np.int32)
     # Within a mesh of a chip that is not there nothing can be computed.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
@@ -110,10 +110,10 @@ def windows_of(problem: Problem, rows: int) -> list[tuple[int, int]]:
 def sum_cycles(
     schedule: Schedule, trips: list[int], window_depth: int, tiles_run: int, windows: int
 ) -> tuple[tuple[tuple[Region, int], ...], int]:
-    """Cycles of a kernel of ours: its matmul regions in program order, and all that is around.
+    """Returns our kernel's matmul regions with their trips, and the cycles of the whole kernel.
 
-    What lies in the loop over windows is counted once a window, though much of it is skipped in
-    most; what lies deeper, as often as there is matmul code; the rest once a tile.
+    Code in the loop over windows counts once a window, though most windows skip much of it. Code
+    that lies deeper counts as often as matmul code runs, the rest once a tile.
     """
     matmuls = [region for region in schedule.regions if region.used["MXU"]]
     bodies = tuple(zip(matmuls, trips, strict=True))
@@ -221,7 +221,7 @@ def megablox_cost(problem: Problem, chip: str, tiling: tuple[int, int, int]) -> 
 
 
 def tilings(problem: Problem, heights: list[int], chip: str) -> list[tuple[int, int, int]]:
-    """Tilings worth trying: of some heights, whole depth or half of it, as wide as VMEM allows.
+    """Returns tilings worth trying: whole depth or half of it, as wide as VMEM allows.
 
     Cores share the columns evenly.
     """

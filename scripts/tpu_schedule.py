@@ -1,10 +1,10 @@
 """Reads from the TPU compiler how long a Pallas kernel computes, on a host without a TPU.
 
-A TPU core issues statically: the final schedule of a kernel's code, times how often each part of it
-runs, is its compute time in cycles. libtpu compiles for a chip that is not there and dumps that
-schedule with the units that each cycle uses; this script compiles in a subprocess, reads the dump
-and prints tables. What the figures leave out is memory: they say how long the core computes, and
-`decode` counts the bytes that it reads beside the fewest it could.
+A TPU core issues statically. So the cycles of a kernel's final schedule, times how often each part
+runs, are its compute time. libtpu compiles for a chip that is not there and dumps that schedule,
+with the units that each cycle uses. This script compiles in a subprocess, reads the dump and prints
+tables. The figures leave out the wait for memory; `decode` prints the bytes that the kernel reads
+beside the fewest it could.
 
     python scripts/tpu_schedule.py attention --chips v5e,v5p,v6e,tpu7x --heads 16 --tokens 4096
     python scripts/tpu_schedule.py decode --chips v6e --heads 128 --batch 128 --tokens 8192
@@ -120,8 +120,8 @@ def compiler_environment() -> dict[str, str]:
 def read_schedule(folder: Path, name: str) -> Schedule:
     """Reads a kernel's dump.
 
-    The schedule before the "delay converter" is the one in which a bundle is a cycle: afterwards
-    runs of empty bundles are folded into the one before them.
+    In the schedule before the "delay converter" a bundle is a cycle. After it, runs of empty
+    bundles are folded into the one before them.
     """
 
     def dump(pattern: str) -> Path:
@@ -200,7 +200,7 @@ class Cost:
 
     @property
     def mxu_cycles(self) -> float:
-        """Cycles' worth of MXU slots, with all MXUs of the core busy."""
+        """Cycles that the used MXU slots would take with all MXUs of the core busy."""
         return sum(
             region.used["MXU"] * trips / region.capacity["MXU"] for region, trips in self.bodies
         )
@@ -247,7 +247,7 @@ def cost(label: str, schedule: Schedule, trips: list[int], outer: int, steps: in
 def attention_costs(
     chip: str, heads: int, tokens: int, splash_blocks: list[Any], splash_modes: list[str]
 ) -> Iterator[Cost]:
-    """Compiles both implementations for a chip; of splash's block sizes the best are yielded."""
+    """Yields the costs of both implementations on a chip; splash's with its best block sizes."""
     from pallas_kernels.mla_attention import tiles
 
     here = PROGRAMS

@@ -3,7 +3,7 @@
     python scripts/tune_grouped_matmul.py --experts 64 --in 2048 --out 2816 --rows 49152
         [--kind matmul|swiglu|weights] [--skewed]
 
-All tiles that fit into shared memory are timed in turns beside a dense matmul; the best come first.
+All tiles that fit into shared memory are timed in turns with a dense matmul. The best come first.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BLOCKS = {
 
 
 def call_of(kind: str, tile: HopperTile, num_groups: int):
-    """The jitted kernel with one tile, of the arrays that main draws."""
+    """Returns the jitted kernel with one tile, of the arrays that main draws."""
     if kind == "weights":
         return jax.jit(
             lambda lhs, rhs, d_out, sizes: weight_gradient_kernel(
@@ -47,7 +47,7 @@ def call_of(kind: str, tile: HopperTile, num_groups: int):
 
 
 def main() -> None:
-    """Time every tile that compiles and print them, the fastest first."""
+    """Times every tile that compiles and prints them, the fastest first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--in", dest="width_in", type=int, default=2048)

@@ -19,7 +19,7 @@ INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
 def make_folder(
     folder: Path, config: ModelConfig, dtype=jnp.bfloat16, num_files: int = 3, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Writes a checkpoint as other software does, with the format's own library."""
+    """Writes a checkpoint with the format's own library, and returns its tensors by name."""
     rng = np.random.default_rng(seed)
     tensors = {
         name: rng.standard_normal(shape).astype(dtype)

@@ -39,7 +39,7 @@ def mscale(factor, m):
 
 
 def softmax_scale(attention):
-    """Factor on the scores; the correction enters squared, once for queries, once for keys."""
+    """The factor on the scores. YaRN's correction enters twice: for queries and for keys."""
     scale = 1 / math.sqrt(attention.qk_nope_head_dim + attention.qk_rope_head_dim)
     if attention.yarn is not None:
         scale *= mscale(attention.yarn.factor, attention.yarn.mscale_all_dim) ** 2
@@ -117,7 +117,7 @@ def mla(x, w, attention, positions, segments, eps):
 
 
 def route(x, w_router, moe):
-    """Affinities [T, E], and for each token its chosen experts and their gates, best first."""
+    """Returns affinities [T, E], and each token's experts and their gates [T, K], best first."""
     scores = softmax(x @ w_router)
     per_group = moe.num_experts // moe.num_groups
     indices, gates = [], []
@@ -193,7 +193,7 @@ def balance_losses(scores, indices, mask, moe):
 
 
 def kept_assignments(scores, indices, mask, exempt, moe, capacity_factor):
-    """Which assignments [B, T, K] a device computes: the highest affinities within its budget.
+    """Returns which assignments [B, T, K] are computed: a device's best ones within its budget.
 
     Args:
         scores: [B, T, E].
@@ -240,7 +240,7 @@ def moe_layer(x, w, moe, gates, indices):
 
 
 def forward(weights, config, tokens, positions=None, segments=None):
-    """Logits [B, T, W], and of each sparse layer (scores, indices) for the whole batch.
+    """Returns logits [B, T, W], and (scores, indices) of each expert layer for the whole batch.
 
     Args:
         weights: "embed", "norm", "lm_head" and "layers", a list of dicts.

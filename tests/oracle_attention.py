@@ -1,4 +1,4 @@
-"""Attention and its gradients in NumPy float64: what every implementation is held to."""
+"""What attention and its gradients mean: NumPy, float64."""
 
 import numpy as np
 
@@ -19,7 +19,8 @@ def attend(
 ):
     """Returns (out, lse) and, when `d_out_BTHV` is given, the gradients of the five float inputs.
 
-    One sequence and head at a time: softmax(scale (q_nope k_nope' + q_rope k_rope')) v.
+    For each sequence and head, out = softmax(scale (q_nope k_nope' + q_rope k_rope')) v. A query
+    that sees no key has out 0 and lse -inf.
     """
     f64 = np.float64
     q_nope, q_rope, k_nope, k_rope, v = (
@@ -68,7 +69,7 @@ def attend(
 
 
 def relative_error(actual, expected):
-    """Returns |actual - expected| / |expected|, NaN if any element is; equal infinities agree."""
+    """Returns |actual - expected| / |expected|, inf where infinities differ; NaN stays NaN."""
     actual, expected = (
         np.asarray(actual).astype(np.float64),
         np.asarray(expected).astype(np.float64),

@@ -1,10 +1,10 @@
-"""Absorbed decode over a paged cache in NumPy float64: the meaning of every implementation."""
+"""What absorbed decode over a paged cache means: NumPy, float64."""
 
 import numpy as np
 
 
 def decode(q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B, *, scale):
-    """Returns (out, lse) in float64: walks each sequence's pages token by token."""
+    """Returns (out, lse) in float64; a query that sees no key has out 0 and lse -inf."""
     f64 = np.float64
     q_latent, q_rope, latent, rope = (
         np.asarray(x).astype(f64) for x in (q_latent_BTHC, q_rope_BTHR, pages.latent, pages.rope)
@@ -33,7 +33,7 @@ def decode(q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B, *, scale
 
 
 def relative_error(actual, desired):
-    """Returns ||actual - desired|| / ||desired||; infinities must agree in place."""
+    """Returns ||actual - desired|| / ||desired||; infinities must stand in the same places."""
     actual, desired = np.asarray(actual).astype(np.float64), np.asarray(desired)
     finite = np.isfinite(desired)
     np.testing.assert_array_equal(actual[~finite], desired[~finite])

@@ -4,14 +4,14 @@ import numpy as np
 
 
 def row_ranges(group_sizes: np.ndarray, offset: int, num_groups: int) -> list[slice]:
-    """Rows of each of the groups [offset, offset + num_groups)."""
+    """Returns the rows of each of the groups [offset, offset + num_groups)."""
     group_sizes = np.asarray(group_sizes)
     ends = np.cumsum(group_sizes)
     return [slice(ends[g] - group_sizes[g], ends[g]) for g in range(offset, offset + num_groups)]
 
 
 def grouped_matmul(lhs, rhs, group_sizes, *, offset=0):
-    """Rows times their group's matrix; other rows 0."""
+    """Returns each row times its group's matrix, 0 for rows of other groups."""
     lhs, rhs = np.asarray(lhs, np.float64), np.asarray(rhs, np.float64)
     out = np.zeros((lhs.shape[0], rhs.shape[2]))
     for group, rows in enumerate(row_ranges(group_sizes, offset, len(rhs))):
@@ -20,7 +20,7 @@ def grouped_matmul(lhs, rhs, group_sizes, *, offset=0):
 
 
 def grouped_matmul_gradients(lhs, rhs, group_sizes, d_out, *, offset=0):
-    """Gradients of lhs and rhs."""
+    """Returns the gradients of lhs and rhs."""
     lhs, rhs, d_out = (np.asarray(x, np.float64) for x in (lhs, rhs, d_out))
     d_lhs, d_rhs = np.zeros_like(lhs), np.zeros_like(rhs)
     for group, rows in enumerate(row_ranges(group_sizes, offset, len(rhs))):
@@ -34,13 +34,13 @@ def _sigmoid(x):
 
 
 def grouped_swiglu(lhs, gate, up, group_sizes, *, offset=0):
-    """silu(lhs gate) * (lhs up)."""
+    """Returns silu(lhs gate) * (lhs up)."""
     gated = grouped_matmul(lhs, gate, group_sizes, offset=offset)
     return gated * _sigmoid(gated) * grouped_matmul(lhs, up, group_sizes, offset=offset)
 
 
 def grouped_swiglu_gradients(lhs, gate, up, group_sizes, d_hidden, *, offset=0):
-    """Gradients of lhs, gate and up."""
+    """Returns the gradients of lhs, gate and up."""
     d_hidden = np.asarray(d_hidden, np.float64)
     gated = grouped_matmul(lhs, gate, group_sizes, offset=offset)
     raised = grouped_matmul(lhs, up, group_sizes, offset=offset)

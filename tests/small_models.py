@@ -78,7 +78,7 @@ def random_model(
 
 
 def _fan_in(dims: tuple[str, ...], shape: tuple[int, ...]) -> int:
-    """Numbers that are summed by the projection whose logical dims these are."""
+    """Returns how many numbers a projection of these logical dims sums into one."""
     own = shape[len(shape) - len(dims) :]  # without the dim of stacked layers
     if dims == ("heads", "head_dim", "param_embed"):
         return own[0] * own[1]
@@ -86,7 +86,7 @@ def _fan_in(dims: tuple[str, ...], shape: tuple[int, ...]) -> int:
 
 
 def oracle_weights(model: DeepSeekV2) -> dict:
-    """The model's weights as the oracle takes them: float64, one dict per layer."""
+    """Returns the weights as the oracle takes them: float64, one dict a layer."""
 
     def array(variable) -> np.ndarray:
         return np.asarray(variable[...], np.float64)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from dsjax.config import TrainConfig
+from dsjax.config import KernelConfig, TrainConfig
 from dsjax.config.load import load_train_config
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 from dsjax.inference.generate import generate
@@ -38,7 +38,13 @@ class LanguageModel(DeepSeekV2):
         """Gives a model its tokenizer; shares its arrays."""
         options = model.options
         made: LanguageModel = nnx.eval_shape(
-            lambda: cls(model.config, nnx.Rngs(0), rules=options.rules, kernels=options.kernels)
+            lambda: cls(
+                model.config,
+                nnx.Rngs(0),
+                runtime=options.runtime,
+                rules=options.rules,
+                kernels=options.kernels,
+            )
         )
         nnx.update(made, nnx.state(model))
         made.tokenizer, made.source = tokenizer, source
@@ -104,6 +110,7 @@ def load(
     path_or_hub_name: str | Path,
     dtype: Literal["bfloat16", "float32"] | None = "bfloat16",
     mesh: jax.sharding.Mesh | None = None,
+    kernels: KernelConfig | None = None,
 ) -> LanguageModel:
     """Loads a model.
 
@@ -112,12 +119,13 @@ def load(
             on the Hugging Face Hub.
         dtype: of parameters and computation; None keeps the stored one.
         mesh: devices to divide the model over; None uses one.
+        kernels: implementations to run; None, like "auto" in its fields, chooses for the devices.
 
     Raises:
         ValueError: there is no model there, or it is damaged; names the file.
     """
     source = locate(path_or_hub_name)
-    model = load_weights(source.path, dtype=dtype, rules=inference_rules(mesh))
+    model = load_weights(source.path, dtype=dtype, rules=inference_rules(mesh), kernels=kernels)
     tokenizer = None if source.tokenizer is None else load_tokenizer(source.tokenizer)
     return LanguageModel.of(model, tokenizer, source.path)
 

@@ -77,6 +77,7 @@ def allocate_cache(
     config: ModelConfig,
     batch_size: int,
     max_length: int,
+    dtype: jnp.dtype,
     *,
     page_size: int = 64,
     decode_kernel: str = "xla",
@@ -84,9 +85,10 @@ def allocate_cache(
     """Allocates an empty cache with room for every sequence at its longest.
 
     Args:
-        config: sizes and dtype.
+        config: sizes.
         batch_size: sequences.
         max_length: tokens a sequence may come to.
+        dtype: of the latents.
         page_size: tokens a page holds.
         decode_kernel: implementation of `mla_decode` that will read it. For "tpu" the rotary keys
             are padded to whole lanes: they take no more of a TPU's memory so, and XLA does not
@@ -98,7 +100,6 @@ def allocate_cache(
     pages_per_sequence = -(-max_length // page_size)
     pages_per_layer = batch_size * pages_per_sequence
     shape = (config.num_layers * pages_per_layer, page_size)
-    dtype = jnp.dtype(config.dtype)
     return LatentCache(
         pages=LatentPages(
             latent=jnp.zeros((*shape, config.attention.kv_lora_rank), dtype),

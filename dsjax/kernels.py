@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from dataclasses import dataclass
 
 import jax
 
-from dsjax.config import ModelConfig
+from dsjax.config import KernelConfig, ModelConfig, RuntimeConfig
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,7 +49,9 @@ class Kernels:
     exchange_room: float = 1.5
 
 
-def choose_kernels(device: jax.Device, config: ModelConfig, tensor: int = 1) -> Kernels:
+def choose_kernels(
+    device: jax.Device, config: ModelConfig, runtime: RuntimeConfig, tensor: int = 1
+) -> Kernels:
     """Chooses the implementations for a model on a device, and says so once in the log.
 
     Args:
@@ -56,13 +59,16 @@ def choose_kernels(device: jax.Device, config: ModelConfig, tensor: int = 1) -> 
             so a CPU host that compiles for a pod gets the pod's kernels.
         config: the model; sizes and types that the Pallas kernels are not written for take the
             portable implementation.
+        runtime: the compute type, and kernels that the user names.
         tensor: devices that divide the experts' hidden width; what is left must fit the kernel.
     """
-    return _choose(device.platform, device.device_kind, config, tensor)
+    return _choose(device.platform, device.device_kind, config, runtime, tensor)
 
 
 @functools.cache  # so that each choice is logged once
-def _choose(platform: str, kind: str, config: ModelConfig, tensor: int) -> Kernels:
+def _choose(
+    platform: str, kind: str, config: ModelConfig, runtime: RuntimeConfig, tensor: int
+) -> Kernels:
     tpu = platform == "tpu"
     gpu = platform in ("gpu", "cuda", "rocm")
     hopper = gpu and ("H100" in kind or "H200" in kind)
@@ -73,7 +79,7 @@ def _choose(platform: str, kind: str, config: ModelConfig, tensor: int) -> Kerne
         attention.v_head_dim,
         attention.kv_lora_rank,
     )
-    bf16 = config.dtype == "bfloat16"  # what all the kernels compute in
+    bf16 = runtime.dtype == "bfloat16"  # what all the kernels compute in
     heads_fit = bf16 and head_dims == _KERNEL_HEAD_DIMS
     width = 0 if config.moe is None else config.moe.intermediate_dim // tensor
     ours = "tpu" if tpu else "hopper" if hopper else "xla"
@@ -90,5 +96,12 @@ def _choose(platform: str, kind: str, config: ModelConfig, tensor: int) -> Kerne
         # times slower than "ragged_parts" on two H200s.
         expert_exchange="ragged" if tpu else "ragged_parts" if gpu else "fixed",
     )
+    chosen = _with_named(chosen, runtime.kernels)
     _LOG.info("kernels on %s: %s", kind, chosen)
     return chosen
+
+
+def _with_named(chosen: Kernels, named: KernelConfig) -> Kernels:
+    """Puts what the user names in place of what was chosen."""
+    fields = {f.name: getattr(named, f.name) for f in dataclasses.fields(named)}
+    return dataclasses.replace(chosen, **{n: v for n, v in fields.items() if v != "auto"})

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.cache import LatentCache
-from dsjax.config import ModelConfig, TokenDropping
+from dsjax.config import ModelConfig, RuntimeConfig, TokenDropping
 from dsjax.kernels import Kernels
 from dsjax.layers.basic import MLP, LayerOptions, RMSNorm, float32_matmul
 from dsjax.layers.expert_passes import Experts, Weights
@@ -110,10 +110,13 @@ class DeepSeekV2(nnx.Module):
         config: ModelConfig,
         rngs: nnx.Rngs,
         *,
+        runtime: RuntimeConfig | None = None,
         rules: ShardingRules | None = None,
         kernels: Kernels | None = None,
     ):
-        options = LayerOptions.of(config, rules or ShardingRules(), kernels or Kernels())
+        options = LayerOptions.of(
+            config, runtime or RuntimeConfig(), rules or ShardingRules(), kernels or Kernels()
+        )
         self.embed = options.weight(
             rngs, (config.vocab_size, config.hidden_dim), ("vocab", "param_embed")
         )
@@ -164,7 +167,7 @@ class DeepSeekV2(nnx.Module):
         def run(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, RouterStats | None]:
             return block(x_BTD, positions_BT, segment_ids_BT, dropping)
 
-        run_block = _with_remat(run, self.config.remat)
+        run_block = _with_remat(run, self.options.runtime.remat)
         x_BTD = self._embed(tokens_BT)
         stats = None
         for layers in (self.dense_layers, self.moe_layers):
@@ -290,7 +293,7 @@ def _with_remat(run: Any, policy: str) -> Any:
             return jax.checkpoint(run, policy=policies.dots_with_no_batch_dims_saveable)
         case "save_attention":
             return jax.checkpoint(run, policy=policies.save_only_these_names("attention"))
-    raise ValueError(f"model.remat={policy!r}: no such policy")
+    raise ValueError(f"runtime.remat={policy!r}: no such policy")
 
 
 def param_dims(state: nnx.State) -> dict[tuple[Any, ...], tuple[str | None, ...]]:
@@ -323,34 +326,45 @@ def param_shardings(state: nnx.State, rules: ShardingRules) -> nnx.State:
 
 
 def abstract_model(
-    config: ModelConfig, rules: ShardingRules | None = None, kernels: Kernels | None = None
+    config: ModelConfig,
+    runtime: RuntimeConfig | None = None,
+    rules: ShardingRules | None = None,
+    kernels: Kernels | None = None,
 ) -> tuple[nnx.GraphDef[DeepSeekV2], nnx.State]:
     """Returns a model's graph and its parameters' shapes, allocating nothing."""
-    abstract = nnx.eval_shape(lambda: DeepSeekV2(config, nnx.Rngs(0), rules=rules, kernels=kernels))
+    abstract = nnx.eval_shape(
+        lambda: DeepSeekV2(config, nnx.Rngs(0), runtime=runtime, rules=rules, kernels=kernels)
+    )
     return nnx.split(abstract)
 
 
 def create_model(
     config: ModelConfig,
     seed: int,
+    runtime: RuntimeConfig | None = None,
     rules: ShardingRules | None = None,
     kernels: Kernels | None = None,
 ) -> DeepSeekV2:
     """Creates a model with random weights, each device making its own shards."""
     return nnx.merge(
-        abstract_model(config, rules, kernels)[0],
-        _creator(config, rules, kernels)(jax.random.key(seed)),
+        abstract_model(config, runtime, rules, kernels)[0],
+        _creator(config, runtime, rules, kernels)(jax.random.key(seed)),
     )
 
 
 @functools.cache  # so that a second model of one config compiles nothing
 def _creator(
-    config: ModelConfig, rules: ShardingRules | None, kernels: Kernels | None
+    config: ModelConfig,
+    runtime: RuntimeConfig | None,
+    rules: ShardingRules | None,
+    kernels: Kernels | None,
 ) -> Callable[[jax.Array], nnx.State]:
     def create(key: jax.Array) -> nnx.State:
-        return nnx.state(DeepSeekV2(config, nnx.Rngs(key), rules=rules, kernels=kernels))
+        return nnx.state(
+            DeepSeekV2(config, nnx.Rngs(key), runtime=runtime, rules=rules, kernels=kernels)
+        )
 
     shardings = None
     if rules is not None and rules.mesh is not None:
-        shardings = param_shardings(abstract_model(config, rules, kernels)[1], rules)
+        shardings = param_shardings(abstract_model(config, runtime, rules, kernels)[1], rules)
     return jax.jit(create, out_shardings=shardings)

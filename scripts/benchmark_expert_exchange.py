@@ -25,7 +25,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from configs.models import deepseek_v2
-from dsjax.config import MeshConfig, ModelConfig
+from dsjax.config import MeshConfig, ModelConfig, RuntimeConfig
 from dsjax.config.load import override
 from dsjax.kernels import choose_kernels
 from dsjax.layers.basic import LayerOptions
@@ -176,11 +176,13 @@ def exchange_bytes(config: ModelConfig, shards: int, tokens: int) -> None:
     print(f"expert={shards}, {tokens} tokens a device, MB: {text}")
 
 
-def layer(config: ModelConfig, tokens: int, timed: bool, **changes: object) -> None:
+def layer(
+    config: ModelConfig, runtime: RuntimeConfig, tokens: int, timed: bool, **changes: object
+) -> None:
     """Prints how far the results of all devices are from those of one, and the time of both."""
-    dtype = config.dtype
+    dtype = runtime.dtype
     count, width = jax.device_count(), config.hidden_dim
-    kernels = dataclasses.replace(choose_kernels(jax.devices()[0], config), **changes)
+    kernels = dataclasses.replace(choose_kernels(jax.devices()[0], config, runtime), **changes)
     x = jax.random.normal(jax.random.key(1), (count, tokens, width), jnp.dtype(dtype))
     probe = jax.random.normal(jax.random.key(2), x.shape, jnp.dtype(dtype))
 
@@ -194,7 +196,7 @@ def layer(config: ModelConfig, tokens: int, timed: bool, **changes: object) -> N
         return out_BTD, *gradients
 
     def run(rules):
-        options = LayerOptions.of(config, rules, kernels)
+        options = LayerOptions.of(config, runtime, rules, kernels)
         create = functools.partial(MoE, config.moe, width, options)
         graph, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
 
@@ -249,15 +251,15 @@ def main() -> None:
         tokens = arguments.layer_tokens
         config = importlib.import_module(f"configs.models.{arguments.model}").config
         config = override(config, arguments.override)
-        exact = dataclasses.replace(config, dtype="float32")
+        exact = RuntimeConfig(dtype="float32")
         for transport in arguments.transports:
             with jax.default_matmul_precision("highest"):
                 changes = {"expert_exchange": transport, "grouped_matmul": "xla"}
-                layer(exact, min(tokens, 1024), False, **changes)
+                layer(config, exact, min(tokens, 1024), False, **changes)
         for transport in arguments.transports:
             for chunks in (1, 2):
                 changes = {"expert_exchange": transport, "exchange_chunks": chunks}
-                layer(config, tokens, True, **changes)
+                layer(config, RuntimeConfig(), tokens, True, **changes)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,17 @@ from flax import nnx
 
 from dsjax.cache import LatentCache, allocate_cache
 from dsjax.chips import peak_flops
-from dsjax.config import GuardConfig, LossConfig, ModelConfig, OptimizerConfig
-from dsjax.config.load import load_model_config
+from dsjax.config import (
+    GuardConfig,
+    KernelConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RuntimeConfig,
+)
+from dsjax.config.load import load_model_and_runtime
 from dsjax.counts import count_parameters, train_flops_per_token
-from dsjax.kernels import Kernels, choose_kernels
+from dsjax.kernels import choose_kernels
 from dsjax.model import DeepSeekV2, create_model
 from dsjax.training.step import init_train_state, train_step
 
@@ -43,26 +50,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed repetitions")
     parser.add_argument("--kernels", default="auto", help="auto, or one implementation for all")
     arguments = parser.parse_args()
-    config = load_model_config(arguments.config, arguments.overrides)
-    if arguments.kernels == "auto":
-        kernels = choose_kernels(jax.devices()[0], config)
-    else:
-        name = arguments.kernels
-        kernels = Kernels(mla_attention=name, mla_decode=name, grouped_matmul=name)
+    config, runtime = load_model_and_runtime(arguments.config, arguments.overrides)
+    if arguments.kernels != "auto":
+        runtime = dataclasses.replace(runtime, kernels=KernelConfig.all_of(arguments.kernels))
     run = {"train": measure_training, "generate": measure_generation}[arguments.what]
-    run(config, kernels, arguments)
+    run(config, runtime, arguments)
 
 
-def report(name: str, config: ModelConfig, kernels: Kernels, figures: dict[str, Any]) -> None:
+def report(name: str, model: DeepSeekV2, figures: dict[str, Any]) -> None:
     """Prints a measurement with what it was made on."""
-    total, active = count_parameters(config)
+    total, active = count_parameters(model.config)
     about = {
         "measurement": name,
         "chip": jax.devices()[0].device_kind,
         "parameters": total,
         "active": active,
-        "dtype": config.dtype,
-        "kernels": dataclasses.asdict(kernels),
+        "dtype": model.options.runtime.dtype,
+        "kernels": dataclasses.asdict(model.options.kernels),
     }
     print(json.dumps(about | figures), flush=True)
 
@@ -79,11 +83,15 @@ def median_seconds(run: Callable[[], Any], steps: int) -> float:
     return statistics.median(times)
 
 
-def measure_training(config: ModelConfig, kernels: Kernels, arguments: argparse.Namespace) -> None:
+def measure_training(
+    config: ModelConfig, runtime: RuntimeConfig, arguments: argparse.Namespace
+) -> None:
     """Times whole optimiser steps."""
     batch, length = arguments.batch, arguments.length
     optimizer, loss, guard = OptimizerConfig(), LossConfig(), GuardConfig()
-    graphdef, params = nnx.split(create_model(config, 0, kernels=kernels))
+    kernels = choose_kernels(jax.devices()[0], config, runtime)
+    model = create_model(config, 0, runtime, kernels=kernels)
+    graphdef, params = nnx.split(model)
     state = jax.jit(functools.partial(init_train_state, optimizer), donate_argnums=0)(params)
     tokens = jax.random.randint(jax.random.key(1), (1, batch, length), 0, config.vocab_size)
     rows = {
@@ -107,16 +115,18 @@ def measure_training(config: ModelConfig, kernels: Kernels, arguments: argparse.
     if peak is not None:
         figures["mfu"] = rate * train_flops_per_token(config, length) / peak
     figures["peak_bytes"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    report("train", config, kernels, figures)
+    report("train", model, figures)
 
 
 def measure_generation(
-    config: ModelConfig, kernels: Kernels, arguments: argparse.Namespace
+    config: ModelConfig, runtime: RuntimeConfig, arguments: argparse.Namespace
 ) -> None:
     """Times a prefill of all prompts, and the decode steps after it."""
     batch, length = arguments.batch, arguments.length
-    config = dataclasses.replace(config, param_dtype=config.dtype)
-    graphdef, state = nnx.split(create_model(config, 0, kernels=kernels))
+    runtime = dataclasses.replace(runtime, param_dtype=runtime.dtype)
+    kernels = choose_kernels(jax.devices()[0], config, runtime)
+    model = create_model(config, 0, runtime, kernels=kernels)
+    graphdef, state = nnx.split(model)
     prompts = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
     lengths = jnp.full(batch, length, jnp.int32)
 
@@ -132,11 +142,17 @@ def measure_generation(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
     def new_cache() -> LatentCache:
-        return allocate_cache(config, batch, length + 256, decode_kernel=kernels.mla_decode)
+        return allocate_cache(
+            config,
+            batch,
+            length + 256,
+            jnp.dtype(runtime.dtype),
+            decode_kernel=kernels.mla_decode,
+        )
 
     seconds = median_seconds(lambda: prefill(state, prompts, lengths, new_cache()), 2)
     figures = {"batch": batch, "length": length, "seconds": seconds}
-    report("prefill", config, kernels, figures | {"tokens_per_second": batch * length / seconds})
+    report("prefill", model, figures | {"tokens_per_second": batch * length / seconds})
 
     _, cache = prefill(state, prompts, lengths, new_cache())
     held = [prompts[:, :1], cache]
@@ -147,7 +163,7 @@ def measure_generation(
 
     seconds = median_seconds(step, max(20, arguments.steps))
     figures = {"batch": batch, "length": length, "seconds": seconds}
-    report("decode", config, kernels, figures | {"tokens_per_second": batch / seconds})
+    report("decode", model, figures | {"tokens_per_second": batch / seconds})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from benchmark_grouped_matmul import draw, take_turns
 from flax import nnx
 
-from dsjax.config import ModelConfig
+from dsjax.config import ModelConfig, RuntimeConfig
 from dsjax.config.load import load_model_config
 from dsjax.kernels import Kernels
 from dsjax.layers.basic import LayerOptions
@@ -39,7 +39,9 @@ def layer_step(config: ModelConfig, implementation: str) -> tuple[Callable, nnx.
     """Returns a jitted forward and backward pass of one layer, and its parameters."""
     router = "bfloat16_terms" if implementation == "hopper" else "float32"
     kernels = Kernels(grouped_matmul=implementation, router=router)
-    options = LayerOptions.of(config, train_rules(None), kernels)
+    options = LayerOptions.of(
+        config, RuntimeConfig(param_dtype="bfloat16"), train_rules(None), kernels
+    )
 
     @jax.jit
     def parameters() -> nnx.State:
@@ -156,7 +158,7 @@ def main() -> None:
     parser.add_argument("--implementation", default="hopper")
     parser.add_argument("--profile", action="store_true", help="list the kernels' times")
     options = parser.parse_args()
-    config = load_model_config(options.config, ["param_dtype=bfloat16"])
+    config = load_model_config(options.config)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     for shared in (False, True):
         measure(config, options.tokens, options.implementation, shared, options.profile)

@@ -1,7 +1,7 @@
 """Compiles a whole training step for a TPU pod that is not here, and says what it needs.
 
     python scripts/compile_train_step.py configs/models/deepseek_v2.py v5p:4x4x4
-        --mesh=fsdp=8,expert=8 param_dtype=bfloat16
+        --mesh=fsdp=8,expert=8 runtime.param_dtype=bfloat16
 
 Prints one JSON object: seconds of compiling, bytes a chip by XLA's own account, and the collectives
 that the program contains, loops multiplied out. Runs on a CPU host; needs libtpu (`dsjax[tpu]`).
@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config")
     parser.add_argument("topology", help="a libtpu topology, like v5p:4x4x4")
-    parser.add_argument("overrides", nargs="*", help="of the model, like num_layers=8")
+    parser.add_argument("overrides", nargs="*", help="like num_layers=8 or runtime.remat=none")
     parser.add_argument("--mesh", default="", help="like fsdp=8,expert=8; fsdp takes the rest")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--chunk", type=int, default=4096, help="tokens of logits at a time")
@@ -44,17 +44,19 @@ def compile_step(arguments: argparse.Namespace) -> dict[str, object]:
     from jax.experimental import topologies
 
     from dsjax.config import BalanceConfig, LossConfig, MeshConfig
-    from dsjax.config.load import load_model_config
+    from dsjax.config.load import load_model_and_runtime
     from dsjax.plan import compile_train_step, count_collectives
 
-    model = load_model_config(arguments.config, arguments.overrides)
+    model, runtime = load_model_and_runtime(arguments.config, arguments.overrides)
     sizes = (entry.split("=") for entry in arguments.mesh.split(",") if entry)
     mesh = MeshConfig(**{axis: int(size) for axis, size in sizes})
     topology = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology)
     # The paper's balance losses (§3.1.2).
     loss = LossConfig(BalanceConfig(0.003, 0.05, 0.02), chunk=arguments.chunk)
     began, began_cpu = time.perf_counter(), time.process_time()
-    compiled = compile_train_step(model, mesh, topology.devices, length=arguments.length, loss=loss)
+    compiled = compile_train_step(
+        model, runtime, mesh, topology.devices, length=arguments.length, loss=loss
+    )
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
     memory = compiled.memory_analysis()
     text = compiled.as_text()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsjax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
+from dsjax.config import AttentionConfig, ModelConfig, MoEConfig, RuntimeConfig, YarnConfig
 from dsjax.kernels import Kernels
 from dsjax.mesh import ShardingRules
 from dsjax.model import DeepSeekV2, abstract_model, param_shardings
@@ -39,9 +39,10 @@ SMALL = ModelConfig(
         routing="group_limited_greedy",
         routed_scale=2.5,
     ),
-    dtype="float32",
-    remat="none",
 )
+
+# What all small models are run with unless a test says otherwise.
+RUNTIME = RuntimeConfig(dtype="float32", remat="none")
 
 # V2-Lite's shape: queries are not compressed, experts are chosen anywhere.
 SMALL_LITE = replace(
@@ -54,12 +55,13 @@ SMALL_LITE = replace(
 def random_model(
     config: ModelConfig,
     seed: int = 0,
+    runtime: RuntimeConfig = RUNTIME,
     rules: ShardingRules | None = None,
     kernels: Kernels | None = None,
 ) -> DeepSeekV2:
     """Makes a model whose activations stay near 1, with random norms; the same on every mesh."""
     rng = np.random.default_rng(seed)
-    graph, state = abstract_model(config, rules, kernels)
+    graph, state = abstract_model(config, runtime, rules, kernels)
     on_mesh = rules is not None and rules.mesh is not None
     shardings = dict(nnx.to_flat_state(param_shardings(state, rules))) if on_mesh else {}
     leaves = []

@@ -29,6 +29,4 @@ config = ModelConfig(
         normalize_weights=False,
         routed_scale=2.0,
     ),
-    dtype="float32",
-    remat="none",
 )

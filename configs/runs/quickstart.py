@@ -11,6 +11,7 @@ from dsjax.config import (
     LogConfig,
     LossConfig,
     OptimizerConfig,
+    RuntimeConfig,
     SourceConfig,
     TrainConfig,
 )
@@ -26,6 +27,7 @@ config = TrainConfig(
     ),
     batch=BatchConfig(size=8),
     num_steps=500,
+    runtime=RuntimeConfig(dtype="float32", remat="none"),
     optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=50, decay_at=(0.6, 0.85)),
     loss=LossConfig(balance=BalanceConfig(expert=0.003, device=0.05, communication=0.02)),
     checkpoint=CheckpointConfig(every=250),

@@ -1,21 +1,21 @@
 """Configuration: what a model is, what a run is, and how files and overrides become one."""
 
+from dsjax.config.data import DataConfig, SourceConfig
+from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
-from dsjax.config.run import (
+from dsjax.config.runtime import KernelConfig, RuntimeConfig
+from dsjax.config.serialize import from_json, to_json
+from dsjax.config.train import (
     BalanceConfig,
     BatchConfig,
     CheckpointConfig,
-    DataConfig,
     GuardConfig,
     LogConfig,
     LossConfig,
-    MeshConfig,
     OptimizerConfig,
-    SourceConfig,
     TokenDropping,
     TrainConfig,
 )
-from dsjax.config.serialize import from_json, to_json
 
 __all__ = [
     "AttentionConfig",
@@ -24,12 +24,14 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "GuardConfig",
+    "KernelConfig",
     "LogConfig",
     "LossConfig",
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RuntimeConfig",
     "SourceConfig",
     "TokenDropping",
     "TrainConfig",

@@ -48,12 +48,11 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
     return theta, yarn
 
 
-def from_hf_config(hf: Mapping[str, Any], *, dtype: str | None = None) -> ModelConfig:
+def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Builds the ModelConfig that a DeepSeek-V2-family `config.json` describes.
 
     Args:
         hf: the parsed file.
-        dtype: compute type; None takes bfloat16.
 
     Raises:
         ValueError: a field is missing, or holds something that this model does not implement.
@@ -123,7 +122,6 @@ def from_hf_config(hf: Mapping[str, Any], *, dtype: str | None = None) -> ModelC
             yarn=yarn,
         ),
         moe=moe,
-        dtype=dtype or "bfloat16",  # type: ignore[arg-type]
     )
 
 

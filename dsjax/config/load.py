@@ -16,7 +16,8 @@ from typing import Any
 from dsjax.config.fitting import MISFIT, describe, fit
 from dsjax.config.huggingface import from_hf_config
 from dsjax.config.model import ModelConfig
-from dsjax.config.run import TrainConfig
+from dsjax.config.runtime import RuntimeConfig
+from dsjax.config.train import TrainConfig
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ModelConfig | TrainConfig:
@@ -48,6 +49,26 @@ def load_model_config(path: str | Path, overrides: Sequence[str] = ()) -> ModelC
     if isinstance(config, TrainConfig):
         config = config.model
     return override(config, overrides)
+
+
+def load_model_and_runtime(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> tuple[ModelConfig, RuntimeConfig]:
+    """Loads a model's config and how it is run; of a run's config file, the run's.
+
+    Args:
+        path: as for `load_config`.
+        overrides: of the model ("num_layers=8"), and of the runtime ("runtime.dtype=float32").
+    """
+    config = load_config(path)
+    if isinstance(config, TrainConfig):
+        model, runtime = config.model, config.runtime
+    else:
+        model, runtime = config, RuntimeConfig()
+    prefix = "runtime."
+    of_runtime = [text.removeprefix(prefix) for text in overrides if text.startswith(prefix)]
+    of_model = [text for text in overrides if not text.startswith(prefix)]
+    return override(model, of_model), override(runtime, of_runtime)
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

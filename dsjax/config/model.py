@@ -6,9 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-DType = Literal["float32", "bfloat16"]
 Routing = Literal["greedy", "group_limited_greedy"]
-RematPolicy = Literal["none", "full", "save_dots", "save_attention"]
 
 
 def require(condition: bool, field_name: str, value: object, constraint: str) -> None:
@@ -186,10 +184,6 @@ class ModelConfig:
         norm_eps: epsilon of the RMSNorms on the residual stream (those inside attention keep 1e-6).
         max_length: longest context, in tokens.
         init_std: standard deviation of the initial weights.
-        dtype: compute type of activations; router, softmax, norms and loss stay float32.
-        param_dtype: type the parameters are stored in.
-        remat: what the backward pass keeps of a layer: "none" recomputes nothing, "full"
-            recomputes all, "save_dots" keeps matmul outputs, "save_attention" keeps attention's.
     """
 
     vocab_size: int
@@ -202,9 +196,6 @@ class ModelConfig:
     norm_eps: float = 1e-6
     max_length: int = 4096
     init_std: float = 0.02
-    dtype: DType = "bfloat16"
-    param_dtype: DType = "float32"
-    remat: RematPolicy = "full"
 
     def __post_init__(self) -> None:
         require_positive(
@@ -217,14 +208,6 @@ class ModelConfig:
             max_length=self.max_length,
             init_std=self.init_std,
         )
-        for name in ("dtype", "param_dtype"):
-            value = getattr(self, name)
-            require(
-                value in ("float32", "bfloat16"),
-                f"model.{name}",
-                value,
-                "must be float32 or bfloat16 (float16 overflows on DeepSeek-V2)",
-            )
         require(
             0 <= self.num_dense_layers <= self.num_layers,
             "model.num_dense_layers",

@@ -21,7 +21,7 @@ from dsjax.data.sources import open_documents
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from dsjax.config.run import DataConfig, SourceConfig
+    from dsjax.config.data import DataConfig, SourceConfig
 
 Batch = dict[str, np.ndarray]
 

@@ -30,7 +30,7 @@ from dsjax.data.sources import Document, DocumentSource, open_documents
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from dsjax.config.run import SourceConfig
+    from dsjax.config.data import SourceConfig
 
 PLAN = "packing.json"
 _BYTES_PER_SHARD = 1 << 22

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from dsjax.config.run import SourceConfig
+    from dsjax.config.data import SourceConfig
 
 _DEFAULT_GLOBS = {"text": "**/*.txt", "jsonl": "**/*.jsonl", "parquet": "**/*.parquet"}
 _SCAN_BYTES = 1 << 24

@@ -71,6 +71,7 @@ def generate(
         model.config,
         len(prompts),
         _round_up(longest, 256),
+        model.options.dtype,
         decode_kernel=model.options.kernels.mla_decode,
     )
     arrays = SamplingArrays.of(samplings)

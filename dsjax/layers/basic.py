@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.config import ModelConfig
+from dsjax.config import ModelConfig, RuntimeConfig
 from dsjax.kernels import Kernels
 from dsjax.mesh import ShardingRules
 
@@ -18,32 +18,41 @@ class LayerOptions:
     """What all layers of a model have in common.
 
     Attributes:
-        dtype: compute type.
-        param_dtype: storage type of the parameters.
+        runtime: compute type, type of new parameters, and what is recomputed.
         init_std: standard deviation of the initial weights.
         norm_eps: epsilon of the norms on the residual stream.
         rules: where arrays live.
         kernels: which kernel implementations run.
     """
 
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    runtime: RuntimeConfig
     init_std: float
     norm_eps: float
     rules: ShardingRules
     kernels: Kernels
 
     @classmethod
-    def of(cls, config: ModelConfig, rules: ShardingRules, kernels: Kernels) -> LayerOptions:
+    def of(
+        cls, config: ModelConfig, runtime: RuntimeConfig, rules: ShardingRules, kernels: Kernels
+    ) -> LayerOptions:
         """Takes the shared fields out of a model's config."""
         return cls(
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
+            runtime=runtime,
             init_std=config.init_std,
             norm_eps=config.norm_eps,
             rules=rules,
             kernels=kernels,
         )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The compute type."""
+        return jnp.dtype(self.runtime.dtype)
+
+    @property
+    def param_dtype(self) -> jnp.dtype:
+        """The type of new parameters."""
+        return jnp.dtype(self.runtime.param_dtype)
 
     def weight(self, rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str, ...]) -> nnx.Param:
         """Creates a normally distributed parameter with its logical dims as metadata."""

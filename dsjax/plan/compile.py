@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dsjax.config import GuardConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
+from dsjax.config import (
+    GuardConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RuntimeConfig,
+)
 from dsjax.kernels import choose_kernels
 from dsjax.mesh import make_mesh, train_rules
 from dsjax.model import abstract_model
@@ -16,6 +23,7 @@ from dsjax.training.step import abstract_train_state, jitted_train_step
 
 def compile_train_step(
     model: ModelConfig,
+    runtime: RuntimeConfig,
     mesh: MeshConfig,
     devices: Sequence[jax.Device],
     *,
@@ -27,6 +35,7 @@ def compile_train_step(
 
     Args:
         model: the model.
+        runtime: how it is run.
         mesh: how the devices are divided.
         devices: real, or those of `jax.experimental.topologies.get_topology_desc`.
         length: tokens in a row.
@@ -38,8 +47,8 @@ def compile_train_step(
     """
     rules = train_rules(make_mesh(mesh, list(devices)))
     optimizer = OptimizerConfig()
-    kernels = choose_kernels(devices[0], model, rules.axis_size("tensor"))
-    graphdef, params = abstract_model(model, rules, kernels)
+    kernels = choose_kernels(devices[0], model, runtime, rules.axis_size("tensor"))
+    graphdef, params = abstract_model(model, runtime, rules, kernels)
     state = abstract_train_state(optimizer, params, rules, devices[0])
     shape = (1, rows_per_shard * rules.num_batch_shards(), length)
     rows = rules.sharding(None, "batch", "length")

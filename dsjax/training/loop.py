@@ -81,14 +81,14 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Fit
     mesh = make_mesh(config.mesh, None if devices is None else list(devices))
     rules = train_rules(mesh if mesh.size > 1 else None)
     device = mesh.devices.flat[0]
-    kernels = choose_kernels(device, config.model, rules.axis_size("tensor"))
+    kernels = choose_kernels(device, config.model, config.runtime, rules.axis_size("tensor"))
     _check(config, rules)
     shard = HostShard(rules)
     loader = make_loader(config.data, process_index=shard.index, process_count=shard.count)
     with contextlib.closing(loader):
         eval_batches = _eval_batches(config, shard)
         run.mkdir(parents=True, exist_ok=True)
-        graphdef, params = abstract_model(config.model, rules, kernels)
+        graphdef, params = abstract_model(config.model, config.runtime, rules, kernels)
         with RunCheckpoints(run, config.checkpoint) as checkpoints:
             abstract = abstract_train_state(config.optimizer, params, rules, device)
             if checkpoints.latest is None:
@@ -126,9 +126,8 @@ def _check_model(config: ModelConfig, run: Path) -> None:
 
 
 def _check_same(there: ModelConfig, here: ModelConfig, where: str) -> None:
-    # Neither changes what the parameters are, but for the rounding of param_dtype.
-    free = ("dtype", "param_dtype", "remat", "max_length")
-    there = dataclasses.replace(there, **{name: getattr(here, name) for name in free})
+    # How long a context may be is a limit of use: it changes no parameter.
+    there = dataclasses.replace(there, max_length=here.max_length)
     if there != here:
         fields = "; ".join(differing_fields(there, here, "model."))
         raise ValueError(f"{where}: holds a model of another config: {fields}")
@@ -160,11 +159,15 @@ def _fresh_state(
 ) -> TrainState:
     if config.init_from:
         model = load_weights(
-            config.init_from, dtype=config.model.param_dtype, rules=rules, kernels=kernels
+            config.init_from,
+            dtype=config.runtime.param_dtype,
+            runtime=config.runtime,
+            rules=rules,
+            kernels=kernels,
         )
         _check_same(model.config, config.model, f"init_from={config.init_from!r}")
     else:
-        model = create_model(config.model, config.seed, rules, kernels)
+        model = create_model(config.model, config.seed, config.runtime, rules, kernels)
     create = functools.partial(init_train_state, config.optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(create, donate_argnums=0, out_shardings=shardings)(nnx.state(model))

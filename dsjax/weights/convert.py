@@ -22,6 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax.config.stored import model_to_json
 from dsjax.progress import ByteProgress
 from dsjax.weights.assets import ASSETS, copy_files
 from dsjax.weights.hf_export import (
@@ -29,6 +30,7 @@ from dsjax.weights.hf_export import (
     INDEX_NAME,
     config_json,
     create_file,
+    main_dtype,
     pack_headers,
     plan_shards,
     read_tensor,
@@ -42,11 +44,9 @@ from dsjax.weights.sources import (
     RUN_FILE,
     CheckpointSource,
     HFSource,
-    manifest,
     open_source,
     resolve,
     weight_dtype,
-    with_param_dtype,
 )
 from dsjax.weights.strided_copy import copy_strided
 
@@ -131,8 +131,8 @@ def _to_checkpoint(
     source.folder.close()
     copy_files(source.assets, out / ASSETS)
     _write(out / HEADERS_FILE, pack_headers(source.folder.headers).encode())
-    config = with_param_dtype(source.config, (dtype_of(path) for path in table.params))
-    _write(out / MANIFEST, (json.dumps(manifest(config), indent=2) + "\n").encode())
+    manifest = model_to_json(source.config)
+    _write(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 def _to_hf(
@@ -166,8 +166,8 @@ def _to_hf(
     copy_files(assets, out)
     if plan.index is not None:
         _write(out / INDEX_NAME, plan.index)
-    config = with_param_dtype(source.config, (dtype_of(path) for path in table.params))
-    _write(out / "config.json", config_json(config, config.param_dtype, source.assets))
+    main = main_dtype(table, dtype_of)
+    _write(out / "config.json", config_json(source.config, main, source.assets))
 
 
 def _run(

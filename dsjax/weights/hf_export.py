@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -198,13 +198,21 @@ def config_json(config: ModelConfig, dtype: str, assets: Assets) -> bytes:
     return _dump(content | {"bos_token_id": bos, "eos_token_id": eos})
 
 
+def main_dtype(table: HFTable, dtype: Callable[[Path], np.dtype]) -> str:
+    """Returns the name of the type that most numbers of a model are stored in."""
+    numbers: dict[str, int] = {}
+    for path, param in table.params.items():
+        name = dtype(path).name
+        numbers[name] = numbers.get(name, 0) + math.prod(param.shape)
+    return max(numbers, key=lambda name: numbers[name])
+
+
 def _describes(original: Mapping[str, Any], config: ModelConfig) -> bool:
     try:
         described = from_hf_config(original)
     except ValueError:
         return False
-    ours = {name: getattr(config, name) for name in ("dtype", "param_dtype", "remat")}
-    return dataclasses.replace(described, **ours) == config
+    return described == config
 
 
 def _dump(content: Mapping[str, Any]) -> bytes:
@@ -226,6 +234,7 @@ __all__ = [
     "ShardPlan",
     "config_json",
     "create_file",
+    "main_dtype",
     "pack_headers",
     "plan_shards",
     "read_tensor",

@@ -22,13 +22,22 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from dsjax.config import ModelConfig
+from dsjax.config import KernelConfig, ModelConfig, RuntimeConfig
+from dsjax.config.runtime import DType
+from dsjax.config.stored import model_to_json
 from dsjax.kernels import Kernels, choose_kernels
 from dsjax.mesh import ShardingRules
 from dsjax.model import DeepSeekV2, abstract_model, param_shardings
 from dsjax.weights import assets as asset_files
 from dsjax.weights.assets import ASSETS, TOKENIZER_FILE, Assets
-from dsjax.weights.hf_export import INDEX_NAME, config_json, create_file, plan_shards, read_tensor
+from dsjax.weights.hf_export import (
+    INDEX_NAME,
+    config_json,
+    create_file,
+    main_dtype,
+    plan_shards,
+    read_tensor,
+)
 from dsjax.weights.hf_export import write_tensor as write_hf_tensor
 from dsjax.weights.hf_table import Path, hf_table
 from dsjax.weights.param_store import save_arrays
@@ -36,7 +45,6 @@ from dsjax.weights.sources import (
     MANIFEST,
     WeightSource,
     describe,
-    manifest,
     open_source,
     resolve,
     weight_dtype,
@@ -84,48 +92,58 @@ def load_weights(
     path_or_hub_name: str | FilePath,
     *,
     dtype: str | None = None,
+    runtime: RuntimeConfig | None = None,
     rules: ShardingRules | None = None,
-    kernels: Kernels | None = None,
+    kernels: Kernels | KernelConfig | None = None,
 ) -> DeepSeekV2:
     """Loads a model, each device its own shards and no host the whole.
 
     Args:
         path_or_hub_name: see `locate`.
-        dtype: of parameters and computation, "bfloat16" or "float32"; None keeps the stored
-            parameters, and the computation that the checkpoint names (bfloat16 for one of
-            Hugging Face).
+        dtype: of the parameters, "bfloat16" or "float32"; None keeps each one's stored type.
+        runtime: how the model will be run; its `param_dtype` is not used here. None computes in
+            `dtype`, or else in float32 where all parameters are stored so and in bfloat16 if not.
         rules: where arrays live; None puts them on the default device.
-        kernels: implementations; None chooses them for the devices.
+        kernels: implementations, or what is named of them; None chooses all for the devices.
 
     Raises:
         ValueError: damaged or unsuitable weights; names file and tensor.
         FileNotFoundError: there is nothing there.
     """
+    wanted = None if dtype is None else weight_dtype(dtype)
     source = open_source(resolve(path_or_hub_name))
     config = source.config
-    if dtype is not None:
-        name = weight_dtype(dtype)
-        config = replace(config, dtype=name, param_dtype=name)
+    if runtime is None:
+        runtime = RuntimeConfig(dtype=wanted or _exact_dtype(source))
+    if isinstance(kernels, KernelConfig):
+        runtime, kernels = replace(runtime, kernels=kernels), None
     rules = rules or ShardingRules()
     if kernels is None:
         devices = jax.devices() if rules.mesh is None else rules.mesh.devices.flat
-        kernels = choose_kernels(devices[0], config, rules.axis_size("tensor"))
-    graphdef, abstract = abstract_model(config, rules, kernels)
+        kernels = choose_kernels(devices[0], config, runtime, rules.axis_size("tensor"))
+    graphdef, abstract = abstract_model(config, runtime, rules, kernels)
     shardings: dict[Any, jax.sharding.Sharding] = {}
     if rules.mesh is not None:
         flat_shardings = nnx.to_flat_state(param_shardings(abstract, rules))
         shardings = {path: variable.get_raw_value() for path, variable in flat_shardings}
     loaded = []
     for path, variable in nnx.to_flat_state(abstract):
+        stored_path = tuple(map(str, path))
         array = _load_array(
             source,
-            tuple(map(str, path)),
+            stored_path,
             tuple(variable.shape),
-            jnp.dtype(config.param_dtype),
+            source.dtype(stored_path) if wanted is None else jnp.dtype(wanted),
             shardings.get(path),
         )
         loaded.append((path, variable.replace(array)))
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
+
+
+def _exact_dtype(source: WeightSource) -> DType:
+    """The compute type that loses nothing of float32 parameters."""
+    all_float32 = all(source.dtype(path) == jnp.float32 for path in source.table.params)
+    return "float32" if all_float32 else "bfloat16"
 
 
 def save_weights(
@@ -155,9 +173,6 @@ def save_weights(
     if path.exists():
         raise FileExistsError(f"{path}: exists already")
     stored = None if dtype is None else jnp.dtype(weight_dtype(dtype))
-    config = model.config
-    if stored is not None:
-        config = replace(config, param_dtype=weight_dtype(stored))
     files = {} if assets is None else describe(resolve(assets))[1]
     files = {name: file for name, file in files.items() if name != INDEX_NAME}
     draft = path.with_name(path.name + ".partial")
@@ -168,12 +183,12 @@ def save_weights(
     _wait_for_all("cleared")
     try:
         if format == "hf":
-            _save_hf(model, config, draft, files)
+            _save_hf(model, stored, draft, files)
         else:
             save_arrays(draft, nnx.to_pure_dict(nnx.state(model)), stored)
         if first and format == "dsjax":
             asset_files.copy_files(files, draft / ASSETS)
-            text = json.dumps(manifest(config), indent=2) + "\n"
+            text = json.dumps(model_to_json(model.config), indent=2) + "\n"
             (draft / MANIFEST).write_text(text, encoding="utf-8")
         if first:
             draft.rename(path)
@@ -202,10 +217,12 @@ def save_assets(tokenizer: str, init_from: str, run: FilePath) -> None:
     asset_files.save_assets(tokenizer, files, run)
 
 
-def _save_hf(model: DeepSeekV2, config: ModelConfig, folder: FilePath, files: Assets) -> None:
-    table = hf_table(config)
+def _save_hf(model: DeepSeekV2, stored: np.dtype | None, folder: FilePath, files: Assets) -> None:
+    table = hf_table(model.config)
     params = {tuple(map(str, p)): v for p, v in nnx.to_flat_state(nnx.state(model))}
-    dtype = jnp.dtype(config.param_dtype)
+
+    def dtype(path: Path) -> np.dtype:
+        return jnp.dtype(params[path].dtype) if stored is None else stored
 
     on_host: dict[Path, np.ndarray] = {}  # the small ones
 
@@ -213,12 +230,12 @@ def _save_hf(model: DeepSeekV2, config: ModelConfig, folder: FilePath, files: As
         array = params[path][...]
         index = tuple(w.start for w in window[: table.params[path].num_stacked])
         if array.nbytes > _HOST_BYTES:
-            return _fetch(_take(array, index)).astype(dtype, copy=False)
+            return _fetch(_take(array, index)).astype(dtype(path), copy=False)
         if path not in on_host:
             on_host[path] = _fetch(array)
-        return on_host[path][index].astype(dtype, copy=False)
+        return on_host[path][index].astype(dtype(path), copy=False)
 
-    plan = plan_shards(table, lambda path: dtype)
+    plan = plan_shards(table, dtype)
     first = jax.process_index() == 0
     if first:
         asset_files.copy_files(files, folder)
@@ -232,7 +249,9 @@ def _save_hf(model: DeepSeekV2, config: ModelConfig, folder: FilePath, files: As
     if first:
         if plan.index is not None:
             (folder / INDEX_NAME).write_bytes(plan.index)
-        (folder / "config.json").write_bytes(config_json(config, dtype.name, files))
+        (folder / "config.json").write_bytes(
+            config_json(model.config, main_dtype(table, dtype), files)
+        )
 
 
 @jax.jit

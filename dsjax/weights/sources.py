@@ -6,7 +6,6 @@ loading and conversion do not know which they have before them.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path as FilePath
 from typing import Any, Literal, Protocol, cast
@@ -14,17 +13,17 @@ from typing import Any, Literal, Protocol, cast
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.config import ModelConfig, TrainConfig, from_json, to_json
+from dsjax.config import ModelConfig
 from dsjax.config.huggingface import from_hf_config
 from dsjax.config.load import read_json
-from dsjax.config.model import DType
+from dsjax.config.runtime import DType
+from dsjax.config.stored import model_from_json, run_from_json
 from dsjax.weights.assets import ASSETS, Assets, small_files
 from dsjax.weights.hf_table import HFTable, Path, hf_table, is_ignored
 from dsjax.weights.param_store import ITEM, ParamStore
 from dsjax.weights.safetensors import SafetensorsFolder, float_dtype
 
 MANIFEST = "dsjax.json"  # its presence says that a model checkpoint is complete
-FORMAT = 1
 RUN_FILE = "run.json"
 
 # A repository of the Hub: "deepseek-ai/DeepSeek-V2-Lite".
@@ -36,7 +35,7 @@ class WeightSource(Protocol):
 
     Attributes:
         where: the path, for messages.
-        config: what the model is; its param_dtype is the widest stored type.
+        config: what the model is.
         table: the tensors and parameters that the config asks for, all known to be there.
         assets: small files that belong to the model, by name.
     """
@@ -93,7 +92,7 @@ class HFSource:
                     f"other tensors of {'.'.join(path)}"
                 )
         self._dtypes = {path: next(iter(names)) for path, names in found.items()}
-        self.config = with_param_dtype(config, self._dtypes.values())
+        self.config = config
 
     def dtype(self, path: Path) -> np.dtype:
         """Returns the stored type of a parameter."""
@@ -135,7 +134,7 @@ class CheckpointSource:
                 )
         if faults:
             raise ValueError(f"{where / ITEM}: {'; '.join(sorted(faults))}")
-        self.config = with_param_dtype(config, (self.dtype(path) for path in self.table.params))
+        self.config = config
 
     def dtype(self, path: Path) -> np.dtype:
         """Returns the stored type of a parameter."""
@@ -220,15 +219,10 @@ def describe(where: FilePath) -> tuple[ModelConfig, Assets]:
         return from_hf_config(read_json(folder / "config.json")), small_files(folder)
     if kind == "step":
         content = read_json(folder / RUN_FILE)
-        config = from_json(TrainConfig, content, f"{folder / RUN_FILE}: ").model
+        config = run_from_json(content, str(folder / RUN_FILE)).model
         return config, small_files(folder / ASSETS)
     content = read_json(folder / MANIFEST)
-    if content.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / MANIFEST}: format={content.get('format')!r}: this version reads {FORMAT}"
-        )
-    config = from_json(ModelConfig, content.get("model", {}), f"{folder / MANIFEST}: model.")
-    return config, small_files(folder / ASSETS)
+    return model_from_json(content, str(folder / MANIFEST)), small_files(folder / ASSETS)
 
 
 def open_source(where: FilePath) -> HFSource | CheckpointSource:
@@ -270,14 +264,3 @@ def weight_dtype(dtype: Any) -> DType:
             f"dtype={name!r}: must be float32 or bfloat16 (float16 overflows on DeepSeek-V2)"
         )
     return cast(DType, name)
-
-
-def manifest(config: ModelConfig) -> dict[str, Any]:
-    """Returns what `dsjax.json` holds."""
-    return {"format": FORMAT, "model": to_json(config), "dtype": config.param_dtype}
-
-
-def with_param_dtype(config: ModelConfig, dtypes: Any) -> ModelConfig:
-    """Returns the config with the widest of the stored types."""
-    wide = any(dtype == jnp.float32 for dtype in dtypes)
-    return dataclasses.replace(config, param_dtype="float32" if wide else "bfloat16")

@@ -21,19 +21,20 @@ def main(topology: str) -> None:
 
     from configs.models import deepseek_v2_lite
     from dsjax.cache import allocate_cache
-    from dsjax.config import MeshConfig
+    from dsjax.config import MeshConfig, RuntimeConfig
     from dsjax.kernels import choose_kernels
     from dsjax.mesh import inference_rules, make_mesh
     from dsjax.model import abstract_model
 
-    config = dataclasses.replace(
-        deepseek_v2_lite.config, num_layers=3, param_dtype="bfloat16", vocab_size=1024
-    )
+    config = dataclasses.replace(deepseek_v2_lite.config, num_layers=3, vocab_size=1024)
+    runtime = RuntimeConfig(param_dtype="bfloat16")
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    kernels = choose_kernels(device, config)
+    kernels = choose_kernels(device, config, runtime)
     rules = inference_rules(make_mesh(MeshConfig(), [device]))
-    graphdef, params = abstract_model(config, rules, kernels)
-    cache = jax.eval_shape(lambda: allocate_cache(config, 16, 1024, decode_kernel="tpu"))
+    graphdef, params = abstract_model(config, runtime, rules, kernels)
+    cache = jax.eval_shape(
+        lambda: allocate_cache(config, 16, 1024, jnp.bfloat16, decode_kernel="tpu")
+    )
     place = rules.sharding()
 
     def on_device(tree):

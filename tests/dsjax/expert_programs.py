@@ -31,7 +31,7 @@ def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float
     from flax import nnx
     from jax.experimental import topologies
 
-    from dsjax.config import MeshConfig
+    from dsjax.config import MeshConfig, RuntimeConfig
     from dsjax.kernels import choose_kernels
     from dsjax.layers.basic import LayerOptions
     from dsjax.layers.moe import MoE
@@ -42,9 +42,9 @@ def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float
     sizes = {"fsdp": 1} | {k: int(v) for k, v in (pair.split("=") for pair in axes.split(","))}
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     rules = train_rules(make_mesh(MeshConfig(**sizes), devices[: math.prod(sizes.values())]))
-    kernels = choose_kernels(devices[0], config)
+    kernels = choose_kernels(devices[0], config, RuntimeConfig())
     kernels = dataclasses.replace(kernels, exchange_room=room, exchange_chunks=chunks)
-    options = LayerOptions.of(config, rules, kernels)
+    options = LayerOptions.of(config, RuntimeConfig(), rules, kernels)
     layer = nnx.eval_shape(lambda: MoE(config.moe, config.hidden_dim, options, nnx.Rngs(0)))
     graph, state = nnx.split(layer)
     state = jax.tree.map(

@@ -27,7 +27,7 @@ def model(trained_run: TrainConfig) -> dsjax.LanguageModel:
 
 @pytest.mark.core
 def test_a_run_loads_as_a_model(model, trained_run: TrainConfig):
-    assert model.config == replace(MODEL, dtype="float32", param_dtype="float32")
+    assert model.config == MODEL
     logits_BTW = model(TOKENS_BT)
     assert (logits_BTW.shape, logits_BTW.dtype) == ((2, 9, 264), jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))

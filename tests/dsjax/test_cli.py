@@ -91,7 +91,7 @@ def test_unknown_keys_name_the_nearest(errors):
         ("model.moe.num_groups=3", "moe.num_groups=3: must divide moe.num_experts=8"),
         ("model.moe.top_k=5", "moe.top_k=5: must not exceed the 4 experts"),
         ("model.attention.qk_rope_head_dim=7", "attention.qk_rope_head_dim=7: must be even"),
-        ("model.dtype=float16", "model.dtype=float16: must be one of float32, bfloat16"),
+        ("runtime.dtype=float16", "runtime.dtype=float16: must be one of float32, bfloat16"),
         ("data.length=65", "data.length=65: must not exceed model.max_length=64"),
         ("data.tokenizer=nowhere.json", "nowhere.json"),
         ("mesh.fsdp=3", "does not fit the 8 devices"),

@@ -58,15 +58,13 @@ def test_tiny_has_every_feature_of_v2(repository):
 @pytest.mark.parametrize("config", [SMALL, SMALL_LITE], ids=["v2", "v2_lite"])
 def test_config_json_there_and_back(config):
     hf = to_hf_config(config, dtype="float32", bos_id=0, eos_id=1)
-    assert from_hf_config(json.loads(json.dumps(hf)), dtype="float32") == replace(
-        config, remat="full"
-    )
+    assert from_hf_config(json.loads(json.dumps(hf))) == config
 
 
 def test_a_dense_model_there_and_back():
-    dense = replace(SMALL, moe=None, num_dense_layers=SMALL.num_layers, remat="full")
+    dense = replace(SMALL, moe=None, num_dense_layers=SMALL.num_layers)
     hf = to_hf_config(dense, dtype="float32", bos_id=0, eos_id=1)
-    assert from_hf_config(hf, dtype="float32") == dense
+    assert from_hf_config(hf) == dense
 
 
 def test_rope_parameters_are_read_as_rope_scaling_is(repository):
@@ -138,7 +136,7 @@ def test_missing_field_of_config_json(field, repository):
         ("model.attention.q_lora_rank=16", lambda c: c.model.attention.q_lora_rank, 16),
         ("model.attention.yarn=None", lambda c: c.model.attention.yarn, None),
         ("model.attention.yarn.factor=8", lambda c: c.model.attention.yarn.factor, 8.0),
-        ("model.dtype=bfloat16", lambda c: c.model.dtype, "bfloat16"),
+        ("runtime.dtype=bfloat16", lambda c: c.runtime.dtype, "bfloat16"),
         ("model.moe.normalize_weights=true", lambda c: c.model.moe.normalize_weights, True),
         ("optimizer.peak_learning_rate=1e-3", lambda c: c.optimizer.peak_learning_rate, 1e-3),
         ("optimizer.decay_at=(0.5, 0.75)", lambda c: c.optimizer.decay_at, (0.5, 0.75)),
@@ -172,7 +170,7 @@ def test_overrides_that_fit_only_together():
         ("num_steps=2.5", "num_steps=2.5: must be int"),
         ("num_steps=true", "num_steps=true: must be int"),
         ("num_steps=none", "num_steps=none: must be int"),
-        ("model.dtype=float16", "model.dtype=float16: must be one of float32, bfloat16"),
+        ("runtime.dtype=float16", "runtime.dtype=float16: must be one of float32, bfloat16"),
         ("model.moe.routing=best", "model.moe.routing=best: must be one of greedy"),
         ("model.attention.q_lora_rank=x", "model.attention.q_lora_rank=x: must be int or none"),
         ("optimizer.decay_at=('a',)", "must be a tuple of float"),

@@ -23,7 +23,7 @@ def test_the_236b_step_compiles_for_64_chips_and_fits():
         "configs/models/deepseek_v2.py",
         "v5p:4x4x4",
         "--mesh=fsdp=8,expert=8",
-        "param_dtype=bfloat16",
+        "runtime.param_dtype=bfloat16",
     ]
     result = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1800

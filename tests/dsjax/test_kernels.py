@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from configs.models import deepseek_v2, deepseek_v2_lite, tiny
+from dsjax.config import KernelConfig, RuntimeConfig
 from dsjax.kernels import choose_kernels
 
 H200 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
@@ -15,8 +16,11 @@ CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 PORTABLE = ("xla", "xla", "xla")
 
 
-def ops(device, config):
-    kernels = choose_kernels(device, config)
+BF16, FLOAT32 = RuntimeConfig(), RuntimeConfig(dtype="float32")
+
+
+def ops(device, config, runtime=BF16):
+    kernels = choose_kernels(device, config, runtime)
     return kernels.mla_attention, kernels.mla_decode, kernels.grouped_matmul
 
 
@@ -34,7 +38,7 @@ def test_released_sizes_get_the_chips_kernels(config):
     [(V5P, "ragged"), (H200, "ragged_parts"), (A100, "ragged_parts"), (CPU, "fixed")],
 )
 def test_transport_of_the_expert_exchange(device, transport):
-    assert choose_kernels(device, deepseek_v2.config).expert_exchange == transport
+    assert choose_kernels(device, deepseek_v2.config, BF16).expert_exchange == transport
 
 
 @pytest.mark.parametrize(
@@ -47,29 +51,40 @@ def test_transport_of_the_expert_exchange(device, transport):
     ],
 )
 def test_the_routers_products(device, dtype, router):
-    assert choose_kernels(device, replace(deepseek_v2.config, dtype=dtype)).router == router
+    runtime = RuntimeConfig(dtype=dtype)
+    assert choose_kernels(device, deepseek_v2.config, runtime).router == router
 
 
 def test_sizes_and_types_that_no_kernel_takes_get_the_portable_ones():
     # 96 wide experts and heads of 32 + 16
-    assert ops(H200, replace(tiny.config, dtype="bfloat16")) == PORTABLE
+    assert ops(H200, tiny.config) == PORTABLE
     assert ops(V5P, tiny.config) == PORTABLE
-    assert ops(H200, replace(deepseek_v2.config, dtype="float32")) == PORTABLE
+    assert ops(H200, deepseek_v2.config, FLOAT32) == PORTABLE
 
 
 def test_a_divided_width_must_still_fit_the_kernel():
     lite = deepseek_v2_lite.config  # 1,408 wide experts
-    assert [choose_kernels(V5P, lite, n).grouped_matmul for n in (1, 2)] == ["tpu", "xla"]
-    assert [choose_kernels(H200, lite, n).grouped_matmul for n in (2, 4)] == ["hopper", "xla"]
-    assert choose_kernels(V5P, deepseek_v2.config, 4).grouped_matmul == "tpu"
+    assert [choose_kernels(V5P, lite, BF16, n).grouped_matmul for n in (1, 2)] == ["tpu", "xla"]
+    assert [choose_kernels(H200, lite, BF16, n).grouped_matmul for n in (2, 4)] == ["hopper", "xla"]
+    assert choose_kernels(V5P, deepseek_v2.config, BF16, 4).grouped_matmul == "tpu"
 
 
 def test_the_choice_is_logged_once(caplog):
     config = replace(deepseek_v2.config, vocab_size=1234)  # chosen for nowhere else
     with caplog.at_level("INFO", logger="dsjax.kernels"):
         for _ in range(3):
-            choose_kernels(H200, config)
-    kernels = choose_kernels(H200, config)
+            choose_kernels(H200, config, BF16)
+    kernels = choose_kernels(H200, config, BF16)
     assert [record.getMessage() for record in caplog.records] == [
         f"kernels on NVIDIA H200: {kernels}"
     ]
+
+
+@pytest.mark.core
+def test_a_named_kernel_is_the_one_that_runs():
+    named = KernelConfig(mla_decode="xla", exchange_chunks=2)
+    kernels = choose_kernels(H200, deepseek_v2.config, RuntimeConfig(kernels=named))
+    assert (kernels.mla_attention, kernels.mla_decode) == ("hopper", "xla")
+    assert kernels.exchange_chunks == 2
+    all_xla = RuntimeConfig(kernels=KernelConfig.all_of("xla"))
+    assert ops(V5P, deepseek_v2.config, all_xla) == PORTABLE

@@ -11,11 +11,11 @@ from flax import nnx
 
 from configs.models import deepseek_v2, deepseek_v2_5, deepseek_v2_lite, tiny
 from dsjax.cache import allocate_cache
-from dsjax.config import ModelConfig, TokenDropping
+from dsjax.config import ModelConfig, RuntimeConfig, TokenDropping
 from dsjax.kernels import Kernels
 from dsjax.model import abstract_model, create_model
 from tests import oracle
-from tests.small_models import SMALL, SMALL_LITE, oracle_weights, random_model
+from tests.small_models import RUNTIME, SMALL, SMALL_LITE, oracle_weights, random_model
 
 VARIANTS = {
     "v2": SMALL,
@@ -161,7 +161,9 @@ def test_the_plain_kernels_give_the_same_gradients():
 def test_recomputation_changes_nothing(policy):
     batch = make_batch()
     loss, gradients = loss_and_gradients(random_model(SMALL), *batch)
-    again, recomputed = loss_and_gradients(random_model(replace(SMALL, remat=policy)), *batch)
+    again, recomputed = loss_and_gradients(
+        random_model(SMALL, runtime=replace(RUNTIME, remat=policy)), *batch
+    )
     assert float(again) == pytest.approx(float(loss), rel=1e-6)
     for got, want in zip(jax.tree.leaves(recomputed), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
@@ -247,7 +249,7 @@ def test_the_cache_for_the_tpu_kernel_has_rotary_keys_of_whole_lanes():
 def test_bfloat16_is_close_to_float32():
     tokens, positions, segments, _ = make_batch()
     exact, _ = forward(random_model(SMALL_LITE), tokens, positions, segments)
-    model = random_model(replace(SMALL_LITE, dtype="bfloat16"))
+    model = random_model(SMALL_LITE, runtime=replace(RUNTIME, dtype="bfloat16"))
     rounded, stats = forward(model, tokens, positions, segments)
     assert rounded.dtype == jnp.float32
     assert stats.expert.dtype == jnp.float32
@@ -264,8 +266,10 @@ def test_bfloat16_is_close_to_float32():
 @pytest.mark.parametrize("field", ["dtype", "param_dtype"])
 def test_float16_is_refused(field):
     # Trap: float16 overflows on the 236B model.
-    with pytest.raises(ValueError, match=rf"model.{field}='float16': must be float32 or bfloat16"):
-        replace(SMALL, **{field: "float16"})
+    with pytest.raises(
+        ValueError, match=rf"runtime.{field}='float16': must be float32 or bfloat16"
+    ):
+        RuntimeConfig(**{field: "float16"})
 
 
 def test_dropping_changes_training_and_nothing_else():

@@ -19,6 +19,7 @@ from dsjax.config.huggingface import from_hf_config
 from dsjax.model import abstract_model
 from dsjax.weights.hf_table import params_from_hf
 from tests.conftest import require_module
+from tests.small_models import RUNTIME
 
 # Shapes of the three released models with narrow layers, on their own YaRN factors.
 SHRUNK = {
@@ -92,10 +93,10 @@ def our_model(hf_model, fields, folder):
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
     written = json.loads((folder / "config.json").read_text())
-    config = from_hf_config(fields, dtype="float32")
+    config = from_hf_config(fields)
     # Newer writers put rope_parameters where older files have rope_scaling: both are read alike.
-    assert from_hf_config(written, dtype="float32") == config
-    graph, state = abstract_model(config)
+    assert from_hf_config(written) == config
+    graph, state = abstract_model(config, RUNTIME)
     nnx.replace_by_pure_dict(state, params_from_hf(config, tensors.__getitem__))
     return nnx.merge(graph, state)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from dsjax.config.run import DataConfig, SourceConfig
+from dsjax.config.data import DataConfig, SourceConfig
 from dsjax.data.loader import make_eval_batches, make_loader
 from dsjax.data.offline import pack
 from dsjax.data.packed import PackedRows

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dsjax.config.run import SourceConfig
+from dsjax.config.data import SourceConfig
 from dsjax.data.offline import pack
 from dsjax.data.packed import PackedRows, read_manifest
 from tests.dsjax.data.packing_oracle import check_rows, random_texts
@@ -72,7 +72,7 @@ def test_the_result_does_not_depend_on_the_workers(tmp_path: Path) -> None:
 
 KILLED = """
 import sys
-from dsjax.config.run import SourceConfig
+from dsjax.config.data import SourceConfig
 from dsjax.data.offline import pack
 if __name__ == "__main__":
     pack([SourceConfig(sys.argv[1], "jsonl")], sys.argv[2], tokenizer="bytes", length=64,
@@ -113,7 +113,7 @@ def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, signal, sys
-from dsjax.config.run import SourceConfig
+from dsjax.config.data import SourceConfig
 from dsjax.data.offline import pack
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))  # a write past it fails

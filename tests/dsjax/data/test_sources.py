@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dsjax.config.run import SourceConfig
+from dsjax.config.data import SourceConfig
 from dsjax.data.sources import open_documents
 
 TEXTS = ["one\r\ntwo\n", "ünï 🤗", "x" * 100, "last"]

@@ -12,9 +12,9 @@ from dsjax.kernels import Kernels
 from dsjax.layers.basic import MLP, LayerOptions, RMSNorm
 from dsjax.mesh import ShardingRules
 from tests import oracle
-from tests.small_models import SMALL
+from tests.small_models import RUNTIME, SMALL
 
-OPTIONS = LayerOptions.of(SMALL, ShardingRules(), Kernels())
+OPTIONS = LayerOptions.of(SMALL, RUNTIME, ShardingRules(), Kernels())
 apply_norm = jax.jit(lambda norm, x: norm(x))
 
 
@@ -31,7 +31,7 @@ def test_rms_norm(scale, eps, rng):
 
 def test_rms_norm_of_bfloat16_is_computed_in_float32(rng):
     x = jnp.asarray(1 + 1e-2 * rng.standard_normal((1, 1, 4096)), jnp.bfloat16)
-    norm = RMSNorm(4096, replace(OPTIONS, dtype=jnp.dtype("bfloat16")))
+    norm = RMSNorm(4096, replace(OPTIONS, runtime=replace(RUNTIME, dtype="bfloat16")))
     got = apply_norm(norm, x)
     want = oracle.rms_norm(np.asarray(x, np.float64), 1.0, SMALL.norm_eps)
     assert got.dtype == jnp.bfloat16
@@ -53,7 +53,7 @@ def test_mlp_is_swiglu(rng):
 
 def test_bfloat16_parameters_start_where_float32_ones_do():
     exact = OPTIONS.weight(nnx.Rngs(3), (64, 64), ("param_embed", "mlp"))
-    options = replace(OPTIONS, param_dtype=jnp.dtype("bfloat16"))
+    options = replace(OPTIONS, runtime=replace(RUNTIME, param_dtype="bfloat16"))
     rounded = options.weight(nnx.Rngs(3), (64, 64), ("param_embed", "mlp"))
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(exact[...].astype(jnp.bfloat16), rounded[...])
@@ -61,6 +61,6 @@ def test_bfloat16_parameters_start_where_float32_ones_do():
 
 
 def test_options_are_part_of_a_jit_key():
-    assert hash(OPTIONS) == hash(LayerOptions.of(SMALL, ShardingRules(), Kernels()))
-    assert LayerOptions.of(SMALL, ShardingRules(), Kernels("reference")) != OPTIONS
+    assert hash(OPTIONS) == hash(LayerOptions.of(SMALL, RUNTIME, ShardingRules(), Kernels()))
+    assert LayerOptions.of(SMALL, RUNTIME, ShardingRules(), Kernels("reference")) != OPTIONS
     assert jax.tree.leaves(nnx.split(RMSNorm(4, OPTIONS))[0]) == []

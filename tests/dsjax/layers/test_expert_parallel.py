@@ -18,7 +18,7 @@ from dsjax.layers.expert_passes import PassSize, Weights, apply_local_experts
 from dsjax.layers.router import Routing, choose_experts
 from dsjax.mesh import ShardingRules, inference_rules, make_mesh, train_rules
 from pallas_kernels.grouped_matmul import LayerOfStack
-from tests.small_models import SMALL
+from tests.small_models import RUNTIME, SMALL
 
 TOKENS, TOP_K, EXPERTS, WIDTH, HIDDEN = 24, 3, 4, 16, 8
 
@@ -133,7 +133,7 @@ def draw_routed_layer(rng, config, skew=0.0):
 
 
 def options_of(rules, **kernels):
-    return LayerOptions.of(SMALL, rules, Kernels(**kernels))
+    return LayerOptions.of(SMALL, RUNTIME, rules, Kernels(**kernels))
 
 
 @pytest.mark.parametrize(

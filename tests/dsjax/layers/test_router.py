@@ -21,7 +21,7 @@ from dsjax.layers.router import (
 )
 from dsjax.mesh import ShardingRules
 from tests import oracle
-from tests.small_models import SMALL
+from tests.small_models import RUNTIME, SMALL
 
 losses_of = jax.jit(balance_losses, static_argnames="config")
 choose = jax.jit(choose_experts, static_argnames="config")
@@ -71,7 +71,7 @@ def padding_mask(batch, length):
 @pytest.mark.parametrize("name", CASES)
 def test_router_is_the_oracles(name, rng):
     config, hidden = CASES[name], 24
-    options = LayerOptions.of(SMALL, ShardingRules(), Kernels())
+    options = LayerOptions.of(SMALL, RUNTIME, ShardingRules(), Kernels())
     router = Router(config, hidden, options, nnx.Rngs(0))
     x, weight = (
         rng.standard_normal((2, 13, hidden)),
@@ -166,7 +166,7 @@ def test_even_routing_has_loss_1():
 def test_affinities_are_a_single_softmax(rng):
     # Trap: softmax applied twice before the balance loss, which would pull every P_i to 1 / E.
     config = CASES["v2_lite"]
-    options = LayerOptions.of(SMALL, ShardingRules(), Kernels())
+    options = LayerOptions.of(SMALL, RUNTIME, ShardingRules(), Kernels())
     router = Router(config, 16, options, nnx.Rngs(0))
     router.weight[...] = 8 * jnp.asarray(rng.standard_normal(router.weight.shape), jnp.float32)
     x = jnp.asarray(rng.standard_normal((1, 9, 16)), jnp.float32)
@@ -216,7 +216,7 @@ def test_dropping_is_the_papers(name, dropping, masked, rng):
 
 def test_dropped_assignments_go_nowhere(rng):
     config = CASES["greedy_in_groups"]
-    options = LayerOptions.of(SMALL, ShardingRules(), Kernels())
+    options = LayerOptions.of(SMALL, RUNTIME, ShardingRules(), Kernels())
     router = Router(config, 16, options, nnx.Rngs(0))
     router.weight[...] = jnp.asarray(rng.standard_normal(router.weight.shape), jnp.float32)
     x = jnp.asarray(rng.standard_normal((4, 12, 16)), jnp.float32)
@@ -239,9 +239,7 @@ def test_dropped_assignments_go_nowhere(rng):
 
 def test_router_computes_in_float32_under_bfloat16(rng):
     config = CASES["v2"]
-    options = LayerOptions.of(
-        replace(SMALL, dtype="bfloat16", param_dtype="float32"), ShardingRules(), Kernels()
-    )
+    options = LayerOptions.of(SMALL, replace(RUNTIME, dtype="bfloat16"), ShardingRules(), Kernels())
     router = Router(config, 64, options, nnx.Rngs(0))
     router.weight[...] = jnp.asarray(rng.standard_normal(router.weight.shape), jnp.float32) / 8
     x = jnp.asarray(rng.standard_normal((1, 50, 64)), jnp.bfloat16)

@@ -23,7 +23,7 @@ from dsjax.mesh import (
     train_rules,
 )
 from dsjax.model import abstract_model, create_model, param_dims, param_shardings
-from tests.small_models import SMALL, random_model
+from tests.small_models import RUNTIME, SMALL, random_model
 
 # Divisible over every mesh below: 8 experts, 4 heads; two documents a row, padding behind some.
 CONFIG = replace(SMALL, attention=replace(SMALL.attention, num_heads=4), intermediate_dim=64)
@@ -85,7 +85,8 @@ def on_one_device(dropping):
 def on_mesh(sizes, dropping, remat="none", **kernels):
     rules = train_rules(make_mesh(mesh_config(sizes)))
     batch = jax.device_put(make_batch(), rules.sharding("batch", "length"))
-    model = random_model(replace(CONFIG, remat=remat), rules=rules, kernels=Kernels(**kernels))
+    runtime = replace(RUNTIME, remat=remat)
+    model = random_model(CONFIG, runtime=runtime, rules=rules, kernels=Kernels(**kernels))
     return step(model, batch, dropping)
 
 
@@ -145,7 +146,7 @@ def test_inference_rules_give_the_same_logits():
 def test_initial_weights_do_not_depend_on_the_mesh():
     small = replace(CONFIG, num_layers=2)
     rules = train_rules(make_mesh(mesh_config((1, 2, 2, 2))))
-    one, many = create_model(small, 7), create_model(small, 7, rules)
+    one, many = create_model(small, 7, RUNTIME), create_model(small, 7, RUNTIME, rules)
     shardings = dict(nnx.to_flat_state(param_shardings(nnx.state(many), rules)))
     flat = dict(nnx.to_flat_state(nnx.state(many)))
     for path, variable in nnx.to_flat_state(nnx.state(one)):
@@ -263,5 +264,5 @@ def test_dims_that_the_mesh_does_not_divide_are_all_named():
     assert "moe_layers.attention.wo: heads=3 is not divisible" in message
     assert "\n" not in message
     with pytest.raises(ValueError, match="vocab=47"):
-        create_model(odd, 0, rules)
+        create_model(odd, 0, RUNTIME, rules)
     check_divisible(ShardingRules(), {"anything": ((7,), ("vocab",))})

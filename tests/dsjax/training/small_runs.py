@@ -19,7 +19,7 @@ from dsjax.config import (
     TrainConfig,
     to_json,
 )
-from tests.small_models import SMALL
+from tests.small_models import RUNTIME, SMALL
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LENGTH = 32
@@ -57,6 +57,7 @@ def small_run(directory: Path, corpus: Path, **changes) -> TrainConfig:
         data=DataConfig(sources=source, eval_sources=source, length=LENGTH, num_packing_bins=4),
         batch=BatchConfig(size=8),
         num_steps=6,
+        runtime=RUNTIME,
         optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=2),
         checkpoint=CheckpointConfig(every=100),
         log=LogConfig(every=1, eval_every=0),

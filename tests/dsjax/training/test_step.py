@@ -10,7 +10,14 @@ import pytest
 from flax import nnx
 
 from configs.models import tiny
-from dsjax.config import BalanceConfig, GuardConfig, LossConfig, ModelConfig, OptimizerConfig
+from dsjax.config import (
+    BalanceConfig,
+    GuardConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RuntimeConfig,
+)
 from dsjax.data.loader import make_loader
 from dsjax.model import create_model
 from dsjax.training.report import step_figures
@@ -24,12 +31,17 @@ from dsjax.training.step import (
     train_step,
 )
 from tests.dsjax.training.small_runs import MODEL, small_run
+from tests.small_models import RUNTIME
 
 OPTIMIZER = OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=2)
 
 
-def begin(config: ModelConfig = MODEL, optimizer: OptimizerConfig = OPTIMIZER):
-    graphdef, params = nnx.split(create_model(config, 0))
+def begin(
+    config: ModelConfig = MODEL,
+    runtime: RuntimeConfig = RUNTIME,
+    optimizer: OptimizerConfig = OPTIMIZER,
+):
+    graphdef, params = nnx.split(create_model(config, 0, runtime))
     return graphdef, init_train_state(optimizer, params)
 
 
@@ -115,7 +127,9 @@ def test_weight_decay_acts_on_all_but_the_norms():
 
 
 def test_bfloat16_parameters_keep_float32_moments(batches):
-    graphdef, state = begin(replace(MODEL, dtype="bfloat16", param_dtype="bfloat16"))
+    graphdef, state = begin(
+        MODEL, RuntimeConfig(dtype="bfloat16", param_dtype="bfloat16", remat="none")
+    )
     assert {leaf.dtype for leaf in leaves(state.params)} == {jnp.dtype("bfloat16")}
     after, report = step(graphdef, state, batches[0], 1e-2)
     assert {leaf.dtype for leaf in leaves(after.params)} == {jnp.dtype("bfloat16")}

@@ -25,6 +25,7 @@ from dsjax.config import (
     to_json,
 )
 from dsjax.config.load import load_model_config
+from dsjax.config.stored import run_to_json
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.mesh import inference_rules, make_mesh, train_rules
 from dsjax.weights import load_weights, locate, save_assets, save_weights
@@ -74,7 +75,7 @@ def make_run(folder, model, steps=(3, 12)) -> None:
             checkpointer.save_checkpointables(
                 step, {"params": params, "optimizer": optimizer}, force=True
             )
-    (folder / "run.json").write_text(json.dumps(to_json(config)))
+    (folder / "run.json").write_text(json.dumps(run_to_json(config)))
     save_assets("bytes", "", folder)
 
 
@@ -95,12 +96,11 @@ def places(model, tmp_path_factory):
 def test_weights_are_the_same_from_everywhere(places, model, place):
     loaded = load_weights(places / place)
     assert_same_weights(loaded, model)
-    ours = {"dtype": "float32", "remat": "none"}
-    assert replace(loaded.config, **ours) == model.config
-    # A Hugging Face folder does not say what to compute in.
-    assert loaded.config.dtype == ("bfloat16" if place == "hf" else "float32")
+    assert loaded.config == model.config
+    # Nothing is lost of weights that are all float32.
+    assert loaded.options.dtype == jnp.float32
     bf16 = load_weights(places / place, dtype="bfloat16")
-    assert bf16.config.dtype == bf16.config.param_dtype == "bfloat16"
+    assert bf16.options.dtype == jnp.bfloat16
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_of(model))
     jax.tree.map(np.testing.assert_array_equal, params_of(bf16), expected)
 
@@ -158,7 +158,6 @@ def test_a_cast_on_the_way_out_is_the_cast_of_the_weights(tmp_path, model):
     for format in ("hf", "dsjax"):
         save_weights(model, tmp_path / format, format=format, dtype="bfloat16")
         loaded = load_weights(tmp_path / format)
-        assert loaded.config.param_dtype == "bfloat16"
         jax.tree.map(np.testing.assert_array_equal, params_of(loaded), expected)
     content = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert content["torch_dtype"] == "bfloat16"
@@ -185,7 +184,7 @@ def test_a_changed_model_gets_its_own_config_json(places, tmp_path):
 
 def test_locate_says_what_is_there(places):
     found = locate(places / "ours")
-    assert found.config == replace(SMALL, param_dtype="float32")
+    assert found.config == SMALL
     assert found.tokenizer == str(places / "ours" / "hf" / "tokenizer.json")
     assert locate(places / "hf").config.moe == SMALL.moe
 

@@ -1,95 +1,13 @@
-"""What a training run is: data, mesh, optimiser, losses, checkpoints, around one model."""
+"""What a training run is: optimiser, losses, checkpoints and logs, around one model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
+from dsjax.config.data import DataConfig
+from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import ModelConfig, require, require_positive
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """One source of documents or of packed rows.
-
-    Attributes:
-        path: a folder, or one file.
-        format: what the files hold; "arrayrecord" is the output of `dsjax data pack`.
-        weight: its share of a mixture, relative to the other sources'.
-        text_field: field of a JSON line, or column of a Parquet file, that holds the text.
-        glob: pattern of the files below a folder; "" takes the format's usual suffix.
-    """
-
-    path: str
-    format: Literal["text", "jsonl", "parquet", "arrayrecord"] = "arrayrecord"
-    weight: float = 1.0
-    text_field: str = "text"
-    glob: str = ""
-
-    def __post_init__(self) -> None:
-        require_positive("source", weight=self.weight)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where rows of tokens come from.
-
-    Attributes:
-        sources: the training mixture.
-        eval_sources: held-out data; empty for none.
-        tokenizer: "bytes", or the path of a tokenizer.json or of a folder that holds one.
-        length: tokens in a row.
-        seed: of the shuffle.
-        num_workers: processes that read ahead; 0 reads in this one.
-        num_packing_bins: rows filled at a time while packing documents.
-        long_documents: what becomes of a document longer than a row.
-    """
-
-    sources: tuple[SourceConfig, ...]
-    length: int
-    eval_sources: tuple[SourceConfig, ...] = ()
-    tokenizer: str = "bytes"
-    seed: int = 0
-    num_workers: int = 0
-    num_packing_bins: int = 32
-    long_documents: Literal["split", "error", "truncate"] = "split"
-
-    def __post_init__(self) -> None:
-        require(len(self.sources) > 0, "data.sources", self.sources, "must name at least one")
-        require_positive("data", length=self.length, num_packing_bins=self.num_packing_bins)
-        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must not be negative")
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1 and takes what is left.
-
-    Attributes:
-        data: replicas of the parameters.
-        fsdp: shards of each parameter, gathered just in time.
-        expert: shards of the experts; elsewhere it divides the batch as data does.
-        context: shards of the sequence.
-        tensor: shards of heads and hidden widths.
-    """
-
-    data: int = 1
-    fsdp: int = -1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.expert, self.context, self.tensor)
-        require(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis may be -1")
-        for name in ("data", "fsdp", "expert", "context", "tensor"):
-            value = getattr(self, name)
-            require(value == -1 or value > 0, f"mesh.{name}", value, "must be positive or -1")
-        require(
-            self.context == 1,
-            "mesh.context",
-            self.context,
-            "must be 1: not implemented in training",
-        )
+from dsjax.config.runtime import RuntimeConfig
 
 
 @dataclass(frozen=True)
@@ -331,10 +249,11 @@ class TrainConfig:
 
     Attributes:
         directory: where checkpoints and metrics go.
-        model: the model; its `dtype` is the one field that makes a run bf16 or float32.
+        model: what the model is.
         data: its data; `data.length` is the training context.
         batch: sequences per step.
         num_steps: optimiser steps in all.
+        runtime: how the model is run; `runtime.dtype` makes a run bfloat16 or float32.
         seed: of the initial weights.
         init_from: a checkpoint or Hugging Face folder whose weights are the start; "" for random.
     """
@@ -344,6 +263,7 @@ class TrainConfig:
     data: DataConfig
     batch: BatchConfig
     num_steps: int
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -1,0 +1,60 @@
+"""What a run reads: sources of documents or packed rows, and how they become rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dsjax.config.model import require, require_positive
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents or of packed rows.
+
+    Attributes:
+        path: a folder, or one file.
+        format: what the files hold; "arrayrecord" is the output of `dsjax data pack`.
+        weight: its share of a mixture, relative to the other sources'.
+        text_field: field of a JSON line, or column of a Parquet file, that holds the text.
+        glob: pattern of the files below a folder; "" takes the format's usual suffix.
+    """
+
+    path: str
+    format: Literal["text", "jsonl", "parquet", "arrayrecord"] = "arrayrecord"
+    weight: float = 1.0
+    text_field: str = "text"
+    glob: str = ""
+
+    def __post_init__(self) -> None:
+        require_positive("source", weight=self.weight)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows of tokens come from.
+
+    Attributes:
+        sources: the training mixture.
+        eval_sources: held-out data; empty for none.
+        tokenizer: "bytes", or the path of a tokenizer.json or of a folder that holds one.
+        length: tokens in a row.
+        seed: of the shuffle.
+        num_workers: processes that read ahead; 0 reads in this one.
+        num_packing_bins: rows filled at a time while packing documents.
+        long_documents: what becomes of a document longer than a row.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    length: int
+    eval_sources: tuple[SourceConfig, ...] = ()
+    tokenizer: str = "bytes"
+    seed: int = 0
+    num_workers: int = 0
+    num_packing_bins: int = 32
+    long_documents: Literal["split", "error", "truncate"] = "split"
+
+    def __post_init__(self) -> None:
+        require(len(self.sources) > 0, "data.sources", self.sources, "must name at least one")
+        require_positive("data", length=self.length, num_packing_bins=self.num_packing_bins)
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must not be negative")

@@ -1,0 +1,85 @@
+"""How a model runs: what may change from run to run without changing what the model is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dsjax.config.model import require, require_positive
+
+DType = Literal["float32", "bfloat16"]
+RematPolicy = Literal["none", "full", "save_dots", "save_attention"]
+Implementation = Literal["auto", "reference", "xla", "tpu", "hopper"]
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Which kernels run; "auto" takes the fastest that the chip and the model's sizes allow.
+
+    A kernel that is named here runs, or the model is refused: nothing falls back.
+
+    Attributes:
+        mla_attention: of attention in training and prefill.
+        mla_decode: of absorbed decode.
+        grouped_matmul: of the experts' products.
+        router: of the experts' affinities. "float32" multiplies in full precision. For bfloat16
+            tokens "bfloat16_terms" comes to as much by products that matrix units take.
+        expert_exchange: how tokens move between devices that divide the experts. "ragged" (TPUs)
+            and "ragged_parts" (GPUs) send what there is, "fixed" as much as there might be.
+        exchange_chunks: parts of a device's tokens that are exchanged one by one, so that one is
+            computed while the next is under way.
+        exchange_room: tokens that one pass over a device's experts has room for, over an even
+            share of them. Where there are more, it takes more passes.
+    """
+
+    mla_attention: Implementation = "auto"
+    mla_decode: Implementation = "auto"
+    grouped_matmul: Implementation = "auto"
+    router: Literal["auto", "float32", "bfloat16_terms"] = "auto"
+    expert_exchange: Literal["auto", "fixed", "ragged", "ragged_parts"] = "auto"
+    exchange_chunks: int = 1
+    exchange_room: float = 1.5
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "runtime.kernels",
+            exchange_chunks=self.exchange_chunks,
+            exchange_room=self.exchange_room,
+        )
+
+    @classmethod
+    def all_of(cls, implementation: Implementation) -> KernelConfig:
+        """Names one implementation for the three ops that have several."""
+        return cls(
+            mla_attention=implementation, mla_decode=implementation, grouped_matmul=implementation
+        )
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How a model is run.
+
+    Attributes:
+        dtype: compute type of activations. Router, softmax, norms and loss stay float32.
+        param_dtype: type that a model's parameters are created in and trained in.
+        remat: what the backward pass keeps of a layer. "none" recomputes nothing, "full"
+            recomputes all, "save_dots" keeps matmul outputs, "save_attention" keeps attention's.
+        kernels: which kernels run.
+    """
+
+    dtype: DType = "bfloat16"
+    param_dtype: DType = "float32"
+    remat: RematPolicy = "full"
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "param_dtype"):
+            value = getattr(self, name)
+            require(
+                value in ("float32", "bfloat16"),
+                f"runtime.{name}",
+                value,
+                "must be float32 or bfloat16 (float16 overflows on DeepSeek-V2)",
+            )
+        policies = ("none", "full", "save_dots", "save_attention")
+        require(self.remat in policies, "runtime.remat", self.remat, f"must be one of {policies}")

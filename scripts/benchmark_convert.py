@@ -25,10 +25,10 @@ import typer
 
 from dsjax.config import ModelConfig
 from dsjax.config.load import load_model_config
-from dsjax.progress import ByteProgress
-from dsjax.weights.hf_export import INDEX_NAME, config_json, create_file, plan_shards, write_tensor
+from dsjax.progress import JobProgress
+from dsjax.weights.hf_export import config_json, create_file, plan_shards, write_tensor
 from dsjax.weights.hf_table import hf_table
-from dsjax.weights.safetensors import SafetensorsFolder
+from dsjax.weights.safetensors import INDEX_NAME, SafetensorsFolder
 
 _ITEM_BYTES = 2  # bfloat16
 
@@ -46,7 +46,7 @@ def write_checkpoint(config: ModelConfig, folder: Path, max_file_bytes: int) -> 
     table = hf_table(config)
     plan = plan_shards(table, lambda _: jnp.dtype(jnp.bfloat16), max_file_bytes=max_file_bytes)
     folder.mkdir(parents=True)
-    with ByteProgress("making a checkpoint", plan.num_bytes) as progress:
+    with JobProgress("making a checkpoint", plan.num_bytes, unit="bytes") as progress:
         for file, header in plan.headers.items():
             create_file(folder / file, header)
             for name, stored in header.tensors.items():
@@ -61,7 +61,8 @@ def write_checkpoint(config: ModelConfig, folder: Path, max_file_bytes: int) -> 
 def check_checkpoint(folder: Path) -> None:
     """Compares every tensor with what its name says; ends the program where one differs."""
     files = SafetensorsFolder(folder)
-    with ByteProgress("checking", sum(h.file_size for h in files.headers.values())) as progress:
+    size = sum(header.file_size for header in files.headers.values())
+    with JobProgress("checking", size, unit="bytes") as progress:
         for name, (file, stored) in files.tensors.items():
             expected = random_tensor(name, stored.shape).reshape(-1).view(np.uint16)
             found = files.read(name, 0, expected.size).view(np.uint16)

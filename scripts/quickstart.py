@@ -17,7 +17,7 @@ import sysconfig
 import time
 from pathlib import Path
 
-from dsjax.data.tokenizer import train_tokenizer
+from dsjax.data.tokenizer_files import train_tokenizer
 
 CONFIG = "configs/runs/quickstart.py"
 PROMPT = "    def __init__(self, "
@@ -41,7 +41,7 @@ def main() -> None:
         print(f"   {name}: {len(files)} files, {sum(map(len, files)):,} bytes")
     say("2. tokenizer: byte-level BPE")
     texts = (data.decode("utf-8", errors="replace") for data in corpus["train"])
-    train_tokenizer(texts, 4096, output / "tokenizer" / "tokenizer.json")
+    train_tokenizer(texts, 4096, output / "tokenizer")
     say("3. packing documents into rows")
     for name in corpus:
         dsjax(

@@ -27,6 +27,7 @@ FLOORS = (
     "mesh",
     "data",
     "config",
+    "files",
     "progress",
     "chips",
 )

@@ -7,13 +7,11 @@ under its own name with its counts beside it; a run that was killed goes on with
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
-import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -21,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import rich.progress
-from rich.console import Console
 
-from dsjax.data.packed import FORMAT, MANIFEST, ShardWriter, read_manifest, write_json
+from dsjax.data.packed import FORMAT, MANIFEST, new_shard, read_manifest
 from dsjax.data.packing import LongDocuments, documents_of, pack_rows, tokenized
 from dsjax.data.sources import Document, DocumentSource, open_documents
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
+from dsjax.files import DRAFT_SUFFIX, read_json, write_json
+from dsjax.progress import JobProgress
 
 if TYPE_CHECKING:
     from dsjax.config.data import SourceConfig
@@ -66,7 +64,7 @@ def pack(
         seed: of the order of documents.
         num_packing_bins: rows filled at a time.
         long_documents: what becomes of a document longer than a row.
-        progress: whether to show a bar when standard error is a terminal.
+        progress: whether to show how far it is, as a bar on a terminal and as lines in a log.
 
     Returns:
         The manifest, as `packed.read_manifest` reads it. A dataset that is complete already, with
@@ -117,8 +115,9 @@ def pack(
     job = _Job(folder, plan, documents, encoder)
     missing = [shard for shard in range(job.num_shards) if not job.counts_path(shard).exists()]
     done = sum(len(job.documents_in(s)) for s in range(job.num_shards) if s not in missing)
-    with _reporting(len(documents), done, progress) as report:
-        for shard in _run(job, missing, num_workers, report):
+    shown = JobProgress("packing", len(documents), done, unit="documents", shown=progress)
+    with shown:
+        for shard in _run(job, missing, num_workers, lambda count: shown.reach(done + count)):
             logger.info("packed shard %d of %d", shard + 1, job.num_shards)
     return _finish(job)
 
@@ -178,9 +177,9 @@ class _Job:
             seed=self.plan["seed"],
         )
         counts = dict.fromkeys(("num_rows", "num_tokens", "num_targets", "num_bytes"), 0)
-        with ShardWriter(self.rows_path(shard)) as writer:
+        with new_shard(self.rows_path(shard)) as append:
             for row in rows:
-                writer.write(row)
+                append(row)
                 counts["num_rows"] += 1
                 counts["num_tokens"] += int(np.count_nonzero(row["segment_ids"]))
                 counts["num_targets"] += int(row["weights"].sum())
@@ -245,7 +244,7 @@ def _prepare(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     if complete:
         found = read_manifest(folder)
     elif any(folder.glob("rows-*.json")):
-        found = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        found = read_json(folder / PLAN)
     elif any(folder.iterdir()) and not (folder / PLAN).exists():
         raise ValueError(f"destination={str(folder)!r} must be empty or a packed dataset")
     else:  # empty, or an earlier run finished no shard: there is nothing to lose
@@ -264,10 +263,7 @@ def _prepare(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _finish(job: _Job) -> dict[str, Any]:
-    shards = [
-        json.loads(job.counts_path(shard).read_text(encoding="utf-8"))
-        for shard in range(job.num_shards)
-    ]
+    shards = [read_json(job.counts_path(shard)) for shard in range(job.num_shards)]
     totals = {name: sum(s[name] for s in shards) for name in shards[0] if name != "file"}
     if totals["num_rows"] == 0:
         raise ValueError("sources are empty: none of the documents has any text")
@@ -276,7 +272,7 @@ def _finish(job: _Job) -> dict[str, Any]:
     # The manifest stands: what was only there to resume from can go.
     for shard in range(job.num_shards):
         job.counts_path(shard).unlink()
-    for leftover in [job.folder / PLAN, *job.folder.glob(".rows-*")]:
+    for leftover in [job.folder / PLAN, *job.folder.glob(f".*{DRAFT_SUFFIX}")]:
         leftover.unlink(missing_ok=True)
     if totals["num_replaced"]:
         logger.warning(
@@ -287,7 +283,9 @@ def _finish(job: _Job) -> dict[str, Any]:
     return read_manifest(job.folder)
 
 
-def _run(job: _Job, shards: list[int], num_workers: int, report: Any) -> Iterator[int]:
+def _run(
+    job: _Job, shards: list[int], num_workers: int, report: Callable[[int], None]
+) -> Iterator[int]:
     """Packs shards and yields each that is done."""
     # Threads of jax or tokenizers do not survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -334,7 +332,7 @@ def _pack_in_worker(shard: int) -> None:
 
 
 @contextmanager
-def _polling(count: Counter, report: Any) -> Iterator[None]:
+def _polling(count: Counter, report: Callable[[int], None]) -> Iterator[None]:
     """Reports the count five times a second while the body runs."""
     stop = threading.Event()
 
@@ -350,21 +348,3 @@ def _polling(count: Counter, report: Any) -> Iterator[None]:
         stop.set()
         thread.join()
         report(count.value)
-
-
-@contextmanager
-def _reporting(total: int, done: int, progress: bool) -> Iterator[Any]:
-    """A bar over documents on a terminal, and nothing elsewhere."""
-    if not (progress and sys.stderr.isatty()):
-        yield lambda count: None
-        return
-    columns = [
-        rich.progress.TextColumn("packing"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("documents"),
-        rich.progress.TimeRemainingColumn(),
-    ]
-    with rich.progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        yield lambda count: bar.update(task, completed=done + count)

@@ -8,13 +8,15 @@ it is an unfinished packing and is refused.
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
+
+from dsjax.files import draft_of, read_json
 
 MANIFEST = "dataset.json"
 FORMAT = "dsjax rows, version 1"
@@ -92,61 +94,24 @@ def decode_row(record: bytes, length: int) -> Row:
     return make_row(padded, segment_ids, positions, int(values[1]))
 
 
-class ShardWriter:
-    """Writes one shard under a temporary name; it gets its own when the `with` block ends well.
+@contextmanager
+def new_shard(path: Path) -> Iterator[Callable[[Row], None]]:
+    """Gives the function that appends a row to a new shard.
 
-    Nothing is left of one that does not: not of a full disk (OSError), nor of a bad document.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        # Hidden, and one per process: an orphan of a killed run cannot disturb the next run.
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), _WRITER_OPTIONS)
-
-    def write(self, row: Row) -> None:
-        """Appends a row."""
-        self._writer.write(encode_row(row))
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
-        try:
-            self._writer.close()
-            if error is None:
-                with self._temporary.open("rb+") as stream:
-                    os.fsync(stream.fileno())
-                self._temporary.rename(self._path)
-        except (RuntimeError, OSError) as failure:  # the writer reports a full disk as the former
-            raise OSError(f"{self._path}: shard cannot be written: {failure}") from None
-        finally:
-            self._temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file so that it is either whole or not there.
-
-    Args:
-        path: where to.
-        value: what JSON can hold.
+    The shard is there when the `with` block ends well. Nothing is left of one that does not.
 
     Raises:
-        OSError: when the disk does not take it.
+        OSError: the disk is full, for instance; names the file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=2, ensure_ascii=False)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written: {error}") from None
+    with draft_of(path) as draft:
+        writer = array_record_module.ArrayRecordWriter(str(draft), _WRITER_OPTIONS)
+        try:
+            yield lambda row: writer.write(encode_row(row))
+        finally:
+            try:
+                writer.close()
+            except RuntimeError as error:  # so the writer reports a full disk
+                raise OSError(f"{path}: shard cannot be written: {error}") from None
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -164,13 +129,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder).expanduser() / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except OSError:
         raise ValueError(
             f"{folder}: no {MANIFEST}, so no packed dataset, or one whose packing did not finish"
         ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: format {manifest.get('format')!r} must be {FORMAT!r}")
     return manifest

@@ -17,20 +17,33 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsjax.data.chat import ChatTemplate, read_chat_template
+from dsjax.files import read_json, read_text
 
 BOS_TOKEN = "<｜begin▁of▁sentence｜>"
 EOS_TOKEN = "<｜end▁of▁sentence｜>"
+# Those of the raw bytes, where they are written as files.
+BYTES_BOS_TOKEN = "<|begin_of_text|>"
+BYTES_EOS_TOKEN = "<|end_of_text|>"
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 # Names tried when no tokenizer_config.json says which tokens begin and end a text.
-_KNOWN_BOS = (BOS_TOKEN, "<|begin_of_text|>", "<s>", "<|endoftext|>")
-_KNOWN_EOS = (EOS_TOKEN, "<|end_of_text|>", "</s>", "<|endoftext|>")
+_KNOWN_BOS = (BOS_TOKEN, BYTES_BOS_TOKEN, "<s>", "<|endoftext|>")
+_KNOWN_EOS = (EOS_TOKEN, BYTES_EOS_TOKEN, "</s>", "<|endoftext|>")
 
-# DeepSeek's cuts: line ends, words and punctuation with a space before them, digits one by one. One
-# pattern of alternatives takes half the time of their five passes, one after the other.
-_WORDS = r"[\r\n]|\s?\p{L}+|\s?[\p{P}\p{S}]+|\p{N}|[^\S\r\n]+(?=\s)|\s"
+
+def _byte_alphabet() -> str:
+    """Returns the printable character that byte-level BPE writes for each byte."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+BYTE_ALPHABET = _byte_alphabet()
+_BYTE_OF = {character: byte for byte, character in enumerate(BYTE_ALPHABET)}
 
 
 class Tokenizer(abc.ABC):
@@ -172,8 +185,9 @@ class BpeTokenizer(Tokenizer):
     """Byte-level BPE from a `tokenizer.json`."""
 
     def __init__(self, path: Path, spec: str) -> None:
-        text = _read_text(path)
-        config = _read_json(path.parent / "tokenizer_config.json")
+        text = read_text(path)
+        config_file = path.parent / TOKENIZER_CONFIG_FILE
+        config = read_json(config_file) if config_file.is_file() else {}
         try:
             description = json.loads(text)
             self._parsing = tokenizers.Tokenizer.from_str(text)
@@ -250,69 +264,10 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec).expanduser()
     if path.is_dir():
-        path = path / "tokenizer.json"
+        path = path / TOKENIZER_FILE
     if not path.is_file():
         raise ValueError(f'tokenizer={spec!r} must be "bytes" or lead to a tokenizer.json')
     return BpeTokenizer(path, spec)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
-    """Trains byte-level BPE as DeepSeek's is: digits one by one, BOS and EOS as the last ids.
-
-    Args:
-        texts: the corpus.
-        vocab_size: ids in all, BOS and EOS included; a small corpus may give fewer.
-        path: folder to write `tokenizer.json` and `tokenizer_config.json` to.
-
-    Returns:
-        The tokenizer, loaded from there.
-
-    Raises:
-        ValueError: when vocab_size leaves no room for the 256 bytes and two special tokens.
-    """
-    if vocab_size < 258:
-        raise ValueError(f"vocab_size={vocab_size} must be at least 258: 256 bytes, BOS, EOS")
-    bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bpe.add_special_tokens(
-        [tokenizers.AddedToken(token, normalized=False) for token in (BOS_TOKEN, EOS_TOKEN)]
-    )
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": BOS_TOKEN,
-        "eos_token": EOS_TOKEN,
-        "pad_token": EOS_TOKEN,
-        "clean_up_tokenization_spaces": False,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
-    (folder / "tokenizer.json").write_text(bpe.to_str(pretty=True), encoding="utf-8")
-    return load_tokenizer(str(path))
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte, inverted."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
 
 
 def _to_bytes(token: str, path: Path) -> bytes:
@@ -341,21 +296,5 @@ def _special_token(
         return token
     found = [candidate for candidate in known if candidate in vocab]
     if not found:
-        raise ValueError(f"{path}: no {key}: name it in tokenizer_config.json beside the file")
+        raise ValueError(f"{path}: no {key}: name it in {TOKENIZER_CONFIG_FILE} beside the file")
     return found[0]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None

@@ -13,12 +13,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from dsjax.config import CheckpointConfig, TrainConfig
-from dsjax.config.stored import run_from_json, run_to_json
+from dsjax.config import CheckpointConfig
 from dsjax.weights.param_store import saving_context
-
-RUN_FILE = "run.json"
-STEPS_FOLDER = "checkpoints"
+from dsjax.weights.sources import STEPS_FOLDER
 
 
 class RunCheckpoints:
@@ -131,20 +128,6 @@ class RunCheckpoints:
             self.wait()
         finally:
             self._checkpointer.close()
-
-
-def write_run_file(run: Path, config: TrainConfig) -> None:
-    """Writes what the run is, for those who load its checkpoints without its config file."""
-    if jax.process_index() == 0:
-        temporary = run / (RUN_FILE + ".tmp")
-        temporary.write_text(json.dumps(run_to_json(config), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(run / RUN_FILE)
-
-
-def read_run_file(run: Path) -> TrainConfig:
-    """Reads what `write_run_file` wrote."""
-    text = (run / RUN_FILE).read_text(encoding="utf-8")
-    return run_from_json(json.loads(text), str(run / RUN_FILE))
 
 
 def _gather_json(value: dict[str, Any]) -> list[dict[str, Any]]:

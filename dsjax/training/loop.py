@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsjax.config import LogConfig, ModelConfig, TrainConfig, to_json
+from dsjax.config.run_file import RUN_FILE, read_run_file, write_run_file
 from dsjax.config.serialize import differing_fields
 from dsjax.data.loader import Loader, make_eval_batches, make_loader
 from dsjax.data.tokenizer import load_tokenizer
@@ -26,10 +27,11 @@ from dsjax.kernels import Kernels, choose_kernels
 from dsjax.mesh import ShardingRules, make_mesh, train_rules
 from dsjax.model import DeepSeekV2, abstract_model, create_model
 from dsjax.processes import HostShard
-from dsjax.training.checkpoints import RUN_FILE, RunCheckpoints, read_run_file, write_run_file
+from dsjax.progress import JobProgress
+from dsjax.training.checkpoints import RunCheckpoints
 from dsjax.training.metrics import MetricsWriter
 from dsjax.training.preemption import Preemption
-from dsjax.training.report import Display, Throughput, step_figures
+from dsjax.training.report import Throughput, one_line, step_figures
 from dsjax.training.schedule import Schedule
 from dsjax.training.step import (
     SKIP_REASONS,
@@ -243,16 +245,23 @@ class _Loop:
         start = step = int(state.step)
         bits_per_byte: float | None = None
         evaluated_at = -1
-        with Preemption() as preemption, Display(config.num_steps, start) as display:
+        progress = JobProgress(
+            "training",
+            config.num_steps,
+            start,
+            unit="steps",
+            shown=jax.process_index() == 0,
+        )
+        with Preemption() as preemption, progress:
             if start:
-                display.say(f"resumed at step {start} of {config.num_steps}")
+                progress.say(f"resumed at step {start} of {config.num_steps}")
             waiting: tuple[int, StepReport] | None = None
             compiled_size = 0
             while step < config.num_steps and not preemption.should_stop(step):
                 state, report = self._step(state, step)
                 step += 1
                 # The report of the step before is read while this one runs.
-                self._read(waiting, metrics, display)
+                self._read(waiting, metrics, progress)
                 waiting = (step, report)
                 if (size := self.schedule.batch_size(step - 1)) != compiled_size:
                     jax.block_until_ready(report)
@@ -261,19 +270,19 @@ class _Loop:
                 if step % config.checkpoint.every == 0:
                     self._save(state, step)
                 if config.log.eval_every and step % config.log.eval_every == 0:
-                    self._read(waiting, metrics, display)
+                    self._read(waiting, metrics, progress)
                     waiting = None
-                    bits_per_byte = self._evaluate(state, step, metrics, display)
+                    bits_per_byte = self._evaluate(state, step, metrics, progress)
                     evaluated_at = step
                     self.throughput.restart(step)
-            self._read(waiting, metrics, display)
+            self._read(waiting, metrics, progress)
             self._save(state, step)
             finished = step >= config.num_steps
             if finished and evaluated_at != step:
-                bits_per_byte = self._evaluate(state, step, metrics, display)
+                bits_per_byte = self._evaluate(state, step, metrics, progress)
             self.checkpoints.wait()
             if not finished:
-                display.say(f"stopped by a signal at step {step}; saved; run again to go on")
+                progress.say(f"stopped by a signal at step {step}; saved; run again to go on")
         return FitResult(nnx.merge(self.graphdef, state.params), step, finished, bits_per_byte)
 
     def _step(self, state: TrainState, step: int) -> tuple[TrainState, StepReport]:
@@ -292,7 +301,7 @@ class _Loop:
         self,
         waiting: tuple[int, StepReport] | None,
         metrics: MetricsWriter,
-        display: Display,
+        progress: JobProgress,
     ) -> None:
         if waiting is None:
             return
@@ -305,9 +314,11 @@ class _Loop:
             figures["batch_size"] = self.schedule.batch_size(step - 1)
             figures["tokens"] = self.schedule.tokens_before(step)
             metrics.write(step, figures)
-        display.step(step, figures)
+        progress.reach(step)
+        if figures is not None:
+            progress.note(one_line(figures))
         if skipped:
-            display.say(f"step {step} skipped: {SKIP_REASONS[skipped]}")
+            progress.say(f"step {step} skipped: {SKIP_REASONS[skipped]}")
         if int(report.skipped_in_a_row) >= self.config.guard.max_skipped:
             self.checkpoints.wait()
             raise TrainingStopped(
@@ -320,7 +331,7 @@ class _Loop:
         self.checkpoints.save(step, state.params, _optimizer_dict(state), data_state)
 
     def _evaluate(
-        self, state: TrainState, step: int, metrics: MetricsWriter, display: Display
+        self, state: TrainState, step: int, metrics: MetricsWriter, progress: JobProgress
     ) -> float | None:
         """Evaluates on the held-out rows; returns bits per byte of their documents."""
         sums = np.zeros(3)
@@ -336,5 +347,5 @@ class _Loop:
         metrics.write(
             step, {"eval_cross_entropy": nats / tokens, "eval_bits_per_byte": bits_per_byte}
         )
-        display.say(f"step {step}: held-out {bits_per_byte:.4f} bits per byte")
+        progress.say(f"step {step}: held-out {bits_per_byte:.4f} bits per byte")
         return bits_per_byte

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from dsjax.config import LogConfig
+from dsjax.files import write_text
 
 
 class MetricsWriter:
@@ -96,14 +97,12 @@ def _drop_lines_after(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     if kept != lines:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(kept))
 
 
 def _wandb_id(directory: Path) -> str:
     """Returns the id by which Weights & Biases knows the run, the same after every restart."""
     path = directory / "wandb_id"
     if not path.exists():
-        path.write_text(secrets.token_hex(8), encoding="utf-8")
+        write_text(path, secrets.token_hex(8))
     return path.read_text(encoding="utf-8")

@@ -1,17 +1,13 @@
-"""What a person sees of a run: figures per step, a progress bar or plain lines."""
+"""The figures of a run: of one step, and of the time between steps."""
 
 from __future__ import annotations
 
-import sys
 import time
-from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dsjax.chips import peak_flops
 from dsjax.config import TrainConfig
@@ -31,7 +27,7 @@ class Throughput:
         self._since: tuple[int, float] | None = None
 
     def restart(self, step: int) -> None:
-        """Starts to count at a step; called behind compilation, evaluation and saves."""
+        """Starts to count at a step; called after compilation, evaluation and saves."""
         self._since = (step, time.perf_counter())
 
     def figures(self, step: int) -> dict[str, float]:
@@ -71,59 +67,8 @@ def step_figures(report: StepReport) -> dict[str, Any]:
     return figures
 
 
-class Display:
-    """A progress bar on a terminal, plain lines in a log; silent on all processes but one."""
-
-    def __init__(self, num_steps: int, start: int):
-        self._shown = jax.process_index() == 0
-        self._num_steps = num_steps
-        console = Console(file=sys.stderr)
-        self._bar = None
-        if self._shown and console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self._task = self._bar.add_task("training", total=num_steps, completed=start)
-
-    def step(self, step: int, figures: dict[str, Any] | None) -> None:
-        """Shows that a step is done, with its figures where they were taken."""
-        if not self._shown:
-            return
-        text = "" if figures is None else _one_line(figures)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-            if text:
-                self._bar.update(self._task, description=text)
-        elif text:
-            self.say(f"step {step}/{self._num_steps} {text}")
-
-    def say(self, text: str) -> None:
-        """Shows a line that stays."""
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
-        elif self._shown:
-            print(text, file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Display:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _one_line(figures: dict[str, Any]) -> str:
+def one_line(figures: dict[str, Any]) -> str:
+    """Returns the figures that a person watches."""
     formats = {
         "loss": "loss {:.4f}",
         "gradient_norm": "norm {:.3f}",

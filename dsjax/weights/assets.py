@@ -6,20 +6,16 @@ folder made from it has them again.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
-
-from dsjax.config.load import read_json
+from dsjax.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from dsjax.data.tokenizer_files import write_byte_tokenizer
+from dsjax.files import DRAFT_SUFFIX, copy_file, read_json
 from dsjax.weights.safetensors import INDEX_NAME
 
 ASSETS = "hf"
-TOKENIZER_FILE = "tokenizer.json"
 
 Assets = Mapping[str, Path]
 
@@ -37,7 +33,7 @@ def small_files(folder: Path) -> dict[str, Path]:
     return {
         file.name: file
         for file in sorted(folder.iterdir())
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES)
+        if file.is_file() and not file.name.endswith((*_WEIGHT_SUFFIXES, DRAFT_SUFFIX))
     }
 
 
@@ -45,9 +41,7 @@ def copy_files(assets: Assets, folder: Path) -> None:
     """Copies files into a folder, each at once or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, file in assets.items():
-        draft = folder / f".{name}.draft"
-        shutil.copyfile(file, draft)
-        draft.replace(folder / name)
+        copy_file(file, folder / name)
 
 
 def save_assets(tokenizer: str, assets: Assets, run: Path) -> None:
@@ -77,34 +71,6 @@ def save_assets(tokenizer: str, assets: Assets, run: Path) -> None:
     copy_files(kept, run / ASSETS)
 
 
-def write_byte_tokenizer(folder: Path) -> None:
-    """Writes the tokenizer "bytes" as files: the 256 bytes, BOS 256 and EOS 257.
-
-    Other software reads them, and `load_tokenizer` gives the same ids for them.
-    """
-    bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
-    spelling = _byte_spelling()
-    bytes_only = tokenizers.Tokenizer(models.BPE({spelling[b]: b for b in range(256)}, []))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    bytes_only.add_special_tokens(
-        [tokenizers.AddedToken(token, normalized=False) for token in (bos, eos)]
-    )
-    config = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": bos,
-        "eos_token": eos,
-        "pad_token": eos,
-        "clean_up_tokenization_spaces": False,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    (folder / TOKENIZER_FILE).write_text(bytes_only.to_str(pretty=True), encoding="utf-8")
-
-
 def special_ids(assets: Assets) -> tuple[int | None, int | None]:
     """Returns the ids that begin and end a document, as far as the files say.
 
@@ -113,7 +79,7 @@ def special_ids(assets: Assets) -> tuple[int | None, int | None]:
     found: list[int | None] = []
     vocab = _vocabulary(assets)
     for key in ("bos_token", "eos_token"):
-        token = _json(assets, "tokenizer_config.json").get(key)
+        token = _json(assets, TOKENIZER_CONFIG_FILE).get(key)
         token = token.get("content") if isinstance(token, dict) else token
         value = vocab.get(token) if isinstance(token, str) else None
         for name in ("generation_config.json", "config.json"):
@@ -134,10 +100,3 @@ def _vocabulary(assets: Assets) -> dict[str, int]:
 
 def _json(assets: Assets, name: str) -> dict[str, Any]:
     return read_json(assets[name]) if name in assets else {}
-
-
-def _byte_spelling() -> list[str]:
-    """Returns the printable character by which byte-level BPE spells each byte."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

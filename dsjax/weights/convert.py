@@ -8,7 +8,6 @@ a rename, when all is done.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -22,12 +21,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax.config.run_file import RUN_FILE
 from dsjax.config.stored import model_to_json
-from dsjax.progress import ByteProgress
+from dsjax.files import naming, sync, write_bytes, write_json, write_text
+from dsjax.progress import JobProgress
 from dsjax.weights.assets import ASSETS, copy_files
 from dsjax.weights.hf_export import (
     HEADERS_FILE,
-    INDEX_NAME,
     config_json,
     create_file,
     main_dtype,
@@ -39,9 +39,9 @@ from dsjax.weights.hf_export import (
 )
 from dsjax.weights.hf_table import HFTensor, Path
 from dsjax.weights.param_store import ITEM, ParamStore, one_line
+from dsjax.weights.safetensors import INDEX_NAME
 from dsjax.weights.sources import (
     MANIFEST,
-    RUN_FILE,
     CheckpointSource,
     HFSource,
     open_source,
@@ -92,7 +92,7 @@ def convert(
     work.mkdir(parents=True, exist_ok=True)
     out = work / "out"
     identity = _identity(source) | {"dtype": dtype}
-    with _named(work), _Journal(work, identity) as journal:
+    with naming(work), _Journal(work, identity) as journal:
         if isinstance(source, HFSource):
             _to_checkpoint(source, out, dtype_of, journal, progress)
         else:
@@ -130,9 +130,8 @@ def _to_checkpoint(
     _run(order, dtype_of, write, lambda _: None, journal, progress)
     source.folder.close()
     copy_files(source.assets, out / ASSETS)
-    _write(out / HEADERS_FILE, pack_headers(source.folder.headers).encode())
-    manifest = model_to_json(source.config)
-    _write(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_text(out / HEADERS_FILE, pack_headers(source.folder.headers))
+    write_json(out / MANIFEST, model_to_json(source.config))
 
 
 def _to_hf(
@@ -157,24 +156,24 @@ def _to_hf(
         values = read_tensor(table, tensor.name, read)
         write_tensor(out / name, plan.headers[name], tensor.name, values)
 
-    def sync(tensors: list[HFTensor]) -> None:
+    def sync_files(tensors: list[HFTensor]) -> None:
         for name in {place[tensor.name] for tensor in tensors}:
-            _sync(out / name)
+            sync(out / name)
 
-    _run([table.tensors[name] for name in place], dtype_of, write, sync, journal, progress)
+    _run([table.tensors[name] for name in place], dtype_of, write, sync_files, journal, progress)
     assets = {name: file for name, file in source.assets.items() if name != INDEX_NAME}
     copy_files(assets, out)
     if plan.index is not None:
-        _write(out / INDEX_NAME, plan.index)
+        write_bytes(out / INDEX_NAME, plan.index)
     main = main_dtype(table, dtype_of)
-    _write(out / "config.json", config_json(source.config, main, source.assets))
+    write_bytes(out / "config.json", config_json(source.config, main, source.assets))
 
 
 def _run(
     tensors: list[HFTensor],
     dtype_of: DTypeOf,
     write: Callable[[HFTensor], None],
-    sync: Callable[[list[HFTensor]], None],
+    sync_files: Callable[[list[HFTensor]], None],
     journal: _Journal,
     progress: bool,
 ) -> None:
@@ -186,13 +185,15 @@ def _run(
     finished = sum(size for name, size in sizes.items() if name in journal.done)
     left = [tensor for tensor in tensors if tensor.name not in journal.done]
     with (
-        ByteProgress("converting", sum(sizes.values()), finished, shown=progress) as shown,
+        JobProgress(
+            "converting", sum(sizes.values()), finished, unit="bytes", shown=progress
+        ) as shown,
         ThreadPoolExecutor(_WORKERS) as pool,
         ThreadPoolExecutor(1) as committer,
     ):
 
         def commit(batch: list[HFTensor]) -> None:
-            sync(batch)
+            sync_files(batch)
             journal.add([tensor.name for tensor in batch])
 
         committed = committer.submit(commit, [])
@@ -271,17 +272,6 @@ class _Journal:
         self._file.close()
 
 
-@contextlib.contextmanager
-def _named(path: FilePath) -> Iterator[None]:
-    """Gives an error of the system that names no file this one."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
 def _identity(source: HFSource | CheckpointSource) -> dict[str, Any]:
     """Returns what tells a source from another, or from itself after a change."""
     files = [
@@ -299,20 +289,3 @@ def _identity(source: HFSource | CheckpointSource) -> dict[str, Any]:
     stats = [(file.name, file.stat()) for file in files]
     identity["files"] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     return identity
-
-
-def _write(path: FilePath, content: bytes) -> None:
-    """Writes a small file at once or not at all."""
-    draft = path.with_name(path.name + ".draft")
-    with _named(path):
-        draft.write_bytes(content)
-        _sync(draft)
-    draft.replace(path)
-
-
-def _sync(path: FilePath) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

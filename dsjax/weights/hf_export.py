@@ -14,10 +14,10 @@ import numpy as np
 
 from dsjax.config import ModelConfig
 from dsjax.config.huggingface import from_hf_config, to_hf_config
-from dsjax.config.load import read_json
+from dsjax.files import read_json
 from dsjax.weights.assets import Assets, special_ids
 from dsjax.weights.hf_table import HFTable, HFTensor, Part, Path
-from dsjax.weights.safetensors import INDEX_NAME, Header, make_header, parse_header, stored_name
+from dsjax.weights.safetensors import Header, make_header, parse_header, stored_name
 
 MAX_FILE_BYTES = 5_000_000_000
 
@@ -225,19 +225,3 @@ def _tensor_dtype(tensor: HFTensor, dtype: Callable[[Path], np.dtype]) -> str:
         parts = ", ".join(".".join(part.path) for part in tensor.parts)
         raise ValueError(f"tensor {tensor.name}: its parameters {parts} differ in dtype: {names}")
     return names.pop()
-
-
-__all__ = [
-    "HEADERS_FILE",
-    "INDEX_NAME",
-    "MAX_FILE_BYTES",
-    "ShardPlan",
-    "config_json",
-    "create_file",
-    "main_dtype",
-    "pack_headers",
-    "plan_shards",
-    "read_tensor",
-    "unpack_headers",
-    "write_tensor",
-]

@@ -8,7 +8,6 @@ with the small files), a training run or one of its steps.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -25,13 +24,14 @@ from jax.experimental import multihost_utils
 from dsjax.config import KernelConfig, ModelConfig, RuntimeConfig
 from dsjax.config.runtime import DType
 from dsjax.config.stored import model_to_json
+from dsjax.data.tokenizer import TOKENIZER_FILE
+from dsjax.files import write_json
 from dsjax.kernels import Kernels, choose_kernels
 from dsjax.mesh import ShardingRules
 from dsjax.model import DeepSeekV2, abstract_model, param_shardings
 from dsjax.weights import assets as asset_files
-from dsjax.weights.assets import ASSETS, TOKENIZER_FILE, Assets
+from dsjax.weights.assets import ASSETS, Assets
 from dsjax.weights.hf_export import (
-    INDEX_NAME,
     config_json,
     create_file,
     main_dtype,
@@ -41,6 +41,7 @@ from dsjax.weights.hf_export import (
 from dsjax.weights.hf_export import write_tensor as write_hf_tensor
 from dsjax.weights.hf_table import Path, hf_table
 from dsjax.weights.param_store import save_arrays
+from dsjax.weights.safetensors import INDEX_NAME
 from dsjax.weights.sources import (
     MANIFEST,
     WeightSource,
@@ -188,8 +189,7 @@ def save_weights(
             save_arrays(draft, nnx.to_pure_dict(nnx.state(model)), stored)
         if first and format == "dsjax":
             asset_files.copy_files(files, draft / ASSETS)
-            text = json.dumps(model_to_json(model.config), indent=2) + "\n"
-            (draft / MANIFEST).write_text(text, encoding="utf-8")
+            write_json(draft / MANIFEST, model_to_json(model.config))
         if first:
             draft.rename(path)
     except BaseException:

@@ -15,16 +15,17 @@ import numpy as np
 
 from dsjax.config import ModelConfig
 from dsjax.config.huggingface import from_hf_config
-from dsjax.config.load import read_json
+from dsjax.config.run_file import RUN_FILE, read_run_file
 from dsjax.config.runtime import DType
-from dsjax.config.stored import model_from_json, run_from_json
+from dsjax.config.stored import model_from_json
+from dsjax.files import read_json
 from dsjax.weights.assets import ASSETS, Assets, small_files
 from dsjax.weights.hf_table import HFTable, Path, hf_table, is_ignored
 from dsjax.weights.param_store import ITEM, ParamStore
 from dsjax.weights.safetensors import SafetensorsFolder, float_dtype
 
 MANIFEST = "dsjax.json"  # its presence says that a model checkpoint is complete
-RUN_FILE = "run.json"
+STEPS_FOLDER = "checkpoints"  # of a run; each step is a folder in it
 
 # A repository of the Hub: "deepseek-ai/DeepSeek-V2-Lite".
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -218,9 +219,7 @@ def describe(where: FilePath) -> tuple[ModelConfig, Assets]:
     if kind == "hf":
         return from_hf_config(read_json(folder / "config.json")), small_files(folder)
     if kind == "step":
-        content = read_json(folder / RUN_FILE)
-        config = run_from_json(content, str(folder / RUN_FILE)).model
-        return config, small_files(folder / ASSETS)
+        return read_run_file(folder).model, small_files(folder / ASSETS)
     content = read_json(folder / MANIFEST)
     return model_from_json(content, str(folder / MANIFEST)), small_files(folder / ASSETS)
 
@@ -241,7 +240,7 @@ def open_source(where: FilePath) -> HFSource | CheckpointSource:
 
 def latest_step(run: FilePath) -> FilePath:
     """Returns the folder of a run's latest complete step."""
-    folder = run / "checkpoints"
+    folder = run / STEPS_FOLDER
     steps = [
         step
         for step in (folder.iterdir() if folder.is_dir() else ())

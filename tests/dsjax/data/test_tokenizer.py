@@ -15,8 +15,8 @@ from dsjax.data.tokenizer import (
     StreamDecoder,
     Tokenizer,
     load_tokenizer,
-    train_tokenizer,
 )
+from dsjax.data.tokenizer_files import train_tokenizer
 
 TEXTS = [
     "",

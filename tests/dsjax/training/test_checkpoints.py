@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dsjax.config import CheckpointConfig, TrainConfig
-from dsjax.training.checkpoints import RunCheckpoints, read_run_file, write_run_file
+from dsjax.config.run_file import read_run_file, write_run_file
+from dsjax.training.checkpoints import RunCheckpoints
 from dsjax.training.loop import fit
 from tests.dsjax.training.small_runs import MODEL, losses
 

@@ -1,0 +1,115 @@
+"""Files that are whole or not there, and JSON with the file named in every error."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Ends the name of a file that is still being written.
+DRAFT_SUFFIX = ".draft"
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """Gives the path of a draft; it becomes the file when the body ends well.
+
+    The draft lies beside the file, so that a rename puts it there. What the body raises removes
+    the draft and leaves the file as it was.
+
+    Args:
+        path: the file, new or to be replaced.
+
+    Raises:
+        OSError: the disk does not take it; names the file.
+    """
+    # One per process: what a killed run left behind is in nobody's way.
+    draft = path.with_name(f".{path.name}.{os.getpid()}{DRAFT_SUFFIX}")
+    try:
+        with naming(path):
+            yield draft
+            sync(draft)
+            draft.replace(path)
+            sync(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file at once or not at all.
+
+    Raises:
+        OSError: the disk does not take it; names the file.
+    """
+    with draft_of(path) as draft:
+        draft.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file at once or not at all; raises as `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object at once or not at all; raises as `write_bytes`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copies a file at once or not at all; raises as `write_bytes`."""
+    with draft_of(path) as draft:
+        shutil.copyfile(source, draft)
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8; names the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no JSON object; names the file.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def sync(path: Path) -> None:
+    """Returns once what was written to a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an error of the system the name of this file, where it has none or a draft's."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.filename is None or str(error.filename).endswith(DRAFT_SUFFIX)
+        if unnamed and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise

@@ -24,9 +24,9 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from configs.models import deepseek_v2
 from dsjax.config import MeshConfig, ModelConfig, RuntimeConfig
 from dsjax.config.load import override
+from dsjax.configs.models import deepseek_v2
 from dsjax.kernels import choose_kernels
 from dsjax.layers.basic import LayerOptions
 from dsjax.layers.expert_parallel import max_shards
@@ -249,7 +249,7 @@ def main() -> None:
         exchange(arguments.tokens, arguments.width, arguments.transports)
     if "layer" in arguments.parts:
         tokens = arguments.layer_tokens
-        config = importlib.import_module(f"configs.models.{arguments.model}").config
+        config = importlib.import_module(f"dsjax.configs.models.{arguments.model}").config
         config = override(config, arguments.override)
         exact = RuntimeConfig(dtype="float32")
         for transport in arguments.transports:

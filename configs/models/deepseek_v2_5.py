@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from configs.models import deepseek_v2
 from dsjax.config import YarnConfig
+from dsjax.configs.models import deepseek_v2
 
 config = replace(
     deepseek_v2.config,

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from configs.models import tiny
 from dsjax.config import (
     BalanceConfig,
     BatchConfig,
@@ -15,6 +14,7 @@ from dsjax.config import (
     SourceConfig,
     TrainConfig,
 )
+from dsjax.configs.models import tiny
 
 config = TrainConfig(
     directory="quickstart_output/run",

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import json
 import runpy
-import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,49 +16,54 @@ from dsjax.config.huggingface import from_hf_config
 from dsjax.config.model import ModelConfig
 from dsjax.config.runtime import RuntimeConfig
 from dsjax.config.train import TrainConfig
+from dsjax.files import read_json
+
+# The models and runs that come with the package, as `models/NAME.py` and `runs/NAME.py`.
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ModelConfig | TrainConfig:
-    """Loads the config that a file holds and applies overrides to it.
+def load_config(
+    name_or_path: str | Path, overrides: Sequence[str] = ()
+) -> ModelConfig | TrainConfig:
+    """Loads the config of a name or a file and applies overrides to it.
 
     Args:
-        path: a Python file that binds `config`, or a Hugging Face `config.json` or its folder.
+        name_or_path: a model or run that comes with the package, such as "deepseek_v2"; a Python
+            file that binds `config`; or a Hugging Face `config.json` or its folder.
         overrides: strings such as "model.moe.top_k=2".
 
     Raises:
         ValueError: the file holds no config, or an override does not fit; names which.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such name or file; gives the nearest names.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such config")
+    path = find_config(name_or_path)
     if path.suffix == ".json":
         config: Any = from_hf_config(read_json(path))
     else:
-        config = _run_config_file(path.resolve())
+        config = runpy.run_path(str(path)).get("config")
+        if not isinstance(config, ModelConfig | TrainConfig):
+            raise ValueError(f"{path}: must bind `config` to a ModelConfig or TrainConfig")
     return override(config, overrides)
 
 
-def load_model_config(path: str | Path, overrides: Sequence[str] = ()) -> ModelConfig:
-    """Loads a model's config; of a run's config file, the run's model."""
-    config = load_config(path)
+def load_model_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> ModelConfig:
+    """Loads a model's config; of a run, the run's model."""
+    config = load_config(name_or_path)
     if isinstance(config, TrainConfig):
         config = config.model
     return override(config, overrides)
 
 
 def load_model_and_runtime(
-    path: str | Path, overrides: Sequence[str] = ()
+    name_or_path: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[ModelConfig, RuntimeConfig]:
-    """Loads a model's config and how it is run; of a run's config file, the run's.
+    """Loads a model's config and how it is run; of a run's config, the run's.
 
     Args:
-        path: as for `load_config`.
+        name_or_path: as for `load_config`.
         overrides: of the model ("num_layers=8"), and of the runtime ("runtime.dtype=float32").
     """
-    config = load_config(path)
+    config = load_config(name_or_path)
     if isinstance(config, TrainConfig):
         model, runtime = config.model, config.runtime
     else:
@@ -71,42 +74,41 @@ def load_model_and_runtime(
     return override(model, of_model), override(runtime, of_runtime)
 
 
-def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_train_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Loads a run's config.
 
     Raises:
-        ValueError: the file describes a model, not a run.
+        ValueError: the name or file is a model's, not a run's.
     """
-    config = load_config(path)
+    config = load_config(name_or_path)
     if not isinstance(config, TrainConfig):
-        raise ValueError(f"{path}: describes a model; training takes a run (configs/runs/)")
+        raise ValueError(f"{name_or_path}: describes a model; training takes a run (quickstart)")
     return override(config, overrides)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object, naming the file where it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
-    return value
+def named_configs() -> dict[str, Path]:
+    """Returns the file of every model and run that comes with the package, by name."""
+    return {path.stem: path for path in sorted(CONFIGS.glob("*/*.py"))}
 
 
-def _run_config_file(path: Path) -> Any:
-    # Run configs import model configs as `configs.models.x`, from the folder that holds `configs`.
-    roots = [str(parent.parent) for parent in path.parents if parent.name == "configs"]
-    added = [root for root in roots if root not in sys.path]
-    sys.path[:0] = added
-    try:
-        config = runpy.run_path(str(path)).get("config")
-    finally:
-        for root in added:
-            sys.path.remove(root)
-    if not isinstance(config, ModelConfig | TrainConfig):
-        raise ValueError(f"{path}: must bind `config` to a ModelConfig or TrainConfig")
-    return config
+def find_config(name_or_path: str | Path) -> Path:
+    """Returns the file of a config; a name that comes with the package goes before a path.
+
+    Raises:
+        FileNotFoundError: there is no such name or file; gives the nearest names.
+    """
+    names = named_configs()
+    if str(name_or_path) in names:
+        return names[str(name_or_path)]
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+    if path.exists():
+        return path
+    if len(path.parts) > 1 or path.suffix:  # no name, so a path was meant
+        raise FileNotFoundError(f"{path}: no such config")
+    near = difflib.get_close_matches(path.name, names) or list(names)
+    raise FileNotFoundError(f"{path}: no such config; did you mean {' or '.join(near)}?")
 
 
 def override[T](config: T, overrides: Sequence[str]) -> T:

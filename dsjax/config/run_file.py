@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsjax.config.train import TrainConfig
 from dsjax.config.stored import run_from_json, run_to_json
+from dsjax.config.train import TrainConfig
 from dsjax.files import read_json, write_json
 
 RUN_FILE = "run.json"

@@ -5,13 +5,24 @@ convert          one into the other, tensor by tensor, resumable
 hf_table         Hugging Face tensors and our parameters: the one table
 sources          what a path holds, and reading windows of its arrays
 hf_export        the files of a Hugging Face folder: shards, index, config.json
-safetensors_io   headers checked, ranges read
+safetensors      headers checked, ranges read
 param_store      the arrays of an orbax checkpoint, read and written in windows
 assets           tokenizer, config.json and other small files, as they came
 strided_copy     transposing copies that fit the cache
-progress         bytes done, on a terminal or in a log
 """
 
-from dsjax.weights.load_save import Source, load_weights, locate, save_assets, save_weights
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsjax.weights.load_save import Source, load_weights, locate, save_assets, save_weights
 
 __all__ = ["Source", "load_weights", "locate", "save_assets", "save_weights"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: `dsjax info` needs the table of tensors, and not orbax.
+    if name not in __all__:
+        raise AttributeError(f"module 'dsjax.weights' has no attribute {name!r}")
+    from dsjax.weights import load_save
+
+    return getattr(load_save, name)

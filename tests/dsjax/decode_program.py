@@ -19,9 +19,9 @@ def main(topology: str) -> None:
     from flax import nnx
     from jax.experimental import topologies
 
-    from configs.models import deepseek_v2_lite
     from dsjax.cache import allocate_cache
     from dsjax.config import MeshConfig, RuntimeConfig
+    from dsjax.configs.models import deepseek_v2_lite
     from dsjax.kernels import choose_kernels
     from dsjax.mesh import inference_rules, make_mesh
     from dsjax.model import abstract_model

@@ -38,7 +38,7 @@ def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float
     from dsjax.mesh import make_mesh, train_rules
     from dsjax.training.step import COMPILER_OPTIONS
 
-    config = importlib.import_module(f"configs.models.{model}").config
+    config = importlib.import_module(f"dsjax.configs.models.{model}").config
     sizes = {"fsdp": 1} | {k: int(v) for k, v in (pair.split("=") for pair in axes.split(","))}
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     rules = train_rules(make_mesh(MeshConfig(**sizes), devices[: math.prod(sizes.values())]))

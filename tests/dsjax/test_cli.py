@@ -1,6 +1,7 @@
 """The command line: what it prints, and one line with exit code 2 for what a user can mend."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,6 @@ FIGURES = {
 def dsjax(monkeypatch, capsys):
     """Runs a command in this process; returns exit code, standard output and standard error."""
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dsjax", *map(str, arguments)])
@@ -37,13 +37,37 @@ def dsjax(monkeypatch, capsys):
 @pytest.mark.core
 @pytest.mark.parametrize("name", FIGURES)
 def test_info_prints_the_exact_figures(dsjax, name: str):
-    code, out, _ = dsjax("info", f"configs/models/{name}.py", "--json")
+    code, out, _ = dsjax("info", name, "--json")
     assert code == 0
     figures = json.loads(out)
     names = ("parameters", "active_parameters", "hf_tensors", "latent_cache_bytes_per_token")
     assert tuple(figures[name] for name in names) == FIGURES[name]
     assert figures["full_cache_bytes_per_token"] > 8 * figures["latent_cache_bytes_per_token"]
     assert figures["train_flops_per_token"] > 6 * (figures["active_parameters"] - 10**9)
+
+
+# What training imports and `dsjax info` must not wait for.
+TRAINING_IMPORTS = {"array_record", "grain", "orbax", "tensorstore", "dsjax.training"}
+IMPORTED = f"""
+import sys
+from dsjax.cli import main
+sys.argv = ["dsjax", "info", "tiny"]
+try:
+    main()
+except SystemExit:
+    print(sorted({TRAINING_IMPORTS} & set(sys.modules)))
+import dsjax.api
+print(sorted({TRAINING_IMPORTS} & set(sys.modules)))
+"""
+
+
+@pytest.mark.core
+def test_info_imports_nothing_of_training():
+    run = [sys.executable, "-c", IMPORTED]
+    out = subprocess.run(run, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    with_info, with_training = out.splitlines()[-2:]
+    assert with_info == "[]"
+    assert with_training == str(sorted(TRAINING_IMPORTS))
 
 
 def test_info_as_a_table_and_with_overrides(dsjax):
@@ -140,7 +164,7 @@ def test_a_checkpoint_of_another_config_names_the_fields(errors, trained_run: Tr
 
 
 def test_what_is_no_run_is_refused(dsjax, tmp_path: Path):
-    code, _, err = dsjax("train", "configs/models/tiny.py")
+    code, _, err = dsjax("train", "tiny")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "describes a model; training takes a run" in err
     code, _, err = dsjax("train", tmp_path / "none.py")

@@ -21,7 +21,15 @@ from dsjax.config import (
     to_json,
 )
 from dsjax.config.huggingface import from_hf_config, to_hf_config
-from dsjax.config.load import load_config, load_model_config, load_train_config, override
+from dsjax.config.load import (
+    CONFIGS,
+    load_config,
+    load_model_config,
+    load_train_config,
+    named_configs,
+    override,
+)
+from dsjax.configs.models import tiny
 from tests.small_models import SMALL, SMALL_LITE
 
 pytestmark = pytest.mark.core
@@ -266,18 +274,40 @@ def test_files(repository, tmp_path):
         load_train_config(repository / "configs" / "models" / "tiny.py")
     broken = tmp_path / "config.json"
     broken.write_text("{")
-    with pytest.raises(ValueError, match=r"config.json: not JSON"):
+    with pytest.raises(ValueError, match=r"config.json:1: not JSON"):
         load_config(tmp_path)
     broken.write_text("[]")
     with pytest.raises(ValueError, match="holds a list"):
         load_config(tmp_path)
     (tmp_path / "run.py").write_text(
-        "from dsjax.config import *\nfrom configs.models.tiny import config as model\n"
+        "from dsjax.config import *\nfrom dsjax.configs.models.tiny import config as model\n"
         "data = DataConfig((SourceConfig('s'),), 64)\n"
         "config = TrainConfig('d', model, data, BatchConfig(4), 5)\n"
     )
     assert load_model_config(tmp_path / "run.py", ["num_layers=2"]).num_layers == 2
     assert load_train_config(tmp_path / "run.py", ["num_steps=6"]).num_steps == 6
+
+
+def test_models_and_runs_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("tiny") == tiny.config
+    assert load_model_config("deepseek_v2_lite", ["num_layers=2"]).num_layers == 2
+    assert load_train_config("quickstart").num_steps == 500
+    assert load_model_config("quickstart").vocab_size == 4096
+    (tmp_path / "tiny").mkdir()  # a name goes before a folder of the same name
+    assert load_config("tiny") == tiny.config
+    with pytest.raises(FileNotFoundError, match=r"tiny.config.json: no such config"):
+        load_config(tmp_path / "tiny")
+    with pytest.raises(FileNotFoundError, match="did you mean deepseek_v2_lite or deepseek_v2"):
+        load_config("deepsek_v2_lit")
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*quickstart"):
+        load_config("zzz")
+
+
+def test_no_two_configs_share_a_name():
+    files = list(CONFIGS.glob("*/*.py"))
+    assert len(files) >= 5
+    assert len(named_configs()) == len(files)
 
 
 def test_every_config_file_of_the_project_loads(repository):

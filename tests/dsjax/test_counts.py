@@ -6,8 +6,8 @@ import jax
 import pytest
 from flax import nnx
 
-from configs.models import deepseek_v2, deepseek_v2_lite, tiny
 from dsjax.chips import peak_flops
+from dsjax.configs.models import deepseek_v2, deepseek_v2_lite, tiny
 from dsjax.counts import count_parameters, describe, train_flops_per_token
 from dsjax.model import DeepSeekV2
 from tests.small_models import SMALL

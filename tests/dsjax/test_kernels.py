@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from configs.models import deepseek_v2, deepseek_v2_lite, tiny
 from dsjax.config import KernelConfig, RuntimeConfig
+from dsjax.configs.models import deepseek_v2, deepseek_v2_lite, tiny
 from dsjax.kernels import choose_kernels
 
 H200 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.models import deepseek_v2, deepseek_v2_lite
 from dsjax.config import MeshConfig, MoEConfig
+from dsjax.configs.models import deepseek_v2, deepseek_v2_lite
 from dsjax.kernels import Kernels
 from dsjax.layers import expert_parallel
 from dsjax.layers.basic import LayerOptions

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.models import deepseek_v2, deepseek_v2_5
 from dsjax.config import AttentionConfig, YarnConfig
+from dsjax.configs.models import deepseek_v2, deepseek_v2_5
 from dsjax.layers.rope import apply_rope, inverse_frequencies, rope_angles, softmax_scale
 from tests import oracle
 

@@ -9,7 +9,6 @@ import optax
 import pytest
 from flax import nnx
 
-from configs.models import tiny
 from dsjax.config import (
     BalanceConfig,
     GuardConfig,
@@ -18,6 +17,7 @@ from dsjax.config import (
     OptimizerConfig,
     RuntimeConfig,
 )
+from dsjax.configs.models import tiny
 from dsjax.data.loader import make_loader
 from dsjax.model import create_model
 from dsjax.training.report import step_figures

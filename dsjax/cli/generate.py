@@ -1,0 +1,50 @@
+"""`dsjax generate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="Model folder, training run or Hub name.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; repeatable.")],
+    chat: Annotated[bool, typer.Option(help="Apply the chat template to the prompt.")] = False,
+    system: Annotated[str, typer.Option(help="System message, with --chat.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Tokens generated at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the best token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the best so many tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the best tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="String that ends a text.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Continues prompts, streamed to the terminal."""
+    from dsjax.api import load
+
+    model = load(checkpoint, dtype=dtype)  # type: ignore[arg-type]
+    prompts: list[Any] = list(prompt)
+    if chat:
+        before = [{"role": "system", "content": system}] if system else []
+        prompts = [[*before, {"role": "user", "content": text}] for text in prompt]
+
+    def show(index: int, text: str) -> None:
+        if len(prompts) == 1:  # several at once would be mixed up on the terminal
+            print(text, end="", flush=True)
+
+    texts = model.generate(
+        prompts,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or (),
+        on_text=show,
+    )
+    if len(texts) == 1:
+        print()
+        return
+    for text, answer in zip(prompt, texts, strict=True):
+        print(f"--- {text!r}\n{answer}")

@@ -1,0 +1,28 @@
+"""`dsjax train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dsjax.cli.arguments import Overrides
+from dsjax.config.load import load_train_config
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A run's name, such as quickstart, or its file.")],
+    overrides: Overrides = None,
+) -> None:
+    """Trains a model; run again to go on from the last complete checkpoint."""
+    from dsjax.processes import initialize_processes
+    from dsjax.training.loop import fit
+
+    run = load_train_config(config, overrides or ())
+    initialize_processes()
+    result = fit(run)
+    if result.bits_per_byte is not None:
+        print(f"held-out bits per byte: {result.bits_per_byte:.4f}")
+    print(
+        f"{run.directory}: step {result.step}{'' if result.finished else ', stopped by a signal'}"
+    )

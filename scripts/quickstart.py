@@ -1,4 +1,4 @@
-"""The quickstart's steps: corpus, tokenizer, packing, training with a stop, export, text.
+"""The quickstart's steps: data, training with a stop, export, text.
 
 Everything goes through what a user has: the `dsjax` command line, and Python for the rest.
 """
@@ -6,20 +6,20 @@ Everything goes through what a user has: the `dsjax` command line, and Python fo
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import logging
 import lzma
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
-from dsjax.data.tokenizer_files import train_tokenizer
+from dsjax.config.load import load_train_config
+from dsjax.data.prepare import HELD_OUT, TRAIN, prepare_data
 
-CONFIG = "configs/runs/quickstart.py"
+RUN = "quickstart"
 PROMPT = "    def __init__(self, "
 
 
@@ -34,44 +34,45 @@ def main() -> None:
     if output.exists():
         shutil.rmtree(output)
     began = time.perf_counter()
+    logging.basicConfig(level=logging.INFO, format="   %(message)s", stream=sys.stdout)
 
-    say("1. corpus: the source of this Python's standard library")
-    corpus = collect_corpus(output / "corpus", arguments.corpus_bytes)
-    for name, files in corpus.items():
-        print(f"   {name}: {len(files)} files, {sum(map(len, files)):,} bytes")
-    say("2. tokenizer: byte-level BPE")
-    texts = (data.decode("utf-8", errors="replace") for data in corpus["train"])
-    train_tokenizer(texts, 4096, output / "tokenizer")
-    say("3. packing documents into rows")
-    for name in corpus:
-        dsjax(
-            *("data", "pack", output / "corpus" / name, output / "packed" / name),
-            *("--length", 256, "--tokenizer", output / "tokenizer/tokenizer.json"),
-            *("--glob", "**/*.py"),
-        )
     overrides = [
-        f"directory={output}/run",
-        f"data.sources.0.path={output}/packed/train",
-        f"data.eval_sources.0.path={output}/packed/held_out",
-        f"data.tokenizer={output}/tokenizer/tokenizer.json",
+        *in_folder(output),
         f"num_steps={arguments.steps}",
+        f"data.prepare.max_bytes={arguments.corpus_bytes}",
     ]
-    run = output / "run"
-    say(f"4. training, until a SIGTERM at step {arguments.steps // 3}")
+    run, corpus = output / "run", output / "corpus"
+    say("1. corpus, tokenizer, packed rows")
+    prepare_data(load_train_config(RUN, overrides).data)
+    for part in (TRAIN, HELD_OUT):
+        sizes = [path.stat().st_size for path in (corpus / part).rglob("*.py")]
+        print(f"   {part}: {len(sizes)} files, {sum(sizes):,} bytes")
+    say(f"2. training, until a SIGTERM at step {arguments.steps // 3}")
     train_and_stop(overrides, run, arguments.steps // 3)
-    say("5. training again: it goes on where it stopped")
-    dsjax("train", CONFIG, *overrides)
-    say("6. held-out bits per byte, of all held-out files")
-    dsjax("train", CONFIG, *overrides, "log.eval_rows=0")
-    report(run, output / "curve.png", corpus["held_out"])
-    say("7. conversion to Hugging Face")
+    say("3. training again: it goes on where it stopped")
+    dsjax("train", RUN, *overrides)
+    say("4. held-out bits per byte, of all held-out files")
+    dsjax("train", RUN, *overrides, "log.eval_rows=0")
+    report(run, output / "curve.png", corpus / HELD_OUT)
+    say("5. conversion to Hugging Face")
     dsjax("convert", run, output / "hf")
-    say("8. text from the Hugging Face checkpoint")
+    say("6. text from the Hugging Face checkpoint")
     dsjax(
         *("generate", output / "hf", "--prompt", PROMPT, "--dtype", "float32"),
         *("--max-tokens", 120, "--temperature", 0.7, "--top-p", 0.95, "--seed", 1),
     )
     print(f"\ndone in {time.perf_counter() - began:.0f} s; everything is in {output}/")
+
+
+def in_folder(output: Path) -> list[str]:
+    """Returns the overrides that put all of the run's files into a folder."""
+    return [
+        f"directory={output}/run",
+        f"data.prepare.folder={output}/corpus",
+        f"data.tokenizer={output}/tokenizer",
+        f"data.sources.0.path={output}/packed/{TRAIN}",
+        f"data.eval_sources.0.path={output}/packed/{HELD_OUT}",
+    ]
 
 
 def say(text: str) -> None:
@@ -84,33 +85,9 @@ def dsjax(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "dsjax", *map(str, arguments)], check=True)
 
 
-def collect_corpus(folder: Path, max_bytes: int) -> dict[str, list[bytes]]:
-    """Copies the library's sources, one file in twenty of them to the held-out part."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    corpus: dict[str, list[bytes]] = {"train": [], "held_out": []}
-    size = 0
-    for path in sorted(library.rglob("*.py")):
-        relative = path.relative_to(library)
-        if left_out & set(relative.parts):
-            continue
-        data = path.read_bytes()
-        if max_bytes and size + len(data) > max_bytes:
-            continue
-        # By hash of the name: the same files are held out on every machine.
-        number = int(hashlib.sha256(str(relative).encode()).hexdigest(), 16)
-        name = "held_out" if number % 20 == 0 else "train"
-        corpus[name].append(data)
-        size += len(data)
-        copy = folder / name / relative
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(data)
-    return corpus
-
-
 def train_and_stop(overrides: list[str], run: Path, step: int) -> None:
     """Trains in another process, and ends it as a cluster would when it has done a step."""
-    process = subprocess.Popen([sys.executable, "-m", "dsjax", "train", CONFIG, *overrides])
+    process = subprocess.Popen([sys.executable, "-m", "dsjax", "train", RUN, *overrides])
     while process.poll() is None and not any(row["step"] >= step for row in read_metrics(run)):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
@@ -128,14 +105,14 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def report(run: Path, picture: Path, held_out: list[bytes]) -> None:
+def report(run: Path, picture: Path, held_out: Path) -> None:
     """Prints held-out bits per byte beside what xz reaches on the same files, and plots both."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    joined = b"".join(held_out)
+    joined = b"".join(path.read_bytes() for path in sorted(held_out.rglob("*.py")))
     xz = 8 * len(lzma.compress(joined, preset=9)) / len(joined)
     rows = read_metrics(run)
     evaluated = [(r["step"], r["eval_bits_per_byte"]) for r in rows if "eval_bits_per_byte" in r]

@@ -140,7 +140,7 @@ def run_installed(python: Path, folder: Path, *arguments: str) -> str:
     result = subprocess.run(
         [python, *arguments],
         cwd=folder,
-        env=env | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        env=env | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
@@ -156,3 +156,15 @@ def test_the_wheel_knows_its_models_in_an_empty_folder(installed: Path, tmp_path
     figures = run_installed(installed, tmp_path, command, "info", "deepseek_v2", "--json")
     assert json.loads(figures)["parameters"] == 235_741_434_880
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_the_quickstart_in_an_empty_folder(installed: Path, tmp_path: Path):
+    overrides = ("num_steps=2", "log.eval_rows=8", "batch.size=2", "model.num_layers=2")
+    data = ("data.prepare.max_bytes=600000", "data.prepare.vocab_size=512")
+    command = str(installed.parent / "dsjax")
+    out = run_installed(installed, tmp_path, command, "train", "quickstart", *overrides, *data)
+    assert "quickstart_output/run: step 2" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart_output"]
+    made = {path.name for path in (tmp_path / "quickstart_output").iterdir()}
+    assert made == {"corpus", "packed", "run", "tokenizer"}

@@ -10,6 +10,7 @@ from dsjax.config import (
     LogConfig,
     LossConfig,
     OptimizerConfig,
+    PrepareConfig,
     RuntimeConfig,
     SourceConfig,
     TrainConfig,
@@ -22,8 +23,11 @@ config = TrainConfig(
     data=DataConfig(
         sources=(SourceConfig("quickstart_output/packed/train"),),
         eval_sources=(SourceConfig("quickstart_output/packed/held_out"),),
-        tokenizer="quickstart_output/tokenizer/tokenizer.json",
+        tokenizer="quickstart_output/tokenizer",
         length=256,
+        prepare=PrepareConfig(
+            corpus="python_library", folder="quickstart_output/corpus", vocab_size=4096
+        ),
     ),
     batch=BatchConfig(size=8),
     num_steps=500,

@@ -1,6 +1,6 @@
 """Configuration: what a model is, what a run is, and how files and overrides become one."""
 
-from dsjax.config.data import DataConfig, SourceConfig
+from dsjax.config.data import DataConfig, PrepareConfig, SourceConfig
 from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 from dsjax.config.runtime import KernelConfig, RuntimeConfig
@@ -31,6 +31,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PrepareConfig",
     "RuntimeConfig",
     "SourceConfig",
     "TokenDropping",

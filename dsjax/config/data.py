@@ -31,6 +31,32 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class PrepareConfig:
+    """Data that a run makes itself where they are not there yet.
+
+    Documents are collected in `folder`. A tokenizer is trained on them, in the folder
+    `data.tokenizer`. They are packed to the one source in `data.sources` and the one in
+    `data.eval_sources`.
+
+    Attributes:
+        corpus: what the documents are; "python_library" is the source of the running Python's
+            standard library.
+        folder: where the documents go.
+        vocab_size: ids of the tokenizer.
+        max_bytes: bytes of documents at most; 0 for all.
+    """
+
+    corpus: Literal["python_library"]
+    folder: str
+    vocab_size: int
+    max_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive("data.prepare", vocab_size=self.vocab_size)
+        require(self.max_bytes >= 0, "data.prepare.max_bytes", self.max_bytes, "must be >= 0")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where rows of tokens come from.
 
@@ -43,6 +69,7 @@ class DataConfig:
         num_workers: processes that read ahead; 0 reads in this one.
         num_packing_bins: rows filled at a time while packing documents.
         long_documents: what becomes of a document longer than a row.
+        prepare: how the run makes its data first; None finds them ready.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -53,8 +80,15 @@ class DataConfig:
     num_workers: int = 0
     num_packing_bins: int = 32
     long_documents: Literal["split", "error", "truncate"] = "split"
+    prepare: PrepareConfig | None = None
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "data.sources", self.sources, "must name at least one")
         require_positive("data", length=self.length, num_packing_bins=self.num_packing_bins)
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must not be negative")
+        if self.prepare is not None:
+            for name in ("sources", "eval_sources"):
+                sources = getattr(self, name)
+                fits = len(sources) == 1 and sources[0].format == "arrayrecord"
+                require(fits, f"data.{name}", sources, "must be one of packed rows, to prepare")
+            require(self.tokenizer != "bytes", "data.tokenizer", "bytes", "must be a folder")

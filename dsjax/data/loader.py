@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grain
 import numpy as np
 
+from dsjax.config import DataConfig, SourceConfig
 from dsjax.data.packed import PackedRows, Row
 from dsjax.data.packing import documents_of, pack_rows, tokenized
 from dsjax.data.sources import open_documents
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    from dsjax.config.data import DataConfig, SourceConfig
 
 Batch = dict[str, np.ndarray]
 

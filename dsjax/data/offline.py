@@ -16,19 +16,17 @@ from concurrent import futures
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from dsjax.config import SourceConfig
 from dsjax.data.packed import FORMAT, MANIFEST, new_shard, read_manifest
 from dsjax.data.packing import LongDocuments, documents_of, pack_rows, tokenized
 from dsjax.data.sources import Document, DocumentSource, open_documents
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 from dsjax.files import DRAFT_SUFFIX, read_json, write_json
 from dsjax.progress import JobProgress
-
-if TYPE_CHECKING:
-    from dsjax.config.data import SourceConfig
 
 PLAN = "packing.json"
 _BYTES_PER_SHARD = 1 << 22

@@ -10,12 +10,11 @@ import bisect
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from dsjax.config.data import SourceConfig
+from dsjax.config import SourceConfig
 
 _DEFAULT_GLOBS = {"text": "**/*.txt", "jsonl": "**/*.jsonl", "parquet": "**/*.parquet"}
 _SCAN_BYTES = 1 << 24

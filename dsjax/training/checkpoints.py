@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from dsjax.config import CheckpointConfig
+from dsjax.training.step import Guard, TrainState
 from dsjax.weights.param_store import saving_context
 from dsjax.weights.sources import STEPS_FOLDER
 
@@ -128,6 +130,34 @@ class RunCheckpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+
+
+def optimizer_to_dict(state: TrainState) -> dict[str, Any]:
+    """Lays everything but the parameters out with string keys, as `RunCheckpoints` takes it."""
+    adam = {name: optax.tree_utils.tree_get(state.moments, name) for name in ("count", "mu", "nu")}
+    return {
+        "step": state.step,
+        "guard": dict(vars(state.guard)),
+        "count": adam["count"],
+        "mu": nnx.to_pure_dict(adam["mu"]),
+        "nu": nnx.to_pure_dict(adam["nu"]),
+    }
+
+
+def state_from_dict(
+    optimizer: dict[str, Any], params: nnx.State, abstract: TrainState
+) -> TrainState:
+    """Undoes `optimizer_to_dict`; the abstract state gives the structure."""
+    moments = {"count": optimizer["count"]}
+    for name in ("mu", "nu"):
+        moments[name] = jax.tree.map(lambda leaf: leaf, params)
+        nnx.replace_by_pure_dict(moments[name], optimizer[name])
+    return TrainState(
+        step=optimizer["step"],
+        params=params,
+        moments=optax.tree_utils.tree_set(abstract.moments, **moments),
+        guard=Guard(**optimizer["guard"]),
+    )
 
 
 def _gather_json(value: dict[str, Any]) -> list[dict[str, Any]]:

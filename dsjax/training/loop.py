@@ -9,33 +9,32 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dsjax.config import LogConfig, ModelConfig, TrainConfig, to_json
+from dsjax.config import DataConfig, LogConfig, ModelConfig, TrainConfig, to_json
 from dsjax.config.run_file import RUN_FILE, read_run_file, write_run_file
 from dsjax.config.serialize import differing_fields
 from dsjax.data.loader import Loader, make_eval_batches, make_loader
+from dsjax.data.prepare import prepare_data
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.kernels import Kernels, choose_kernels
 from dsjax.mesh import ShardingRules, make_mesh, train_rules
 from dsjax.model import DeepSeekV2, abstract_model, create_model
 from dsjax.processes import HostShard
 from dsjax.progress import JobProgress
-from dsjax.training.checkpoints import RunCheckpoints
+from dsjax.training.checkpoints import RunCheckpoints, optimizer_to_dict, state_from_dict
 from dsjax.training.metrics import MetricsWriter
 from dsjax.training.preemption import Preemption
 from dsjax.training.report import Throughput, one_line, step_figures
 from dsjax.training.schedule import Schedule
 from dsjax.training.step import (
     SKIP_REASONS,
-    Guard,
     StepReport,
     TrainState,
     abstract_train_state,
@@ -84,15 +83,17 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Fit
     rules = train_rules(mesh if mesh.size > 1 else None)
     device = mesh.devices.flat[0]
     kernels = choose_kernels(device, config.model, config.runtime, rules.axis_size("tensor"))
-    _check(config, rules)
+    _check_batch(config, rules)
+    _prepare_data(config.data)
+    _check_vocabulary(config)
     shard = HostShard(rules)
     loader = make_loader(config.data, process_index=shard.index, process_count=shard.count)
     with contextlib.closing(loader):
         eval_batches = _eval_batches(config, shard)
         run.mkdir(parents=True, exist_ok=True)
         graphdef, params = abstract_model(config.model, config.runtime, rules, kernels)
+        abstract = abstract_train_state(config.optimizer, params, rules, device)
         with RunCheckpoints(run, config.checkpoint) as checkpoints:
-            abstract = abstract_train_state(config.optimizer, params, rules, device)
             if checkpoints.latest is None:
                 state = _fresh_state(config, abstract, rules, kernels)
             else:
@@ -101,23 +102,162 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Fit
             if jax.process_index() == 0:
                 write_run_file(run, config)
                 save_assets(config.data.tokenizer, config.init_from, run)
-            loop = _Loop(config, graphdef, shard, loader, eval_batches, checkpoints, mesh)
             with _open_metrics(config, run, int(state.step)) as metrics:
-                return loop.run(state, metrics)
+                loop = _Loop(
+                    config, graphdef, shard, loader, eval_batches, checkpoints, metrics, mesh
+                )
+                return loop.run(state)
 
 
-def _check(config: TrainConfig, rules: ShardingRules) -> None:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={config.model.vocab_size}: must be at least the "
-            f"{tokenizer.vocab_size} of data.tokenizer={config.data.tokenizer!r}"
+class _Loop:
+    """One run's way from a state to the last step."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        graphdef: nnx.GraphDef[DeepSeekV2],
+        shard: HostShard,
+        loader: Loader,
+        eval_batches: Iterable[dict[str, np.ndarray]],
+        checkpoints: RunCheckpoints,
+        metrics: MetricsWriter,
+        mesh: Mesh,
+    ):
+        self.config = config
+        self.graphdef = graphdef
+        self.shard = shard
+        self.loader = loader
+        self.eval_batches = eval_batches
+        self.checkpoints = checkpoints
+        self.metrics = metrics
+        self.schedule = Schedule(config)
+        self.throughput = Throughput(config, self.schedule, mesh)
+        self.progress = JobProgress(
+            "training", config.num_steps, unit="steps", shown=jax.process_index() == 0
         )
+
+    def run(self, state: TrainState) -> FitResult:
+        """Trains to the end, or to a signal; saves at the end either way."""
+        config, log = self.config, self.config.log
+        step = int(state.step)
+        bits_per_byte: float | None = None
+        evaluated_at = -1
+        unread: tuple[int, StepReport] | None = None
+        compiled_size = 0
+        with Preemption() as preemption, self.progress:
+            self.progress.reach(step)
+            if step:
+                self.progress.say(f"resumed at step {step} of {config.num_steps}")
+            while step < config.num_steps and not preemption.should_stop(step):
+                state, report = self._step(state, step)
+                step += 1
+                # The report of the step before is read while this one runs.
+                self._read(unread)
+                unread = (step, report)
+                if (size := self.schedule.batch_size(step - 1)) != compiled_size:
+                    jax.block_until_ready(report)
+                    self.throughput.restart(step)  # compilation is not a step's time
+                    compiled_size = size
+                if step % config.checkpoint.every == 0:
+                    self._save(state, step)
+                if log.eval_every and step % log.eval_every == 0:
+                    self._read(unread)
+                    unread = None
+                    bits_per_byte = self._evaluate(state, step)
+                    evaluated_at = step
+                    self.throughput.restart(step)
+            self._read(unread)
+            self._save(state, step)
+            finished = step >= config.num_steps
+            if finished and evaluated_at != step:
+                bits_per_byte = self._evaluate(state, step)
+            self.checkpoints.wait()
+            if not finished:
+                self.progress.say(f"stopped by a signal at step {step}; saved; run again to go on")
+        return FitResult(nnx.merge(self.graphdef, state.params), step, finished, bits_per_byte)
+
+    def _step(self, state: TrainState, step: int) -> tuple[TrainState, StepReport]:
+        config, size = self.config, self.schedule.batch_size(step)
+        num_slices = size // (config.batch.size // config.batch.accumulate)
+        rows = self.loader.next_batch(size // self.shard.count)
+        rows.pop("num_bytes")
+        batch = self.shard.place(rows, num_slices)
+        rate = jnp.float32(self.schedule.learning_rate(step))
+        return train_step(
+            self.graphdef, config.optimizer, config.loss, config.guard, state, batch, rate
+        )
+
+    def _read(self, unread: tuple[int, StepReport] | None) -> None:
+        """Waits for a step's report, shows and writes its figures, and stops a run that is lost."""
+        if unread is None:
+            return
+        step, report = unread
+        config, skipped = self.config, int(report.skip_reason)
+        self.progress.reach(step)
+        if step % config.log.every == 0 or step == config.num_steps or skipped:
+            figures = step_figures(report) | self.throughput.figures(step)
+            figures["learning_rate"] = self.schedule.learning_rate(step - 1)
+            figures["batch_size"] = self.schedule.batch_size(step - 1)
+            figures["tokens"] = self.schedule.tokens_before(step)
+            self.metrics.write(step, figures)
+            self.progress.note(one_line(figures))
+        if skipped:
+            self.progress.say(f"step {step} skipped: {SKIP_REASONS[skipped]}")
+        if int(report.skipped_in_a_row) >= config.guard.max_skipped:
+            self.checkpoints.wait()
+            raise TrainingStopped(
+                f"{config.guard.max_skipped} steps in a row were skipped up to step {step}: "
+                f"{SKIP_REASONS[skipped]}; the last checkpoint is of step {self.checkpoints.latest}"
+            )
+
+    def _save(self, state: TrainState, step: int) -> None:
+        data_state = {"shard": self.shard.index, "state": self.loader.get_state()}
+        self.checkpoints.save(step, state.params, optimizer_to_dict(state), data_state)
+
+    def _evaluate(self, state: TrainState, step: int) -> float | None:
+        """Evaluates on the held-out rows; returns bits per byte of their documents."""
+        sums = np.zeros(3)
+        for rows in self.eval_batches:
+            batch = jax.tree.map(lambda x: x[0], self.shard.place(rows, 1))
+            sums += np.asarray(
+                eval_step(self.graphdef, self.config.loss.chunk, state.params, batch), np.float64
+            )
+        nats, tokens, num_bytes = sums
+        if num_bytes == 0:
+            return None
+        bits_per_byte = nats / math.log(2) / num_bytes
+        self.metrics.write(
+            step, {"eval_cross_entropy": nats / tokens, "eval_bits_per_byte": bits_per_byte}
+        )
+        self.progress.say(f"step {step}: held-out {bits_per_byte:.4f} bits per byte")
+        return bits_per_byte
+
+
+def _check_batch(config: TrainConfig, rules: ShardingRules) -> None:
     slice_size = config.batch.size // config.batch.accumulate
     if slice_size % rules.num_batch_shards():
         raise ValueError(
             f"batch.size={config.batch.size}: its slices of {slice_size} sequences must be "
             f"divisible by the {rules.num_batch_shards()} batch shards of the mesh"
+        )
+
+
+def _prepare_data(data: DataConfig) -> None:
+    """Makes the run's data, where its config says how, by one process for all."""
+    if data.prepare is None:
+        return
+    if jax.process_index() == 0:
+        prepare_data(data)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("data prepared")
+
+
+def _check_vocabulary(config: TrainConfig) -> None:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size}: must be at least the "
+            f"{tokenizer.vocab_size} of data.tokenizer={config.data.tokenizer!r}"
         )
 
 
@@ -181,171 +321,9 @@ def _restored_state(
     step = checkpoints.latest
     assert step is not None
     params, optimizer, data_states = checkpoints.restore(
-        step, abstract.params, _optimizer_dict(abstract)
+        step, abstract.params, optimizer_to_dict(abstract)
     )
     by_shard = {saved["shard"]: saved["state"] for saved in data_states}
     # Of packed data all states are one; documents refuse another number of hosts themselves.
     loader.set_state(by_shard.get(shard.index, by_shard[0]))
-    return _from_optimizer_dict(optimizer, params, abstract)
-
-
-def _optimizer_dict(state: TrainState) -> dict[str, Any]:
-    """Lays everything but the parameters out with string keys, as checkpoints want it."""
-    adam = {name: optax.tree_utils.tree_get(state.moments, name) for name in ("count", "mu", "nu")}
-    return {
-        "step": state.step,
-        "guard": dict(vars(state.guard)),
-        "count": adam["count"],
-        "mu": nnx.to_pure_dict(adam["mu"]),
-        "nu": nnx.to_pure_dict(adam["nu"]),
-    }
-
-
-def _from_optimizer_dict(
-    optimizer: dict[str, Any], params: nnx.State, abstract: TrainState
-) -> TrainState:
-    """Undoes `_optimizer_dict`; the abstract state gives the structure."""
-    moments = {"count": optimizer["count"]}
-    for name in ("mu", "nu"):
-        moments[name] = jax.tree.map(lambda leaf: leaf, params)
-        nnx.replace_by_pure_dict(moments[name], optimizer[name])
-    return TrainState(
-        step=optimizer["step"],
-        params=params,
-        moments=optax.tree_utils.tree_set(abstract.moments, **moments),
-        guard=Guard(**optimizer["guard"]),
-    )
-
-
-class _Loop:
-    """One run's way from a state to the last step."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        graphdef: nnx.GraphDef[DeepSeekV2],
-        shard: HostShard,
-        loader: Loader,
-        eval_batches: Iterable[dict[str, np.ndarray]],
-        checkpoints: RunCheckpoints,
-        mesh: Mesh,
-    ):
-        self.config = config
-        self.graphdef = graphdef
-        self.schedule = Schedule(config)
-        self.shard = shard
-        self.loader = loader
-        self.eval_batches = eval_batches
-        self.checkpoints = checkpoints
-        self.throughput = Throughput(config, self.schedule, mesh)
-
-    def run(self, state: TrainState, metrics: MetricsWriter) -> FitResult:
-        """Trains to the end, or to a signal; saves at the end either way."""
-        config = self.config
-        start = step = int(state.step)
-        bits_per_byte: float | None = None
-        evaluated_at = -1
-        progress = JobProgress(
-            "training",
-            config.num_steps,
-            start,
-            unit="steps",
-            shown=jax.process_index() == 0,
-        )
-        with Preemption() as preemption, progress:
-            if start:
-                progress.say(f"resumed at step {start} of {config.num_steps}")
-            waiting: tuple[int, StepReport] | None = None
-            compiled_size = 0
-            while step < config.num_steps and not preemption.should_stop(step):
-                state, report = self._step(state, step)
-                step += 1
-                # The report of the step before is read while this one runs.
-                self._read(waiting, metrics, progress)
-                waiting = (step, report)
-                if (size := self.schedule.batch_size(step - 1)) != compiled_size:
-                    jax.block_until_ready(report)
-                    self.throughput.restart(step)  # compilation is not a step's time
-                    compiled_size = size
-                if step % config.checkpoint.every == 0:
-                    self._save(state, step)
-                if config.log.eval_every and step % config.log.eval_every == 0:
-                    self._read(waiting, metrics, progress)
-                    waiting = None
-                    bits_per_byte = self._evaluate(state, step, metrics, progress)
-                    evaluated_at = step
-                    self.throughput.restart(step)
-            self._read(waiting, metrics, progress)
-            self._save(state, step)
-            finished = step >= config.num_steps
-            if finished and evaluated_at != step:
-                bits_per_byte = self._evaluate(state, step, metrics, progress)
-            self.checkpoints.wait()
-            if not finished:
-                progress.say(f"stopped by a signal at step {step}; saved; run again to go on")
-        return FitResult(nnx.merge(self.graphdef, state.params), step, finished, bits_per_byte)
-
-    def _step(self, state: TrainState, step: int) -> tuple[TrainState, StepReport]:
-        batch_config, size = self.config.batch, self.schedule.batch_size(step)
-        num_slices = size // (batch_config.size // batch_config.accumulate)
-        rows = self.loader.next_batch(size // self.shard.count)
-        rows.pop("num_bytes")
-        batch = self.shard.place(rows, num_slices)
-        rate = jnp.float32(self.schedule.learning_rate(step))
-        config = self.config
-        return train_step(
-            self.graphdef, config.optimizer, config.loss, config.guard, state, batch, rate
-        )
-
-    def _read(
-        self,
-        waiting: tuple[int, StepReport] | None,
-        metrics: MetricsWriter,
-        progress: JobProgress,
-    ) -> None:
-        if waiting is None:
-            return
-        step, report = waiting
-        skipped = int(report.skip_reason)
-        figures = None
-        if step % self.config.log.every == 0 or step == self.config.num_steps or skipped:
-            figures = step_figures(report) | self.throughput.figures(step)
-            figures["learning_rate"] = self.schedule.learning_rate(step - 1)
-            figures["batch_size"] = self.schedule.batch_size(step - 1)
-            figures["tokens"] = self.schedule.tokens_before(step)
-            metrics.write(step, figures)
-        progress.reach(step)
-        if figures is not None:
-            progress.note(one_line(figures))
-        if skipped:
-            progress.say(f"step {step} skipped: {SKIP_REASONS[skipped]}")
-        if int(report.skipped_in_a_row) >= self.config.guard.max_skipped:
-            self.checkpoints.wait()
-            raise TrainingStopped(
-                f"{self.config.guard.max_skipped} steps in a row were skipped up to step {step}: "
-                f"{SKIP_REASONS[skipped]}; the last checkpoint is of step {self.checkpoints.latest}"
-            )
-
-    def _save(self, state: TrainState, step: int) -> None:
-        data_state = {"shard": self.shard.index, "state": self.loader.get_state()}
-        self.checkpoints.save(step, state.params, _optimizer_dict(state), data_state)
-
-    def _evaluate(
-        self, state: TrainState, step: int, metrics: MetricsWriter, progress: JobProgress
-    ) -> float | None:
-        """Evaluates on the held-out rows; returns bits per byte of their documents."""
-        sums = np.zeros(3)
-        for rows in self.eval_batches:
-            batch = jax.tree.map(lambda x: x[0], self.shard.place(rows, 1))
-            sums += np.asarray(
-                eval_step(self.graphdef, self.config.loss.chunk, state.params, batch), np.float64
-            )
-        nats, tokens, num_bytes = sums
-        if num_bytes == 0:
-            return None
-        bits_per_byte = nats / math.log(2) / num_bytes
-        metrics.write(
-            step, {"eval_cross_entropy": nats / tokens, "eval_bits_per_byte": bits_per_byte}
-        )
-        progress.say(f"step {step}: held-out {bits_per_byte:.4f} bits per byte")
-        return bits_per_byte
+    return state_from_dict(optimizer, params, abstract)

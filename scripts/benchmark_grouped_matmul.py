@@ -21,26 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.grouped_matmul import block_scaled, grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul.cases import DECODE, PORTABLE, SWIGLU, TRAINING
+from pallas_kernels.quantised import block_scaled
 
 ROUNDS, ROUND_SECONDS = 5, 0.02
-# Experts, contracted and output width, rows: V2-Lite's sizes with gate and up side by side, V2's.
-TRAINING = (
-    (64, 2048, 2816, 196608),
-    (64, 2048, 2816, 49152),
-    (64, 2048, 2816, 6144),
-    (160, 5120, 3072, 98304),
-    (160, 1536, 5120, 98304),
-)
-SWIGLU = ((64, 2048, 1408, 49152),)
-# Experts, widths, experts a token, weights, tokens.
-DECODE = (
-    (64, 2048, 2816, 6, "bfloat16", (1, 32, 128)),
-    (64, 2048, 2816, 6, "int8", (1, 32, 128)),
-    (64, 2048, 2816, 6, "float8_e4m3fn", (32,)),
-    (160, 5120, 3072, 6, "bfloat16", (1, 8, 32, 128)),
-    (160, 1536, 5120, 6, "bfloat16", (1, 32, 128)),
-)
 
 
 def draw(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
@@ -253,14 +238,13 @@ def decode(implementation: str, with_torch: bool) -> None:
 def portable(implementation: str, with_torch: bool) -> None:
     """Times the xla implementation beside jax.lax.ragged_dot, forward and backward."""
     del implementation, with_torch
-    num_groups, width_in, width_out = 64, 256, 256
 
     def both_ways(call, lhs, rhs, sizes, d_out):
         out, pull = jax.vjp(lambda *arrays: call(*arrays, sizes), lhs, rhs)
         return out, pull(d_out)
 
     xla = functools.partial(grouped_matmul, implementation="xla")
-    for num_rows in (128, 1024):
+    for num_groups, width_in, width_out, num_rows in PORTABLE:
         lhs, d_out = (
             draw(0, num_rows, width).astype(jnp.float32) for width in (width_in, width_out)
         )

@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mla_attention import mla_attention, mla_attention_with_lse
+from pallas_kernels.mla_attention.cases import CASES, LARGE_CASES, TIMED, Case
 from tests import oracle_attention
-from tests.pallas_kernels.mla_attention_cases import CASES, LARGE_CASES, Case
 
 SCALE = 192**-0.5
 FORWARD_DIMS, BACKWARD_DIMS = 192 + 128, 3 * 192 + 2 * 128
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare with the oracle first")
     parser.add_argument("--segment-ids", action="store_true", help="give ids, all alike")
     parser.add_argument("--implementation", default="hopper")
-    parser.add_argument("--shapes", nargs="+", default=["16x4096", "16x16384", "128x4096"])
+    parser.add_argument("--shapes", nargs="+", default=[f"{h}x{t}" for h, t in TIMED])
     options = parser.parse_args()
     print(jax.devices()[0].device_kind, options.implementation, flush=True)
     if options.check and not check(options.implementation):

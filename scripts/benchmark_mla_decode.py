@@ -12,79 +12,25 @@ The card's power limit holds long runs back. So each call is timed in short runs
 """
 
 import argparse
-import dataclasses
 import functools
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mla_decode import LatentPages, mla_decode, quantize_latents
+from pallas_kernels.mla_decode import LatentPages, mla_decode
+from pallas_kernels.mla_decode.cases import TIMED, Timed
+from pallas_kernels.mla_decode.limits import KV_RANK, ROPE_DIM
+from pallas_kernels.quantised import row_scaled
 
-KV_RANK, ROPE_DIM = 512, 64
+SCALE = 192**-0.5
 POOL_BYTES = 400 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """One shape: sequences of one length, or of lengths around it."""
-
-    batch: int
-    heads: int
-    length: int
-    tokens: int = 1
-    ragged: bool = False
-    page_size: int = 64
-    quantized: str | None = None  # The latents' dtype, where they have 8 bits.
-
-    @property
-    def name(self) -> str:
-        """Its name on the command line."""
-        name = f"b{self.batch}_h{self.heads}_s{self.length}"
-        name += f"_t{self.tokens}" if self.tokens > 1 else ""
-        return name + "_ragged" * self.ragged + (f"_{self.quantized}" if self.quantized else "")
-
-    @property
-    def key_bytes(self) -> int:
-        """Bytes of a token in the cache."""
-        if self.quantized:
-            return KV_RANK + 2 * ROPE_DIM + 4
-        return 2 * (KV_RANK + ROPE_DIM)
-
-    @property
-    def flops(self) -> int:
-        """Operations that the scores and the outputs take."""
-        return self.batch * self.heads * self.tokens * 2 * self.length * (2 * KV_RANK + ROPE_DIM)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that must be moved."""
-        rows = self.tokens * self.heads
-        return self.batch * (2 * rows * (2 * KV_RANK + ROPE_DIM) + self.length * self.key_bytes)
-
-
-SHAPES = (
-    Shape(128, 128, 4096),
-    Shape(128, 128, 8192),
-    Shape(128, 128, 8192, tokens=2),
-    Shape(128, 64, 8192),
-    Shape(128, 16, 4096),
-    Shape(128, 16, 8192),
-    Shape(128, 16, 8192, tokens=2),
-    Shape(128, 16, 8192, ragged=True),
-    Shape(1, 16, 8192),
-    Shape(1, 16, 131072),
-    Shape(1, 128, 131072),
-    Shape(32, 16, 2048),
-    Shape(128, 16, 8192, quantized="int8"),
-    Shape(128, 16, 8192, quantized="float8_e4m3fn"),
-    Shape(128, 128, 8192, quantized="int8"),
-)
-
-
-def make_inputs(shape: Shape):
+def make_inputs(shape: Timed):
     """Draws queries, a pool of several layers, a scattered page table and lengths."""
     keys = jax.random.split(jax.random.key(0), 6)
     columns = shape.length // shape.page_size
@@ -96,9 +42,9 @@ def make_inputs(shape: Shape):
     draw = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
     latent = draw(keys[0], (num_pages, shape.page_size, KV_RANK))
     rope, scale = draw(keys[1], (num_pages, shape.page_size, ROPE_DIM)), None
-    if shape.quantized:
-        quantize = jax.jit(quantize_latents, static_argnums=1)
-        latent, scale = quantize(latent, jnp.dtype(shape.quantized))
+    if shape.quantised:
+        quantize = jax.jit(row_scaled, static_argnums=1)
+        latent, scale = quantize(latent, jnp.dtype(shape.quantised))
     pages = LatentPages(latent, rope, scale)
     table = jax.random.permutation(keys[2], per_layer).reshape(shape.batch, columns)
     lengths = jnp.full(shape.batch, shape.length, jnp.int32)
@@ -140,33 +86,24 @@ def seconds_per_call(step, first, *args, budget: float = 0.1) -> tuple[float, fl
     return sustained, statistics.median(measure_rested() for _ in range(5))
 
 
-def time_decode(shape: Shape, implementation: str, budget: float = 0.1) -> tuple[float, float]:
-    """Returns the seconds that one call of `mla_decode` takes, and takes rested."""
+def time_decode(shape: Timed, decode: Callable, budget: float = 0.1) -> tuple[float, float]:
+    """Returns the seconds that one call of `decode` takes, and takes rested."""
     inputs, num_layers, per_layer = make_inputs(shape)
 
     def call(i, _, q_latent, q_rope, pages, table, lengths):
         table = table + (i % num_layers) * per_layer
-        return mla_decode(
-            q_latent,
-            q_rope,
-            pages,
-            table,
-            lengths,
-            scale=192**-0.5,
-            implementation=implementation,
-        )
+        return decode(q_latent, q_rope, pages, table, lengths)
 
     first = jnp.zeros_like(inputs[0]), jnp.zeros(inputs[0].shape[:-1], jnp.float32)
     return seconds_per_call(call, first, *inputs, budget=budget)
 
 
-def kernel_times(shape: Shape, implementation: str) -> list[tuple[str, float]]:
+def kernel_times(shape: Timed, decode: Callable) -> list[tuple[str, float]]:
     """Returns (name, microseconds) of each kernel of one call, from the driver's own counters."""
     from jax.experimental.mosaic.gpu import profiler
 
     inputs, _, _ = make_inputs(shape)
-    call = functools.partial(mla_decode, scale=192**-0.5, implementation=implementation)
-    _, runs = profiler.measure(jax.jit(call), aggregate=False, iterations=5)(*inputs)
+    _, runs = profiler.measure(jax.jit(decode), aggregate=False, iterations=5)(*inputs)
     return [
         (kernels[0][0], 1e3 * statistics.median(t for _, t in kernels))
         for kernels in zip(*runs, strict=True)
@@ -193,11 +130,12 @@ def time_matmul(size: int = 8192) -> tuple[float, float]:
 def main() -> None:
     """Prints one line per shape."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [shape.name for shape in SHAPES]
+    names = [shape.name for shape in TIMED]
     parser.add_argument("--cases", nargs="*", default=names, choices=names)
     parser.add_argument("--implementation", default="hopper")
     parser.add_argument("--kernels", action="store_true", help="print each kernel's time too")
     args = parser.parse_args()
+    decode = functools.partial(mla_decode, scale=SCALE, implementation=args.implementation)
 
     dense, dense_rested = time_matmul()
     print(
@@ -208,10 +146,10 @@ def main() -> None:
         f"{'shape':26} {'us':>8} {'TFLOP/s':>8} {'of dense':>8} {'GB/s':>8} {'of read':>8} "
         f"| rested: {'us':>8} {'TFLOP/s':>8} {'of dense':>8}"
     )
-    for shape in SHAPES:
+    for shape in TIMED:
         if shape.name not in args.cases:
             continue
-        seconds, rested = time_decode(shape, args.implementation)
+        seconds, rested = time_decode(shape, decode)
         # A ragged batch holds fewer keys than its longest sequence times its size.
         share = 0.75 if shape.ragged else 1.0
         flops, moved = share * shape.flops / seconds, share * shape.num_bytes / seconds
@@ -224,7 +162,7 @@ def main() -> None:
             flush=True,
         )
         if args.kernels:
-            for name, microseconds in kernel_times(shape, args.implementation):
+            for name, microseconds in kernel_times(shape, decode):
                 print(f"    {microseconds:8.2f} us  {name[:80]}", flush=True)
 
 

@@ -25,11 +25,17 @@ def ours(kind: str, shape: list[int]) -> Any:
     lhs, rhs, d_out, sizes = _arrays(shape)
     offset, groups = jnp.int32(0), shape[3]
     if kind == "forward":
-        return lambda x, w, s: tpu.matmul(x, w, s, offset, transpose_rhs=False), (lhs, rhs, sizes)
+        return lambda x, w, s: tpu.row_products((x,), (w,), s, offset)[0], (lhs, rhs, sizes)
     if kind == "rows-backward":
-        return lambda x, w, s: tpu.matmul(x, w, s, offset, transpose_rhs=True), (d_out, rhs, sizes)
+        return (
+            lambda x, w, s: tpu.row_products((x,), (w,), s, offset, transpose_rhs=True)[0],
+            (d_out, rhs, sizes),
+        )
     if kind == "swiglu":
-        return lambda x, g, u, s: tpu.swiglu(x, g, u, s, offset), (lhs, rhs, rhs, sizes)
+        return (
+            lambda x, g, u, s: tpu.row_products((x,), (g, u), s, offset, activation=True)[0],
+            (lhs, rhs, rhs, sizes),
+        )
     return (
         lambda x, d, s: tpu.weight_gradient(x, d, s, offset, groups),
         (lhs, d_out, sizes),

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from benchmark_grouped_matmul import draw, even_sizes, take_turns, zipf_sizes
 
-from pallas_kernels.grouped_matmul.hopper_rows import rows_kernel
-from pallas_kernels.grouped_matmul.hopper_weight_gradient import weight_gradient_kernel
+from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.grouped_matmul.tiles import HopperTile
 
 BLOCKS = {
@@ -29,13 +28,13 @@ def call_of(kind: str, tile: HopperTile, num_groups: int):
     """Returns the jitted kernel with one tile, of the arrays that main draws."""
     if kind == "weights":
         return jax.jit(
-            lambda lhs, rhs, d_out, sizes: weight_gradient_kernel(
+            lambda lhs, rhs, d_out, sizes: hopper.weight_gradient(
                 lhs, d_out, sizes, jnp.int32(0), num_groups, tile=tile
             )
         )
     swiglu = kind == "swiglu"
     return jax.jit(
-        lambda lhs, rhs, d_out, sizes: rows_kernel(
+        lambda lhs, rhs, d_out, sizes: hopper.row_products(
             (lhs,),
             (rhs, rhs) if swiglu else (rhs,),
             sizes,

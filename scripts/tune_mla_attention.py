@@ -13,6 +13,7 @@ import jax
 
 from pallas_kernels.mla_attention import hopper_backward, hopper_forward
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
+from pallas_kernels.mla_attention.cases import TIMED
 from pallas_kernels.mla_attention.tiles import HopperBackward, HopperForward
 from scripts.benchmark_mla_attention import BACKWARD_DIMS, FORWARD_DIMS, SCALE, draw, seconds
 
@@ -23,29 +24,29 @@ BACKWARD = [HopperBackward(heads_per_group=heads) for heads in (1, 4, 8, 16, 32)
 def main() -> None:
     """Prints TFLOP/s of every tile and shape."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["16x4096", "16x16384", "128x4096"])
+    parser.add_argument("--shapes", nargs="+", default=[f"{h}x{t}" for h, t in TIMED])
     options = parser.parse_args()
     for shape in options.shapes:
         heads, tokens = map(int, shape.split("x"))
         arrays, d_out = draw(heads, tokens, 1)
         rows = jax.random.normal(jax.random.key(2), (1, heads, tokens))  # any: the work is the same
-        for tiles in [*FORWARD, *BACKWARD]:
-            if isinstance(tiles, HopperForward):
+        for tile in [*FORWARD, *BACKWARD]:
+            if isinstance(tile, HopperForward):
                 dims, inputs = FORWARD_DIMS, arrays
                 run = jax.jit(
-                    lambda *x, tiles=tiles, n=tokens: hopper_forward.attend(
-                        Inputs(*x), Masks(), None, scale=SCALE, causal=True, num_keys=n, tiles=tiles
+                    lambda *x, tile=tile, n=tokens: hopper_forward.attend(
+                        Inputs(*x), Masks(), None, scale=SCALE, causal=True, num_keys=n, tile=tile
                     )
                 )
             else:
                 dims, inputs = BACKWARD_DIMS, (*arrays, d_out, rows + 10, rows)
                 run = jax.jit(
-                    lambda *x, tiles=tiles: hopper_backward.differentiate(
-                        Inputs(*x[:5]), Masks(), None, *x[5:], scale=SCALE, causal=True, tiles=tiles
+                    lambda *x, tile=tile: hopper_backward.differentiate(
+                        Inputs(*x[:5]), Masks(), None, *x[5:], scale=SCALE, causal=True, tile=tile
                     )
                 )
             time = seconds(lambda run=run, inputs=inputs: run(*inputs), jax.block_until_ready)
-            print(f"{shape:9} {heads * tokens**2 * dims / time / 1e12:4.0f} {tiles}", flush=True)
+            print(f"{shape:9} {heads * tokens**2 * dims / time / 1e12:4.0f} {tile}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ python scripts/tune_mla_decode.py [--cases NAME ...]
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 import jax
-from benchmark_mla_decode import SHAPES, time_decode
+from benchmark_mla_decode import SCALE, time_decode
 
 from pallas_kernels.mla_decode import hopper
-from pallas_kernels.mla_decode.tiles import HopperTiles, hopper_tiles
+from pallas_kernels.mla_decode.cases import TIMED
+from pallas_kernels.mla_decode.tiles import HOPPER, HopperTile
 
 CHOICES = {
     "merge_rows": (4, 8, 16),
@@ -21,38 +24,37 @@ CHOICES = {
 }
 
 
-def candidates(start: HopperTiles):
-    """Yields the sizes that differ from `start` in one field, after `start` itself."""
-    yield start
+def candidates() -> Iterator[HopperTile]:
+    """Yields the sizes that differ from the table's in one field, after these themselves."""
+    yield HOPPER
     for name, values in CHOICES.items():
         for value in values:
-            if value != getattr(start, name):
-                yield dataclasses.replace(start, **{name: value})
+            if value != getattr(HOPPER, name):
+                yield dataclasses.replace(HOPPER, **{name: value})
 
 
 def main() -> None:
     """Prints the time of every candidate, and the best over all shapes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [shape.name for shape in SHAPES]
+    names = [shape.name for shape in TIMED]
     parser.add_argument("--cases", nargs="*", default=names, choices=names)
     args = parser.parse_args()
     chip = jax.devices()[0].device_kind
-    start = hopper_tiles(chip)
-    shapes = [shape for shape in SHAPES if shape.name in args.cases]
+    shapes = [shape for shape in TIMED if shape.name in args.cases]
     times = {}
-    for shape, tiles in itertools.product(shapes, candidates(start)):
-        hopper.hopper_tiles = lambda tiles=tiles: tiles
-        times[shape, tiles], _ = time_decode(shape, "hopper", budget=0.05)
-        print(f"{shape.name:26} {times[shape, tiles] * 1e6:9.1f} us  {tiles}", flush=True)
+    for shape, tile in itertools.product(shapes, candidates()):
+        decode = functools.partial(hopper.decode, scale=SCALE, tile=tile)
+        times[shape, tile], _ = time_decode(shape, decode, budget=0.05)
+        print(f"{shape.name:26} {times[shape, tile] * 1e6:9.1f} us  {tile}", flush=True)
 
-    def slowdown(tiles: HopperTiles) -> float:
+    def slowdown(tile: HopperTile) -> float:
         ratios = [
-            times[shape, tiles] / min(times[shape, other] for other in candidates(start))
+            times[shape, tile] / min(times[shape, other] for other in candidates())
             for shape in shapes
         ]
         return math.prod(ratios) ** (1 / len(ratios))
 
-    best = min(candidates(start), key=slowdown)
+    best = min(candidates(), key=slowdown)
     print(f"{chip}: {best}, {slowdown(best):.3f} of each shape's own best in the geometric mean")
 
 

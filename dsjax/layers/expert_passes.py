@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.expert_exchange import combine_rows, gather_rows, sort_by_expert
+from pallas_kernels.expert_permute import combine_rows, gather_rows, sort_by_expert
 from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
 
 

@@ -1,7 +1,7 @@
 """Tokens, and what was chosen for them, to the shards of their experts; sums of rows back.
 
-Every direction is the transpose of the other, so the backward passes are exchanges too, and
-gathers on either side of them: nothing is scattered.
+Each direction is the transpose of the other. So the backward passes are exchanges too, with gathers
+on either side of them: nothing is scattered.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def _out(rows_S: Array, plan: ExchangePlan) -> Array:
         max_size=num_tokens,
         axis_name=plan.axis_name,
         transport=plan.transport,
+        pieces=plan.pieces,
     )
 
 
@@ -38,6 +39,7 @@ def _back(rows_R: Array, plan: ExchangePlan) -> Array:
         max_size=plan.row_NF.shape[0],
         axis_name=plan.axis_name,
         transport=plan.transport,
+        pieces=plan.pieces,
     )
 
 
@@ -61,7 +63,7 @@ def send_tokens(x_ND: Float[Array, "N D"], plan: ExchangePlan) -> Float[Array, "
         plan: from `plan_exchange`.
 
     Returns:
-        The tokens received, in x_ND's dtype, `plan.num_received` of them and zeros behind; R has
+        The tokens received, in x_ND's dtype, `plan.num_received` of them, then zeros; R has
         room for every token of every shard.
     """
     return _out(x_ND[plan.token_S], plan)
@@ -83,7 +85,7 @@ def return_tokens(rows_RD: Float[Array, "R D"], plan: ExchangePlan) -> Float[Arr
     """Returns a row for every token received, and sums each token's in float32.
 
     Args:
-        rows_RD: one row for each token that `send_tokens` brought; what is behind them is ignored.
+        rows_RD: one row for each token that `send_tokens` brought; those after them are ignored.
         plan: the one they came by.
 
     Returns:

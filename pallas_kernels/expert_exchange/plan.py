@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.expert_exchange.transport import TRANSPORTS
+from pallas_kernels.expert_exchange.limits import supported
+from pallas_kernels.expert_exchange.transport import PIECES
+from pallas_kernels.implementations import check_supported
 
 
 @jax.tree_util.register_dataclass
@@ -19,12 +21,13 @@ class ExchangePlan:
 
     Attributes:
         token_S: int32, the token that each sent row is a copy of; rows are sorted by the shard
-            they go to, and those behind the last are sent nowhere.
+            they go to, and those after the last are sent nowhere.
         row_NF: int32, the rows of each token; S where it goes to fewer than F shards.
         sizes_PQ: int32, rows that shard p sends to shard q; the same on every shard.
         experts_per_shard: experts of each shard, in the order of the shards.
         axis_name: the mesh axis of the shards.
         transport: one of TRANSPORTS.
+        pieces: as of plan_exchange.
     """
 
     # Any: a pytree's leaves may also be placeholders while jax transforms it.
@@ -34,6 +37,7 @@ class ExchangePlan:
     experts_per_shard: int = field(metadata={"static": True})
     axis_name: str = field(metadata={"static": True})
     transport: str = field(metadata={"static": True})
+    pieces: int = field(metadata={"static": True})
 
     @property
     def num_received(self) -> Int[Array, ""]:
@@ -48,6 +52,7 @@ def plan_exchange(
     max_shards: int,
     axis_name: str,
     transport: str,
+    pieces: int = PIECES,
 ) -> ExchangePlan:
     """Plans the exchange of this shard's tokens; to be called within shard_map.
 
@@ -57,22 +62,18 @@ def plan_exchange(
         max_shards: F, a bound on the shards that any token goes to, which the routing gives
             (device-limited routing, arXiv 2405.04434 §2.2.2); it bounds the bytes sent.
         axis_name: the mesh axis whose shards have the experts, in order.
-        transport: "ragged" sends the rows there are, for TPUs; "ragged_parts" the same in many
+        transport: "ragged" sends the rows that there are, for TPUs; "ragged_parts" the same in many
             pieces, for GPUs; "fixed" sends as many as there might be, for the CPU.
+        pieces: pieces that "ragged_parts" sends this shard's rows in.
 
     Raises:
-        ValueError: an unknown transport, or experts that the shards do not divide.
+        ValueError: an unknown transport, or what it does not take (see `supported`).
     """
     num_shards = jax.lax.axis_size(axis_name)
-    if transport not in TRANSPORTS:
-        raise ValueError(f"transport: {transport!r} must be one of {tuple(TRANSPORTS)}")
-    if num_experts % num_shards:
-        raise ValueError(
-            f"num_experts: {num_experts} must be a multiple of the {num_shards} shards of mesh "
-            f"axis {axis_name!r}"
-        )
-    if not 1 <= max_shards <= num_shards:
-        raise ValueError(f"max_shards: {max_shards} must be between 1 and {num_shards}")
+    reason = supported(
+        transport, num_experts=num_experts, num_shards=num_shards, max_shards=max_shards
+    )
+    check_supported(transport, reason, argument="transport")
     num_tokens = indices_NK.shape[0]
     num_rows = num_tokens * max_shards
     experts_per_shard = num_experts // num_shards
@@ -94,4 +95,5 @@ def plan_exchange(
         experts_per_shard=experts_per_shard,
         axis_name=axis_name,
         transport=transport,
+        pieces=pieces,
     )

@@ -1,44 +1,41 @@
 """The experts' FFN: rows sorted by group, each times its group's matrix (arXiv 2405.04434, 2.2).
 
-Four implementations with one meaning: "reference" (plain jax.numpy, small sizes), "xla" (portable:
+Four implementations have one meaning: "reference" (plain jax.numpy, small sizes), "xla" (portable:
 the CPU and GPUs older than Hopper), "tpu" (Pallas, Mosaic TPU) and "hopper" (Pallas, Mosaic GPU,
 sm_90). Shape letters: M rows, K contracted, N columns, G groups.
+
+Each implementation is a module with two functions, in whose terms both ops and their gradients are
+written here: `row_products` (rows times weights: one product, two with SwiGLU after them, or the
+sum of two) and `weight_gradient`.
 """
 
 import functools
-import importlib
-from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from pallas_kernels.grouped_matmul.weights import (
-    BlockScaledWeights,
-    LayerOfStack,
-    block_scaled,
-    dequantise,
-)
+from pallas_kernels.grouped_matmul.limits import STACKS_IN_PLACE, supported
+from pallas_kernels.grouped_matmul.stacks import LayerOfStack
+from pallas_kernels.implementations import IMPLEMENTATIONS, check_supported, load
+from pallas_kernels.manual_axes import vary_alike
+from pallas_kernels.quantised import BlockScaledWeights, block_scaled, dequantise
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "STACKS_IN_PLACE",
     "BlockScaledWeights",
     "LayerOfStack",
     "block_scaled",
     "dequantise",
     "grouped_matmul",
     "grouped_swiglu",
+    "supported",
 ]
 
-IMPLEMENTATIONS = ("reference", "xla", "tpu", "hopper")
-
-
-def _implementation(name: str) -> ModuleType:
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: {name!r} must be one of {IMPLEMENTATIONS}")
-    # Imported when chosen: a host without Mosaic for one chip can still use the others.
-    return importlib.import_module(f"{__name__}.{name}")
+Weights = Array | BlockScaledWeights | LayerOfStack
 
 
 def grouped_matmul(
@@ -70,17 +67,17 @@ def grouped_matmul(
         Rows [M, N] of lhs_MK's dtype.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit, an unknown implementation, or what that
-            one cannot take.
+        ValueError: shapes or dtypes that do not fit, an unknown implementation, or what it does not
+            take (see `supported`).
     """
-    module = _implementation(implementation)
-    _check_rhs("rhs_GKN", lhs_MK, rhs_GKN, group_sizes_G, group_offset, 2 if transpose_rhs else 1)
+    weights = {"rhs_GKN": rhs_GKN}
+    _check(lhs_MK, weights, group_sizes_G, group_offset, transpose_rhs, implementation)
     offset = jnp.asarray(0 if group_offset is None else group_offset, jnp.int32)
-    arrays = _vary_alike((lhs_MK, rhs_GKN, group_sizes_G.astype(jnp.int32), offset))
+    arrays = vary_alike((lhs_MK, rhs_GKN, group_sizes_G.astype(jnp.int32), offset))
     if lhs_MK.shape[0] == 0:
         num_columns = rhs_GKN.shape[1 if transpose_rhs else 2]
         return lax.full_like(arrays[0], 0, shape=(0, num_columns))
-    return _matmul(module, transpose_rhs, *arrays)
+    return _matmul(implementation, transpose_rhs, *arrays)
 
 
 def grouped_swiglu(
@@ -110,12 +107,11 @@ def grouped_swiglu(
         Hidden rows [M, N] of lhs_MK's dtype.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit, an unknown implementation, or what that
-            one cannot take.
+        ValueError: shapes or dtypes that do not fit, an unknown implementation, or what it does not
+            take (see `supported`).
     """
-    module = _implementation(implementation)
-    for name, rhs in (("gate_GKN", gate_GKN), ("up_GKN", up_GKN)):
-        _check_rhs(name, lhs_MK, rhs, group_sizes_G, group_offset, 1)
+    weights = {"gate_GKN": gate_GKN, "up_GKN": up_GKN}
+    _check(lhs_MK, weights, group_sizes_G, group_offset, False, implementation)
     if gate_GKN.shape != up_GKN.shape or gate_GKN.dtype != up_GKN.dtype:
         raise ValueError(
             f"up_GKN: shape {up_GKN.shape} and dtype {up_GKN.dtype} must be those of gate_GKN, "
@@ -127,25 +123,48 @@ def grouped_swiglu(
             f"up_GKN: layer {layers[1]} must be the same object as gate_GKN's, {layers[0]}"
         )
     offset = jnp.asarray(0 if group_offset is None else group_offset, jnp.int32)
-    arrays = _vary_alike((lhs_MK, gate_GKN, up_GKN, group_sizes_G.astype(jnp.int32), offset))
+    arrays = vary_alike((lhs_MK, gate_GKN, up_GKN, group_sizes_G.astype(jnp.int32), offset))
     if lhs_MK.shape[0] == 0:
         return lax.full_like(arrays[0], 0, shape=(0, gate_GKN.shape[2]))
-    return _swiglu(module, *arrays)
+    return _swiglu(implementation, *arrays)
+
+
+def _check(
+    lhs_MK: Array,
+    weights: dict[str, Weights],
+    group_sizes_G: Array,
+    group_offset: Array | int | None,
+    transpose_rhs: bool,
+    implementation: str,
+) -> None:
+    if lhs_MK.ndim != 2:
+        raise ValueError(f"lhs_MK: shape {lhs_MK.shape} must be [M, K]")
+    if group_sizes_G.ndim != 1 or not jnp.issubdtype(group_sizes_G.dtype, jnp.integer):
+        raise ValueError(
+            f"group_sizes_G: shape {group_sizes_G.shape} and dtype {group_sizes_G.dtype} must be "
+            "one dim of integers"
+        )
+    for name, rhs in weights.items():
+        _check_rhs(name, lhs_MK, rhs, group_sizes_G, group_offset, transpose_rhs)
+        reason = supported(
+            implementation,
+            width_in=lhs_MK.shape[1],
+            width_out=rhs.shape[1 if transpose_rhs else 2],
+            dtype=lhs_MK.dtype,
+            weights_dtype=rhs.dtype,
+            transpose_rhs=transpose_rhs,
+        )
+        check_supported(implementation, reason)
 
 
 def _check_rhs(
     name: str,
     lhs_MK: Array,
-    rhs: Array | BlockScaledWeights | LayerOfStack,
+    rhs: Weights,
     group_sizes_G: Array,
     group_offset: Array | int | None,
-    contracted_dim: int,
+    transpose_rhs: bool,
 ) -> None:
-    if lhs_MK.ndim != 2 or lhs_MK.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(
-            f"lhs_MK: shape {lhs_MK.shape} and dtype {lhs_MK.dtype} must be [M, K] of bfloat16 or "
-            "float32"
-        )
     if isinstance(rhs, BlockScaledWeights):
         rhs.check(name)
     elif rhs.ndim != 3 or rhs.dtype != lhs_MK.dtype:
@@ -153,73 +172,68 @@ def _check_rhs(
             f"{name}: shape {rhs.shape} and dtype {rhs.dtype} must be three dims of lhs_MK's "
             f"dtype, {lhs_MK.dtype}"
         )
+    contracted_dim = 2 if transpose_rhs else 1
     if rhs.shape[contracted_dim] != lhs_MK.shape[1]:
         raise ValueError(
             f"{name}: dim {contracted_dim} of shape {rhs.shape} must be lhs_MK's last, "
             f"{lhs_MK.shape[1]}"
         )
-    if group_sizes_G.ndim != 1 or not jnp.issubdtype(group_sizes_G.dtype, jnp.integer):
-        raise ValueError(
-            f"group_sizes_G: shape {group_sizes_G.shape} and dtype {group_sizes_G.dtype} must be "
-            "one dim of integers"
-        )
     num_groups, held = group_sizes_G.shape[0], rhs.shape[0]
     if held > num_groups or held == 0 or (group_offset is None and held != num_groups):
         constraint = "as many" if group_offset is None else "at least 1 and at most as many"
         raise ValueError(
-            f"{name}: {held} groups, must be {constraint} as group_sizes_G has, {num_groups}"
+            f"{name}: {held} groups must be {constraint} as group_sizes_G has, {num_groups}"
         )
 
 
-def _vary_alike[T](arrays: T) -> T:
-    """Mark all arrays as varying over the manual mesh axes over which any of them varies.
-
-    Inside shard_map a weight that is the same on every shard meets rows that are not; the cast's
-    transpose is the sum of the weight's gradient over those shards.
-    """
-    leaves, treedef = jax.tree.flatten(arrays)
-    axes = [jax.typeof(leaf).manual_axis_type.varying for leaf in leaves]
-    union = frozenset().union(*axes)
-    cast = [
-        lax.pcast(leaf, tuple(sorted(union - own)), to="varying") if union - own else leaf
-        for leaf, own in zip(leaves, axes, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, cast)
-
-
-def _placed(module: ModuleType, rhs: Array | BlockScaledWeights | LayerOfStack) -> object:
-    """The weights as the module takes them: those that fetch weights themselves do so in place."""
-    in_place = getattr(module, "TAKES_STACKS", False)
+def _placed(implementation: str, rhs: Weights) -> Weights:
+    """The weights as the implementation takes them."""
+    in_place = implementation in STACKS_IN_PLACE
     return rhs.take() if isinstance(rhs, LayerOfStack) and not in_place else rhs
 
 
-def _refuse_gradient(name: str, rhs: Array | BlockScaledWeights | LayerOfStack) -> None:
+def _refuse_gradient(name: str, rhs: Weights) -> None:
     if isinstance(rhs, BlockScaledWeights | LayerOfStack):
         raise ValueError(f"{name}: {type(rhs).__name__} of {rhs.dtype} have no gradient")
 
 
+Arrays = tuple[Any, ...]  # The arguments of a differentiated function, pytrees among them.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(module, transpose_rhs, lhs_MK, rhs_GKN, group_sizes_G, group_offset):  # type: ignore[no-untyped-def]
-    rhs_GKN = _placed(module, rhs_GKN)
-    return module.matmul(lhs_MK, rhs_GKN, group_sizes_G, group_offset, transpose_rhs=transpose_rhs)
+def _matmul(
+    implementation: str,
+    transpose_rhs: bool,
+    lhs_MK: Array,
+    rhs_GKN: Weights,
+    group_sizes_G: Array,
+    group_offset: Array,
+) -> Array:
+    rhs_GKN = _placed(implementation, rhs_GKN)
+    (out_MN,) = load(__name__, implementation).row_products(
+        (lhs_MK,), (rhs_GKN,), group_sizes_G, group_offset, transpose_rhs=transpose_rhs
+    )
+    return out_MN
 
 
-def _matmul_fwd(module, transpose_rhs, lhs_MK, rhs_GKN, group_sizes_G, group_offset):  # type: ignore[no-untyped-def]
-    _refuse_gradient("rhs_GKN", rhs_GKN)
-    arrays = (lhs_MK, rhs_GKN, group_sizes_G, group_offset)
-    return _matmul(module, transpose_rhs, *arrays), arrays
+def _matmul_fwd(implementation: str, transpose_rhs: bool, *arrays: Any) -> tuple[Array, Arrays]:
+    _refuse_gradient("rhs_GKN", arrays[1])
+    return _matmul(implementation, transpose_rhs, *arrays), arrays
 
 
-def _matmul_bwd(module, transpose_rhs, arrays, d_out_MN):  # type: ignore[no-untyped-def]
+def _matmul_bwd(
+    implementation: str, transpose_rhs: bool, arrays: Arrays, d_out_MN: Array
+) -> Arrays:
+    module = load(__name__, implementation)
     lhs_MK, rhs_GKN, *groups = arrays
     # Inside a scan's backward pass a constant offset arrives as a NumPy scalar.
-    group_sizes_G, group_offset = map(jnp.asarray, groups)
-    d_lhs_MK = module.matmul(
-        d_out_MN, rhs_GKN, group_sizes_G, group_offset, transpose_rhs=not transpose_rhs
+    groups = [jnp.asarray(x) for x in groups]
+    (d_lhs_MK,) = module.row_products(
+        (d_out_MN,), (rhs_GKN,), *groups, transpose_rhs=not transpose_rhs
     )
     # The gradient of transposed weights is the same product with its sides exchanged.
     sides = (d_out_MN, lhs_MK) if transpose_rhs else (lhs_MK, d_out_MN)
-    d_rhs_GKN = module.weight_gradient(*sides, group_sizes_G, group_offset, rhs_GKN.shape[0])
+    d_rhs_GKN = module.weight_gradient(*sides, *groups, rhs_GKN.shape[0])
     return d_lhs_MK, d_rhs_GKN, None, None
 
 
@@ -227,39 +241,35 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _swiglu(module, lhs_MK, gate_GKN, up_GKN, group_sizes_G, group_offset):  # type: ignore[no-untyped-def]
-    gate_GKN, up_GKN = _placed(module, gate_GKN), _placed(module, up_GKN)
-    return module.swiglu(lhs_MK, gate_GKN, up_GKN, group_sizes_G, group_offset)
+def _swiglu(
+    implementation: str,
+    lhs_MK: Array,
+    gate_GKN: Weights,
+    up_GKN: Weights,
+    group_sizes_G: Array,
+    group_offset: Array,
+) -> Array:
+    weights = (_placed(implementation, gate_GKN), _placed(implementation, up_GKN))
+    (hidden_MN,) = load(__name__, implementation).row_products(
+        (lhs_MK,), weights, group_sizes_G, group_offset, activation=True
+    )
+    return hidden_MN
 
 
-def _products(module, lhs_MK, gate_GKN, up_GKN, *groups):  # type: ignore[no-untyped-def]
-    """Hidden rows with the gate and up products: fused where the module can."""
-    if hasattr(module, "swiglu_products"):
-        return module.swiglu_products(lhs_MK, gate_GKN, up_GKN, *groups)
-    gate_MN = module.matmul(lhs_MK, gate_GKN, *groups, transpose_rhs=False)
-    up_MN = module.matmul(lhs_MK, up_GKN, *groups, transpose_rhs=False)
-    hidden_MN = jax.nn.silu(gate_MN.astype(jnp.float32)) * up_MN.astype(jnp.float32)
-    return hidden_MN.astype(lhs_MK.dtype), gate_MN, up_MN
-
-
-def _rows_gradient(module, d_gate_MN, d_up_MN, gate_GKN, up_GKN, *groups):  # type: ignore[no-untyped-def]
-    """d_gate gate^T + d_up up^T: fused where the module can."""
-    if hasattr(module, "swiglu_rows_gradient"):
-        return module.swiglu_rows_gradient(d_gate_MN, d_up_MN, gate_GKN, up_GKN, *groups)
-    through_gate_MK = module.matmul(d_gate_MN, gate_GKN, *groups, transpose_rhs=True)
-    return through_gate_MK + module.matmul(d_up_MN, up_GKN, *groups, transpose_rhs=True)
-
-
-def _swiglu_fwd(module, lhs_MK, gate_GKN, up_GKN, group_sizes_G, group_offset):  # type: ignore[no-untyped-def]
+def _swiglu_fwd(
+    implementation: str, lhs_MK: Array, gate_GKN: Weights, up_GKN: Weights, *groups: Array
+) -> tuple[Array, Arrays]:
     _refuse_gradient("gate_GKN", gate_GKN)
     _refuse_gradient("up_GKN", up_GKN)
-    groups = (group_sizes_G, group_offset)
     # The backward pass needs both products, so they are kept rather than made again there.
-    hidden_MN, gate_MN, up_MN = _products(module, lhs_MK, gate_GKN, up_GKN, *groups)
+    hidden_MN, gate_MN, up_MN = load(__name__, implementation).row_products(
+        (lhs_MK,), (gate_GKN, up_GKN), *groups, activation=True, keep_products=True
+    )
     return hidden_MN, (lhs_MK, gate_GKN, up_GKN, gate_MN, up_MN, *groups)
 
 
-def _swiglu_bwd(module, residuals, d_hidden_MN):  # type: ignore[no-untyped-def]
+def _swiglu_bwd(implementation: str, residuals: Arrays, d_hidden_MN: Array) -> Arrays:
+    module = load(__name__, implementation)
     lhs_MK, gate_GKN, up_GKN, gate_MN, up_MN, *groups = residuals
     groups = [jnp.asarray(x) for x in groups]
     gate, up = gate_MN.astype(jnp.float32), up_MN.astype(jnp.float32)
@@ -267,10 +277,13 @@ def _swiglu_bwd(module, residuals, d_hidden_MN):  # type: ignore[no-untyped-def]
     sigmoid = jax.nn.sigmoid(gate)
     d_up_MN = (d_hidden * gate * sigmoid).astype(lhs_MK.dtype)
     d_gate_MN = (d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))).astype(lhs_MK.dtype)
-    num_groups = gate_GKN.shape[0]
-    d_lhs_MK = _rows_gradient(module, d_gate_MN, d_up_MN, gate_GKN, up_GKN, *groups)
-    d_gate_GKN = module.weight_gradient(lhs_MK, d_gate_MN, *groups, num_groups)
-    d_up_GKN = module.weight_gradient(lhs_MK, d_up_MN, *groups, num_groups)
+    (d_lhs_MK,) = module.row_products(
+        (d_gate_MN, d_up_MN), (gate_GKN, up_GKN), *groups, transpose_rhs=True
+    )
+    d_gate_GKN, d_up_GKN = (
+        module.weight_gradient(lhs_MK, d_product_MN, *groups, gate_GKN.shape[0])
+        for d_product_MN in (d_gate_MN, d_up_MN)
+    )
     return d_lhs_MK, d_gate_GKN, d_up_GKN, None, None
 
 

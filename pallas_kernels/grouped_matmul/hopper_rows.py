@@ -12,19 +12,19 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.hopper_blocks import (
-    BYTE_PIECES,
-    COMPILER_PARAMS,
-    LANE,
-    PIECES,
-    ROWS,
+from pallas_kernels.chips import num_sms
+from pallas_kernels.grouped_matmul.hopper_schedule import (
+    Tickets,
+    Turns,
+    for_tiles,
     give_registers,
     raster,
-    vary_like,
 )
-from pallas_kernels.grouped_matmul.hopper_schedule import Tickets, Turns, for_tiles
-from pallas_kernels.grouped_matmul.tiles import HopperTile, hopper_tile, num_multiprocessors
-from pallas_kernels.grouped_matmul.weights import SCALE_BLOCK, BlockScaledWeights
+from pallas_kernels.grouped_matmul.limits import HOPPER_LANES as LANE
+from pallas_kernels.grouped_matmul.tiles import HopperTile, hopper_rows_tile
+from pallas_kernels.hopper_parts import LANE_COMPILER_PARAMS, swizzled, tiled_smem
+from pallas_kernels.manual_axes import vary_like
+from pallas_kernels.quantised import SCALE_BLOCK, BlockScaledWeights
 
 
 def _running_sums(
@@ -110,7 +110,7 @@ def _store_rows(pieces: Any, rows: Any, out_ref: Any, row: Array, valid: Array, 
     plgpu.commit_smem_to_gmem_group()
 
 
-def rows_kernel(
+def row_products(
     lhs: Sequence[Array],
     rhs: Sequence[Array | BlockScaledWeights],
     group_sizes_G: Array,
@@ -122,22 +122,23 @@ def rows_kernel(
     tile: HopperTile | None = None,
     num_ctas: int | None = None,
 ) -> tuple[Array, ...]:
-    """Rows times weights: one product, two with SwiGLU after them, or the sum of two.
+    """Rows times their group's matrices: one product, two with SwiGLU, or the sum of two.
 
     Args:
-        lhs: rows [M, K]; two of them for the sum of two products.
-        rhs: weights [G, K, N], or [G, N, K] when transpose_rhs; two for activation or a sum. The
-            quantised are widened to bfloat16 in shared memory, stage by stage.
+        lhs: one array of rows [M, K], or as many as there are matrices, whose products are added.
+        rhs: matrices [G, K, N], or [G, N, K] when transpose_rhs: one, or a gate and an up matrix,
+            or one for each of `lhs`. Quantised ones are widened to bfloat16 in shared memory,
+            stage by stage.
         group_sizes_G: int32 rows of every group.
-        group_offset: int32 first group held.
+        group_offset: int32, the first group held.
         transpose_rhs: multiply by the transposes.
-        activation: silu(lhs rhs[0]) * (lhs rhs[1]).
-        keep_products: with activation, also return both products.
-        tile: sizes; None takes the measured ones.
+        activation: give silu(gate) * up of the two products.
+        keep_products: give the two products as well.
+        tile: sizes; None takes the table's.
         num_ctas: blocks to launch; None takes one per multiprocessor.
 
     Returns:
-        One array [M, N], or three with keep_products.
+        Rows [M, N] of the dtype of `lhs`; with keep_products also the gate and the up products.
     """
     num_rows, num_k = lhs[0].shape
     num_groups = rhs[0].shape[0]
@@ -145,8 +146,8 @@ def rows_kernel(
     scales = [array.scales for array in rhs if isinstance(array, BlockScaledWeights)]
     values = [array.values if isinstance(array, BlockScaledWeights) else array for array in rhs]
     if tile is None:
-        tile = hopper_tile(num_rows, num_groups, num_n, activation, bool(scales))
-    num_ctas = num_ctas or num_multiprocessors()
+        tile = hopper_rows_tile(num_rows, num_groups, num_n, activation, bool(scales))
+    num_ctas = num_ctas or num_sms()
     block_m, block_n, stages = tile.block_m, tile.block_n, tile.stages
     num_products = 2 if activation else 1
     num_outs = 3 if keep_products else 1
@@ -325,7 +326,7 @@ def rows_kernel(
                 ahead = jnp.minimum(steps, 1)
                 state = lax.fori_loop(0, ahead, issue, (step, *scales_of(0, group, n)))
                 next_place = locate(numbers.read(index + 1))
-                # The tile before leaves the registers, one block behind each of the first steps:
+                # The tile before leaves the registers, one block after each of the first steps:
                 # all at once they would keep those steps' stages from the loads.
                 for block in held:
                     before, ahead = ahead, jnp.minimum(steps, ahead + 1)
@@ -373,24 +374,22 @@ def rows_kernel(
         thread_name="wg",
         scratch_types=[
             plgpu.RefUnion(
-                plgpu.SMEM((lhs_rows, LANE), dtype, transforms=PIECES),
-                plgpu.SMEM((lhs_rows, LANE), dtype, transforms=ROWS),
+                tiled_smem((lhs_rows, LANE), dtype),
+                plgpu.SMEM((lhs_rows, LANE), dtype, transforms=swizzled()),
             ),
-            plgpu.SMEM(
-                (num_products, stages, *rhs_block),
-                values[0].dtype,
-                transforms=BYTE_PIECES if scales else PIECES,
+            tiled_smem(
+                (num_products, stages, *rhs_block), values[0].dtype, swizzle=64 if scales else 128
             ),
             plgpu.RefUnion(
-                plgpu.SMEM((compute_wgs, slots, 64, LANE), dtype, transforms=PIECES),
-                plgpu.SMEM((compute_wgs, slots, 64, LANE), dtype, transforms=ROWS),
+                tiled_smem((compute_wgs, slots, 64, LANE), dtype),
+                plgpu.SMEM((compute_wgs, slots, 64, LANE), dtype, transforms=swizzled()),
             ),
             plgpu.Barrier(num_arrivals=1 + num_products, num_barriers=stages),
             plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=stages),
-            *[plgpu.SMEM((num_products, 3, *rhs_block), dtype, transforms=PIECES)] * bool(scales),
+            *[tiled_smem((num_products, 3, *rhs_block), dtype)] * bool(scales),
             *(Tickets if tile.tickets else Turns).scratch(compute_wgs + 1),
         ],
-        compiler_params=COMPILER_PARAMS,
+        compiler_params=LANE_COMPILER_PARAMS,
     )
     views = [array.reshape(num_rows, k_steps, LANE) for array in lhs]
     outs = kernel(*sums, *views, *values, *scales)

@@ -1,7 +1,7 @@
-"""The order in which blocks take tiles on Hopper: in turn, or as each asks for its next one."""
+"""How blocks take tiles on Hopper: in turn, or as each asks for its next one."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -11,6 +11,23 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref
+
+
+def raster(local: Array, rows: Array | int, columns: int, band: int) -> tuple[Array, Array]:
+    """Row and column of a tile: down the rows of a band, then over the columns, then the next band.
+
+    Tiles that run at one time then share both their rows and their weights in L2.
+    """
+    index = lax.div(local, band * columns)
+    local = lax.rem(local, band * columns)
+    height = jnp.minimum(band, rows - index * band)
+    return index * band + lax.rem(local, height), lax.div(local, height)
+
+
+def give_registers(count: int, action: Literal["increase", "decrease"], compute_wgs: int) -> None:
+    """Moves registers from the loading warpgroup to two compute warpgroups; one has enough."""
+    if compute_wgs == 2:
+        plgpu.set_max_registers(count, action=action)
 
 
 def largest_first(sizes_G: Array) -> Array:

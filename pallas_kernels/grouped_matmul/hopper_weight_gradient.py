@@ -9,21 +9,19 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.chips import num_sms
 from pallas_kernels.grouped_matmul.groups import local_groups
-from pallas_kernels.grouped_matmul.hopper_blocks import (
-    COMPILER_PARAMS,
-    LANE,
-    PIECES,
+from pallas_kernels.grouped_matmul.hopper_schedule import (
+    Tickets,
+    for_tiles,
     give_registers,
+    largest_first,
     raster,
-    vary_like,
 )
-from pallas_kernels.grouped_matmul.hopper_schedule import Tickets, for_tiles, largest_first
-from pallas_kernels.grouped_matmul.tiles import (
-    HopperTile,
-    num_multiprocessors,
-    weight_gradient_tile,
-)
+from pallas_kernels.grouped_matmul.limits import HOPPER_LANES as LANE
+from pallas_kernels.grouped_matmul.tiles import HopperTile, hopper_weight_gradient_tile
+from pallas_kernels.hopper_parts import LANE_COMPILER_PARAMS, tiled_smem
+from pallas_kernels.manual_axes import vary_like
 
 COMPUTE_WARPGROUPS = 2
 
@@ -36,7 +34,7 @@ def _zero_rows(ref: Any, first: Array, end: Array) -> None:
         block[...] = jnp.where((row >= first) & (row < end), block[...], jnp.bfloat16(0))
 
 
-def weight_gradient_kernel(
+def weight_gradient(
     lhs_MK: Array,
     d_out_MN: Array,
     group_sizes_G: Array,
@@ -46,17 +44,30 @@ def weight_gradient_kernel(
     tile: HopperTile | None = None,
     num_ctas: int | None = None,
 ) -> Array:
-    """Sum over each group's rows of lhs^T d_out, [G, K, N]; a group's rows are the contraction.
+    """Sums lhs^T d_out over the rows of each held group.
 
-    Blocks of 64 rows start at multiples of 8. Only a group's first and last block can hold rows of
-    others; there lhs is zeroed in shared memory. d_out is too where such rows belong to no held
-    group and may hold anything; between groups, one that is not finite reaches its neighbour.
+    A group's rows are the contraction. Blocks of 64 rows start at multiples of 8, so only a group's
+    first and last block can hold rows of others. There lhs is zeroed in shared memory. d_out is too
+    where such rows belong to no held group, as they may hold anything. Between held groups it is
+    not: a row of d_out that is not finite reaches the group beside its own.
+
+    Args:
+        lhs_MK: rows.
+        d_out_MN: gradient of their outputs.
+        group_sizes_G: int32 rows of every group.
+        group_offset: int32, the first group held.
+        num_groups: number of groups held.
+        tile: sizes; None takes the table's.
+        num_ctas: blocks to launch; None takes one per multiprocessor.
+
+    Returns:
+        Gradients [num_groups, K, N] of lhs_MK's dtype.
     """
     if pad := -lhs_MK.shape[0] % 8:
         lhs_MK, d_out_MN = (jnp.pad(array, ((0, pad), (0, 0))) for array in (lhs_MK, d_out_MN))
     num_k, num_n = lhs_MK.shape[1], d_out_MN.shape[1]
-    tile = tile or weight_gradient_tile(num_k, num_n)
-    num_ctas = num_ctas or num_multiprocessors()
+    tile = tile or hopper_weight_gradient_tile(num_k, num_n)
+    num_ctas = num_ctas or num_sms()
     block_m, block_n, stages = tile.block_m, tile.block_n, tile.stages
     wg_m = block_m // COMPUTE_WARPGROUPS
     num_blocks = wg_m // 64 * (block_n // LANE)
@@ -86,7 +97,7 @@ def weight_gradient_kernel(
         def row_of(base, k, steps):
             """First row of a step. A group's last block of rows, then its first, come at the end.
 
-            Only those can hold rows of others, and zeroing them hides behind the steps before.
+            Only those can hold rows of others. Zeroing them takes place while the steps before run.
             """
             return base + lax.rem(k + 1, steps) * LANE
 
@@ -169,7 +180,7 @@ def weight_gradient_kernel(
                 ahead = jnp.minimum(own, 1)
                 step = lax.fori_loop(0, ahead, issue, step)
                 next_place = locate(numbers.read(index + 1))
-                # The tile before leaves the registers, one block behind each of the first steps:
+                # The tile before leaves the registers, one block after each of the first steps:
                 # all at once they would keep those steps' stages from the loads.
                 for block in range(num_blocks):
                     before, ahead = ahead, jnp.minimum(own, block + 2)
@@ -230,15 +241,15 @@ def weight_gradient_kernel(
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=[
-            plgpu.SMEM((stages, LANE, block_m), dtype, transforms=PIECES),
-            plgpu.SMEM((stages, LANE, block_n), dtype, transforms=PIECES),
-            plgpu.SMEM((COMPUTE_WARPGROUPS, 2, 64, LANE), dtype, transforms=PIECES),
+            tiled_smem((stages, LANE, block_m), dtype),
+            tiled_smem((stages, LANE, block_n), dtype),
+            tiled_smem((COMPUTE_WARPGROUPS, 2, 64, LANE), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
             *Tickets.scratch(COMPUTE_WARPGROUPS + 1),
         ],
-        compiler_params=COMPILER_PARAMS,
+        compiler_params=LANE_COMPILER_PARAMS,
     )
     d_rhs_GKN = kernel(start_G, size_G, order_G, lhs_MK, d_out_MN)
     return vary_like(d_rhs_GKN, lhs_MK)

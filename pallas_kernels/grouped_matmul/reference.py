@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.grouped_matmul.weights import BlockScaledWeights, dequantise
+from pallas_kernels.grouped_matmul import portable
+from pallas_kernels.quantised import BlockScaledWeights, dequantise
 
 
 def _weights(rhs: Array | BlockScaledWeights, dtype: DTypeLike) -> Array:
@@ -20,44 +21,37 @@ def _membership(group_sizes_G: Array, group_offset: Array, num_rows: int, num_gr
     return jax.nn.one_hot(group_M - group_offset, num_groups, dtype=jnp.float32)
 
 
-def _multiply(
-    lhs_MK: Array,
-    rhs_GKN: Array | BlockScaledWeights,
-    group_sizes_G: Array,
-    group_offset: Array,
-    transpose_rhs: bool,
-) -> Array:
-    weights = _weights(rhs_GKN, lhs_MK.dtype).astype(jnp.float32)
-    member_MG = _membership(group_sizes_G, group_offset, lhs_MK.shape[0], weights.shape[0])
-    letters = "MG,MK,GNK->MN" if transpose_rhs else "MG,MK,GKN->MN"
-    lhs_MK = lhs_MK.astype(jnp.float32)
-    return jnp.einsum(letters, member_MG, lhs_MK, weights, precision=lax.Precision.HIGHEST)
-
-
-def matmul(
-    lhs_MK: Array,
-    rhs_GKN: Array | BlockScaledWeights,
+def row_products(
+    lhs: tuple[Array, ...],
+    rhs: tuple[Array | BlockScaledWeights, ...],
     group_sizes_G: Array,
     group_offset: Array,
     *,
-    transpose_rhs: bool,
-) -> Array:
-    """Each row times its group's matrix."""
-    out_MN = _multiply(lhs_MK, rhs_GKN, group_sizes_G, group_offset, transpose_rhs)
-    return out_MN.astype(lhs_MK.dtype)
+    transpose_rhs: bool = False,
+    activation: bool = False,
+    keep_products: bool = False,
+) -> tuple[Array, ...]:
+    """Rows times their group's matrices; the arguments are those of `portable.row_products`."""
 
+    def multiply(lhs_MK: Array, rhs_GKN: Array | BlockScaledWeights) -> Array:
+        weights = _weights(rhs_GKN, lhs_MK.dtype).astype(jnp.float32)
+        member_MG = _membership(group_sizes_G, group_offset, lhs_MK.shape[0], weights.shape[0])
+        letters = "MG,MK,GNK->MN" if transpose_rhs else "MG,MK,GKN->MN"
+        lhs_MK = lhs_MK.astype(jnp.float32)
+        return jnp.einsum(letters, member_MG, lhs_MK, weights, precision=lax.Precision.HIGHEST)
 
-def swiglu(
-    lhs_MK: Array,
-    gate_GKN: Array | BlockScaledWeights,
-    up_GKN: Array | BlockScaledWeights,
-    group_sizes_G: Array,
-    group_offset: Array,
-) -> Array:
-    """Gate and up projections and their SwiGLU product."""
-    gate_MN = _multiply(lhs_MK, gate_GKN, group_sizes_G, group_offset, False)
-    up_MN = _multiply(lhs_MK, up_GKN, group_sizes_G, group_offset, False)
-    return (jax.nn.silu(gate_MN) * up_MN).astype(lhs_MK.dtype)
+    def matmul(lhs_MK: Array, rhs_GKN: Array | BlockScaledWeights) -> Array:
+        return multiply(lhs_MK, rhs_GKN).astype(lhs_MK.dtype)
+
+    def swiglu(
+        lhs_MK: Array, gate_GKN: Array | BlockScaledWeights, up_GKN: Array | BlockScaledWeights
+    ) -> Array:
+        gate_MN, up_MN = multiply(lhs_MK, gate_GKN), multiply(lhs_MK, up_GKN)
+        return (jax.nn.silu(gate_MN) * up_MN).astype(lhs_MK.dtype)
+
+    return portable.row_products(
+        matmul, swiglu, lhs, rhs, activation=activation, keep_products=keep_products
+    )
 
 
 def weight_gradient(

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-import jax
+from pallas_kernels.chips import TPU_LANES, TpuChip, num_sms, tpu_chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,32 +25,22 @@ class HopperTile:
     tickets: bool = False
 
 
-# Where no GPU is at hand (lowering on a CPU host): H100 SXM and H200.
-HOPPER_MULTIPROCESSORS = 132
-
-
-def num_multiprocessors() -> int:
-    """Multiprocessors of the GPU, or of an H200 on a host without one."""
-    device = jax.devices()[0]
-    return device.core_count if device.platform == "gpu" else HOPPER_MULTIPROCESSORS
-
-
-def hopper_tile(
+def hopper_rows_tile(
     num_rows: int, num_groups: int, num_n: int, activation: bool, quantised: bool
 ) -> HopperTile:
     """Tile of the rows kernel, by the mean number of rows of a group.
 
-    Few rows: low tiles, many stages, and two blocks of 64 columns, so that the weights stream.
-    Quantised weights are widened by the warpgroups that multiply them: tiles stay low, and four
-    warpgroups take 64 columns each where there is shared memory for them and there are tiles for
-    all blocks.
+    Few rows take low tiles, many stages and two blocks of 64 columns, so that the weights stream.
+    Quantised weights are widened by the warpgroups that multiply them. Their tiles stay low, and
+    four warpgroups take 64 columns each where there is shared memory for that and there are tiles
+    for all blocks.
     """
     mean = num_rows / num_groups
     low = 16 if mean <= 8 else 32 if mean <= 32 else 64
 
     if quantised:
         # The time of the block with most tiles, in columns; wide tiles unless narrow ones save 1/5.
-        touched, blocks = min(num_rows, num_groups), num_multiprocessors()
+        touched, blocks = min(num_rows, num_groups), num_sms()
         narrow, wide = (-(-touched * -(-num_n // n) // blocks) * n for n in (128, 256))
         if not activation and 5 * narrow > 4 * wide:
             return HopperTile(low, 256, 4, 16)
@@ -67,52 +57,15 @@ def hopper_tile(
     return HopperTile(block_m, block_n, 4, 16, tickets)
 
 
-def weight_gradient_tile(num_k: int, num_n: int) -> HopperTile:
+def hopper_weight_gradient_tile(num_k: int, num_n: int) -> HopperTile:
     """Tile of the weight gradient kernel: wide ones read shared memory less often."""
     narrow = num_n % 256 and num_k % 256 == 0
     return HopperTile(256 if narrow else 128, 128 if narrow else 256, 4, 16, tickets=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class TpuChip:
-    """What tile sizes depend on.
-
-    Attributes:
-        vmem_mib: VMEM of a core.
-        wide: whether the MXUs are 256 wide and deep, not 128.
-        cores: cores that share a kernel's grid.
-    """
-
-    vmem_mib: int
-    wide: bool
-    cores: int
-
-
-_TPU_CHIPS = {
-    "TPU v5 lite": TpuChip(vmem_mib=128, wide=False, cores=1),
-    "TPU v5": TpuChip(vmem_mib=64, wide=False, cores=2),
-    "TPU v6 lite": TpuChip(vmem_mib=128, wide=True, cores=1),
-    "TPU7x": TpuChip(vmem_mib=64, wide=True, cores=1),
-}
-_TPU_COLUMNS = 128
 # Multiplications of one stretch of code, about 4,000 cycles or 8,000: some 270 pass before its
 # first results come, and longer code takes long to compile.
 _TPU_BODY_WIDE, _TPU_BODY = 2**30, 2**29
-
-
-def tpu_chip() -> TpuChip:
-    """The chip that is compiled for, which need not be here: the mesh in use knows.
-
-    Without a mesh it is the default device's; tiles for a device that is no known TPU fit all.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return _TPU_CHIPS.get(kind, TpuChip(vmem_mib=64, wide=True, cores=2))
-
-
-def tpu_vmem_limit() -> int:
-    """Bytes of VMEM that a kernel may take."""
-    return (tpu_chip().vmem_mib - 4) * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +97,7 @@ def tpu_rows_tile(
     transpose_rhs: bool,
     arrays: tuple[int, int, int],
     itemsizes: tuple[int, int],
+    chip: TpuChip | None = None,
 ) -> TpuRowsTile:
     """Tile of the rows kernel: as few column tiles as fit, then as many weights ahead.
 
@@ -154,8 +108,10 @@ def tpu_rows_tile(
         transpose_rhs: whether the weights are multiplied by transposed.
         arrays: number of inputs, of matrices a group, and of outputs.
         itemsizes: bytes of an element of the rows and of the weights.
+        chip: the chip; None for the one that is compiled for.
     """
-    chip, (depth, num_columns), (num_lhs, num_rhs, num_out) = tpu_chip(), widths, arrays
+    chip = chip or tpu_chip()
+    (depth, num_columns), (num_lhs, num_rhs, num_out) = widths, arrays
     itemsize, weight_itemsize = itemsizes
     mean = num_rows / num_groups
     if itemsize == 4:  # The same code takes six passes.
@@ -172,12 +128,12 @@ def tpu_rows_tile(
         wide = weights * itemsize if weight_itemsize != itemsize else 0
         moving = 2 * rows * (depth * num_lhs + columns * num_out) * itemsize
         taken = weights * weight_itemsize * buffers + wide + moving
-        return taken <= tpu_vmem_limit() - 6 * 2**20
+        return taken <= chip.vmem_limit - 6 * 2**20
 
-    lanes = num_columns // _TPU_COLUMNS
+    lanes = num_columns // TPU_LANES
     parts = range(chip.cores, lanes + chip.cores, chip.cores)
-    choices = [(-(-lanes // part) * _TPU_COLUMNS, n) for part in parts for n in (3, 2)]
-    columns, buffers = next((choice for choice in choices if fits(*choice)), (_TPU_COLUMNS, 2))
+    choices = [(-(-lanes // part) * TPU_LANES, n) for part in parts for n in (3, 2)]
+    columns, buffers = next((choice for choice in choices if fits(*choice)), (TPU_LANES, 2))
     per_column = large * depth * num_rhs * (6 if itemsize == 4 else 1)
     bodies = max(1, round(columns * per_column / (_TPU_BODY_WIDE if chip.wide else _TPU_BODY)))
     body_columns = min(columns, -(-columns // (bodies * 256)) * 256)
@@ -205,7 +161,12 @@ class TpuWeightGradientTile:
 
 
 def tpu_weight_gradient_tile(
-    num_rows: int, num_groups: int, widths: tuple[int, int], itemsize: int
+    num_rows: int,
+    num_groups: int,
+    widths: tuple[int, int],
+    itemsize: int,
+    *,
+    chip: TpuChip | None = None,
 ) -> TpuWeightGradientTile:
     """Tile of the weight gradient's kernel: as large as fits, as rows are read again for each.
 
@@ -214,27 +175,28 @@ def tpu_weight_gradient_tile(
         num_groups: number of all groups.
         widths: the gradient's rows and columns.
         itemsize: bytes of an element.
+        chip: the chip; None for the one that is compiled for.
     """
-    chip = tpu_chip()
+    chip = chip or tpu_chip()
     unit = 256 if chip.wide else 128
     rows = 2 * unit if itemsize == 2 and num_rows / num_groups > unit else unit
 
     def sizes(width: int) -> list[int]:
-        return [n for n in range(_TPU_COLUMNS, width + 1, _TPU_COLUMNS) if width % n == 0]
+        return [n for n in range(TPU_LANES, width + 1, TPU_LANES) if width % n == 0]
 
     def fits(height: int, width: int) -> bool:
         moving = 2 * rows * (height + width) * itemsize
         taken = moving + height * width * (4 + itemsize)
         even = widths[0] // height * (widths[1] // width) % chip.cores == 0
-        return even and taken <= tpu_vmem_limit() - 6 * 2**20
+        return even and taken <= chip.vmem_limit - 6 * 2**20
 
     choices = [(h, w) for h in sizes(widths[0]) for w in sizes(widths[1]) if fits(h, w)]
     height, width = min(
-        choices, key=lambda tile: 1 / tile[0] + 1 / tile[1], default=(_TPU_COLUMNS,) * 2
+        choices, key=lambda tile: 1 / tile[0] + 1 / tile[1], default=(TPU_LANES,) * 2
     )
     per_row = rows * width * (6 if itemsize == 4 else 1)
     most = (_TPU_BODY_WIDE if chip.wide else _TPU_BODY) / per_row
-    body_height = max(n for n in sizes(height) if n <= max(most, _TPU_COLUMNS))
+    body_height = max(n for n in sizes(height) if n <= max(most, TPU_LANES))
     return TpuWeightGradientTile(
         rows, tuple(range(unit, rows + 1, unit)), height, width, body_height
     )

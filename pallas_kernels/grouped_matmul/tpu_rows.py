@@ -3,8 +3,8 @@
 How it is laid out, and why:
 
 - Rows are taken in windows that begin where their group does (rounded down to 16), so a group
-  wastes matrix work at its end only. Of a window no more rows are fetched than it has.
-- A group's weights lie in VMEM at full depth while its rows pass, so they are read once and sums
+  wastes matrix work at its end only. No more rows of a window are fetched than it has.
+- A group's weights lie in VMEM at full depth while its rows pass. So they are read once, and sums
   never leave the MXU. They are fetched by hand a group or two ahead: a pipeline that looks one
   step ahead would leave the memory idle until a group's last window.
 - Windows cover all rows in order, those of no held group too (as zeros), and every row is written
@@ -25,20 +25,21 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_matmul import tiles
 from pallas_kernels.grouped_matmul.groups import local_groups
+from pallas_kernels.grouped_matmul.stacks import LayerOfStack
+from pallas_kernels.grouped_matmul.tiles import TpuRowsTile, tpu_rows_tile
 from pallas_kernels.grouped_matmul.tpu_windows import (
     ALIGN,
     FIRST,
     compiler_params,
     copy_rows,
-    dot,
     fetched,
-    like,
     make_windows,
     pad_rows,
 )
-from pallas_kernels.grouped_matmul.weights import SCALE_BLOCK, BlockScaledWeights, LayerOfStack
+from pallas_kernels.manual_axes import output_like
+from pallas_kernels.quantised import SCALE_BLOCK, BlockScaledWeights
+from pallas_kernels.tpu_parts import dot
 
 BUFFERS = 2  # Of rows and of outputs.
 
@@ -47,7 +48,7 @@ BUFFERS = 2  # Of rows and of outputs.
 class _Plan:
     """What the kernel's code depends on."""
 
-    tile: tiles.TpuRowsTile
+    tile: TpuRowsTile
     num_columns: int
     transpose_rhs: bool
     activation: bool
@@ -72,7 +73,7 @@ class _Plan:
             pl.when(number == whole)(functools.partial(act, rest))
 
 
-def rows_kernel(
+def row_products(
     lhs: tuple[Array, ...],
     rhs: tuple[Array | BlockScaledWeights | LayerOfStack, ...],
     group_sizes_G: Array,
@@ -81,9 +82,10 @@ def rows_kernel(
     transpose_rhs: bool = False,
     activation: bool = False,
     keep_products: bool = False,
+    tile: TpuRowsTile | None = None,
     interpret: Any = False,
 ) -> tuple[Array, ...]:
-    """Multiplies rows by their group's matrices.
+    """Rows times their group's matrices: one product, two with SwiGLU, or the sum of two.
 
     Args:
         lhs: one array of rows [M, K], or as many as there are matrices, whose products are added.
@@ -94,6 +96,7 @@ def rows_kernel(
         transpose_rhs: multiply by the transposes.
         activation: give silu(gate) * up of the two products.
         keep_products: give the two products as well.
+        tile: sizes; None takes the table's.
         interpret: as of `pl.pallas_call`.
 
     Returns:
@@ -107,7 +110,7 @@ def rows_kernel(
     lhs = tuple(pad_rows(x) for x in lhs)
     padded = lhs[0].shape[0]
     num_out = 3 if keep_products else 1
-    tile = tiles.tpu_rows_tile(
+    tile = tile or tpu_rows_tile(
         padded,
         group_sizes_G.shape[0],
         (depth, num_columns),
@@ -140,7 +143,7 @@ def rows_kernel(
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     outs = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
-        out_shape=(like(lhs[0], (padded, num_columns), dtype),) * num_out,
+        out_shape=(output_like(lhs[0], (padded, num_columns), dtype),) * num_out,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(plan.column_tiles,),
@@ -171,7 +174,7 @@ def rows_kernel(
 
 
 def _stored(rhs: Array | BlockScaledWeights | LayerOfStack) -> Array:
-    """All matrices that lie with those wanted, one behind the other."""
+    """All matrices that lie with those wanted, one after the other."""
     if isinstance(rhs, LayerOfStack):
         return rhs.stack.reshape(-1, *rhs.shape[1:])
     return rhs.values if isinstance(rhs, BlockScaledWeights) else rhs

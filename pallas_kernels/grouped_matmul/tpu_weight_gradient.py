@@ -3,8 +3,8 @@
 Windows of rows begin where their group does, as in `tpu_rows`. A tile of one group's gradient is
 accumulated in float32 in VMEM over the group's windows. The last of them writes it in its final
 type, to be stored while the next group is computed; an empty group stores zeros. Rows of a window
-that are not its group's are zeroed where they lie: at most 15 in front, and those behind up to the
-depth that is multiplied, so the matrix work itself masks nothing and may find NaN nowhere.
+that are not its group's are zeroed where they lie: at most 15 before, and those after up to the
+depth that is multiplied. So the matrix work itself masks nothing and never meets NaN.
 """
 
 import functools
@@ -16,33 +16,34 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.chips import TPU_LANES
 from pallas_kernels.grouped_matmul.groups import local_groups
+from pallas_kernels.grouped_matmul.tiles import TpuWeightGradientTile, tpu_weight_gradient_tile
 from pallas_kernels.grouped_matmul.tpu_windows import (
     ALIGN,
     FIRST,
-    LANES,
     LAST,
     compiler_params,
     copy_rows,
-    dot,
     fetched,
-    like,
     make_windows,
     pad_rows,
     rows_between,
 )
+from pallas_kernels.manual_axes import output_like
+from pallas_kernels.tpu_parts import dot
 
 BUFFERS = 2
 
 
-def weight_gradient_kernel(
+def weight_gradient(
     lhs_MK: Array,
     d_out_MN: Array,
     group_sizes_G: Array,
     group_offset: Array,
     num_groups: int,
     *,
+    tile: TpuWeightGradientTile | None = None,
     interpret: Any = False,
 ) -> Array:
     """Sums lhs^T d_out over the rows of each held group.
@@ -53,6 +54,7 @@ def weight_gradient_kernel(
         group_sizes_G: int32 rows of every group.
         group_offset: int32, the first group held.
         num_groups: number of groups held.
+        tile: sizes; None takes the table's.
         interpret: as of `pl.pallas_call`.
 
     Returns:
@@ -61,7 +63,9 @@ def weight_gradient_kernel(
     lhs_MK, d_out_MN = pad_rows(lhs_MK), pad_rows(d_out_MN)
     (num_rows, K), N = lhs_MK.shape, d_out_MN.shape[1]
     dtype = lhs_MK.dtype
-    tile = tiles.tpu_weight_gradient_tile(num_rows, group_sizes_G.shape[0], (K, N), dtype.itemsize)
+    tile = tile or tpu_weight_gradient_tile(
+        num_rows, group_sizes_G.shape[0], (K, N), dtype.itemsize
+    )
     starts_G, sizes_G = local_groups(group_sizes_G, group_offset, num_groups)
     start_R = jnp.concatenate([starts_G, starts_G[-1:] + sizes_G[-1:]])
     windows = make_windows(start_R, tile.rows, num_rows, empty_ranges=True)
@@ -69,7 +73,7 @@ def weight_gradient_kernel(
     itemsize = dtype.itemsize
     return pl.pallas_call(
         functools.partial(_kernel, tile=tile),
-        out_shape=like(lhs_MK, (num_groups, K, N), dtype),
+        out_shape=output_like(lhs_MK, (num_groups, K, N), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(K // tile.height * (N // tile.width),),
@@ -112,12 +116,12 @@ def _kernel(
     semaphores: Any,
     out_semaphore: Any,
     *,
-    tile: tiles.TpuWeightGradientTile,
+    tile: TpuWeightGradientTile,
 ) -> None:
     across = out_hbm.shape[2] // tile.width
     tile_id = pl.program_id(0)
-    first_row = pl.multiple_of(jax.lax.div(tile_id, across) * tile.height, LANES)
-    first_column = pl.multiple_of(jax.lax.rem(tile_id, across) * tile.width, LANES)
+    first_row = pl.multiple_of(jax.lax.div(tile_id, across) * tile.height, TPU_LANES)
+    first_column = pl.multiple_of(jax.lax.rem(tile_id, across) * tile.width, TPU_LANES)
     num_windows = count_ref[0]
 
     def copy_in(index: Any, *, wait: bool) -> None:
@@ -165,7 +169,7 @@ def _kernel(
 
         @pl.loop(0, tile.height // tile.body_height)
         def _rows(n: Any) -> None:
-            here = pl.ds(pl.multiple_of(n * tile.body_height, LANES), tile.body_height)
+            here = pl.ds(pl.multiple_of(n * tile.body_height, TPU_LANES), tile.body_height)
             product_KN = dot(lhs_ref[slot, :depth, here].T, d_out_ref[slot, :depth])
             total_KN = jnp.where(first, 0.0, sum_ref[here]) + product_KN
             if last:

@@ -4,20 +4,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_matmul import tiles
+from pallas_kernels.chips import tpu_chip
 from pallas_kernels.grouped_matmul.groups import group_of_tile
 
-LANES = 128
 # Rows that copies start at and go by: a register of bfloat16 holds as many.
 ALIGN = 16
-
-
 # What a window is, as bits: the first or the last of its range.
 FIRST, LAST = 1, 2
 
@@ -56,7 +52,7 @@ def make_windows(start_R: Array, rows: int, num_rows: int, *, empty_ranges: bool
     """Cuts ranges into windows.
 
     Args:
-        start_R: int32 first row of each range, with the last one's end behind, [ranges + 1].
+        start_R: int32 first row of each range, and the end of the last, [ranges + 1].
         rows: most rows of a window.
         num_rows: rows of all ranges together, at most.
         empty_ranges: whether an empty range has a window too.
@@ -127,13 +123,6 @@ def rows_between(ref: Any, first: Any, low: Any, high: Any) -> Array:
     return kept.astype(block.dtype)
 
 
-def dot(lhs: Array, rhs: Array, *, transpose_rhs: bool = False) -> Array:
-    """The product in float32; of float32 arrays to full precision."""
-    precision = lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
-    dims = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
-    return lax.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 def compiler_params() -> pltpu.CompilerParams:
     """What the compiler is told of a kernel whose grid cores share.
 
@@ -142,15 +131,9 @@ def compiler_params() -> pltpu.CompilerParams:
     """
     return pltpu.CompilerParams(
         dimension_semantics=("parallel",),
-        vmem_limit_bytes=tiles.tpu_vmem_limit(),
+        vmem_limit_bytes=tpu_chip().vmem_limit,
         disable_bounds_checks=True,
     )
-
-
-def like(array: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """The shape of an output that varies over the manual mesh axes that `array` does."""
-    manual = jax.typeof(array).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
 
 
 def pad_rows(array: Array) -> Array:

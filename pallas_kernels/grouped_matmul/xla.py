@@ -7,14 +7,16 @@ the tiles that exist, so the work is the rows plus at most a tile a group.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from pallas_kernels.grouped_matmul import portable
 from pallas_kernels.grouped_matmul.groups import group_of_tile, local_groups
-from pallas_kernels.grouped_matmul.weights import BlockScaledWeights, dequantise
+from pallas_kernels.quantised import BlockScaledWeights, dequantise
 
 MIN_TILE, MAX_TILE = 8, 512
 
@@ -41,7 +43,14 @@ def _pad(array_MK: Array, tile: int) -> Array:
     return jnp.pad(array_MK, ((0, tile), (0, 0)))
 
 
-def _map_tiles(tile_rows, lhs_MK, num_groups, num_columns, group_sizes_G, group_offset) -> Array:  # type: ignore[no-untyped-def]
+def _map_tiles(
+    tile_rows: Callable[[Array, Array], Array],
+    lhs_MK: Array,
+    num_groups: int,
+    num_columns: int,
+    group_sizes_G: Array,
+    group_offset: Array,
+) -> Array:
     """Write tile_rows(lhs_tile, group) for every tile; other rows are 0."""
     num_rows = lhs_MK.shape[0]
     tile = row_tile(num_rows, num_groups)
@@ -71,40 +80,42 @@ def _dot(lhs_TK: Array, rhs_KN: Array, transpose_rhs: bool = False) -> Array:
     return jnp.einsum(letters, lhs_TK, rhs_KN, preferred_element_type=jnp.float32)
 
 
-def matmul(
-    lhs_MK: Array,
-    rhs_GKN: Array | BlockScaledWeights,
+def row_products(
+    lhs: tuple[Array, ...],
+    rhs: tuple[Array | BlockScaledWeights, ...],
     group_sizes_G: Array,
     group_offset: Array,
     *,
-    transpose_rhs: bool,
-) -> Array:
-    """Each row times its group's matrix."""
-    num_groups, *dims = rhs_GKN.shape
-
-    def tile_rows(lhs_TK: Array, group: Array) -> Array:
-        return _dot(lhs_TK, _pick(rhs_GKN, group, lhs_TK.dtype), transpose_rhs)
-
+    transpose_rhs: bool = False,
+    activation: bool = False,
+    keep_products: bool = False,
+) -> tuple[Array, ...]:
+    """Rows times their group's matrices; the arguments are those of `portable.row_products`."""
+    num_groups, *dims = rhs[0].shape
     num_columns = dims[0] if transpose_rhs else dims[1]
-    return _map_tiles(tile_rows, lhs_MK, num_groups, num_columns, group_sizes_G, group_offset)
 
+    def map_tiles(lhs_MK: Array, tile_rows: Callable[[Array, Array], Array]) -> Array:
+        return _map_tiles(tile_rows, lhs_MK, num_groups, num_columns, group_sizes_G, group_offset)
 
-def swiglu(
-    lhs_MK: Array,
-    gate_GKN: Array | BlockScaledWeights,
-    up_GKN: Array | BlockScaledWeights,
-    group_sizes_G: Array,
-    group_offset: Array,
-) -> Array:
-    """Gate and up projections and their SwiGLU product, a tile at a time."""
-    num_groups, _, num_columns = gate_GKN.shape
+    def matmul(lhs_MK: Array, rhs_GKN: Array | BlockScaledWeights) -> Array:
+        def tile_rows(lhs_TK: Array, group: Array) -> Array:
+            return _dot(lhs_TK, _pick(rhs_GKN, group, lhs_TK.dtype), transpose_rhs)
 
-    def tile_rows(lhs_TK: Array, group: Array) -> Array:
-        gate_TN = _dot(lhs_TK, _pick(gate_GKN, group, lhs_TK.dtype))
-        up_TN = _dot(lhs_TK, _pick(up_GKN, group, lhs_TK.dtype))
-        return jax.nn.silu(gate_TN) * up_TN
+        return map_tiles(lhs_MK, tile_rows)
 
-    return _map_tiles(tile_rows, lhs_MK, num_groups, num_columns, group_sizes_G, group_offset)
+    def swiglu(
+        lhs_MK: Array, gate_GKN: Array | BlockScaledWeights, up_GKN: Array | BlockScaledWeights
+    ) -> Array:
+        def tile_rows(lhs_TK: Array, group: Array) -> Array:
+            gate_TN = _dot(lhs_TK, _pick(gate_GKN, group, lhs_TK.dtype))
+            up_TN = _dot(lhs_TK, _pick(up_GKN, group, lhs_TK.dtype))
+            return jax.nn.silu(gate_TN) * up_TN
+
+        return map_tiles(lhs_MK, tile_rows)
+
+    return portable.row_products(
+        matmul, swiglu, lhs, rhs, activation=activation, keep_products=keep_products
+    )
 
 
 def weight_gradient(

@@ -4,13 +4,13 @@ Keys are made of a part without position, one per head (`k_nope`), and of a rota
 heads share (`k_rope`); the shared part is never broadcast in memory. DeepSeek-V2, arXiv 2405.04434,
 equations 14 to 18.
 
-The legend of dimensions: B sequences, T query tokens, S key tokens, H heads, N dims of a head
+Four implementations have one meaning: "reference" (plain jax.numpy, small sizes), "xla" (portable),
+"tpu" (Pallas, Mosaic TPU) and "hopper" (Pallas, Mosaic GPU, sm_90). Each is a module with `forward`
+and `backward`. Shape letters: B sequences, T query tokens, S key tokens, H heads, N dims of a head
 without position, R rotary dims, V dims of a head's values.
 """
 
 import functools
-import importlib
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,9 +18,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.implementations import IMPLEMENTATIONS, check_supported, load
+from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
+from pallas_kernels.mla_attention.limits import supported
 
-IMPLEMENTATIONS = ("reference", "xla", "tpu", "hopper")
+__all__ = [
+    "IMPLEMENTATIONS",
+    "LSE_NAME",
+    "OUT_NAME",
+    "mla_attention",
+    "mla_attention_with_lse",
+    "supported",
+]
 
 # For policies of jax.checkpoint: saving these two spares the backward pass a second forward kernel.
 OUT_NAME = "mla_attention_out"
@@ -49,24 +59,25 @@ def mla_attention(
     `check_vma=False` of the first.
 
     Args:
-      q_nope_BTHN: Queries without position; any float dtype ("hopper": bfloat16 or float16).
-      q_rope_BTHR: Rotary part of the queries, rotated; the dtype of `q_nope_BTHN`.
-      k_nope_BSHN: Keys without position; the dtype of `q_nope_BTHN`.
-      k_rope_BSR: Rotary part of the keys, rotated, one for all heads; the dtype of `q_nope_BTHN`.
-      v_BSHV: Values; the dtype of `q_nope_BTHN`.
-      scale: Factor on the scores before the softmax.
-      causal: Whether key s is visible to query t only if s <= t + `q_offset_B`.
-      q_segment_ids_BT: int32 document of each query; a key is visible only from its own document.
-      kv_segment_ids_BS: int32 document of each key; given if and only if `q_segment_ids_BT` is.
-      q_offset_B: int32 position of each sequence's first query among its keys; 0 if not given.
-      implementation: "reference", "xla", "tpu" or "hopper".
+        q_nope_BTHN: Queries without position; any float dtype ("hopper": bfloat16 or float16).
+        q_rope_BTHR: Rotary part of the queries, rotated; the dtype of `q_nope_BTHN`.
+        k_nope_BSHN: Keys without position; the dtype of `q_nope_BTHN`.
+        k_rope_BSR: Rotary part of the keys, rotated, one for all heads; the dtype of `q_nope_BTHN`.
+        v_BSHV: Values; the dtype of `q_nope_BTHN`.
+        scale: Factor on the scores before the softmax.
+        causal: Whether key s is visible to query t only if s <= t + `q_offset_B`.
+        q_segment_ids_BT: int32 document of each query; a key is visible only from its own document.
+        kv_segment_ids_BS: int32 document of each key; given if and only if `q_segment_ids_BT` is.
+        q_offset_B: int32 position of each sequence's first query among its keys; 0 if not given.
+        implementation: one of IMPLEMENTATIONS.
 
     Returns:
-      The attention's output in the dtype of `q_nope_BTHN`; 0 where a query sees no key.
+        The attention's output in the dtype of `q_nope_BTHN`; 0 where a query sees no key.
 
     Raises:
-      ValueError: If shapes or dtypes disagree, if one kind of segment ids is missing, if
-        `q_offset_B` is given without `causal`, or if the implementation cannot take the arguments.
+        ValueError: shapes or dtypes that do not fit, one kind of segment ids without the other,
+            `q_offset_B` without `causal`, an unknown implementation, or what it does not take (see
+            `supported`).
 
     DeepSeek-V2, arXiv 2405.04434, equations 17 and 18.
     """
@@ -103,92 +114,73 @@ def mla_attention_with_lse(
     """Attends as `mla_attention` does; also returns the log-sum-exp, to merge partial results.
 
     Args:
-      q_nope_BTHN: See `mla_attention`, as for all other arguments.
-      q_rope_BTHR: See `mla_attention`.
-      k_nope_BSHN: See `mla_attention`.
-      k_rope_BSR: See `mla_attention`.
-      v_BSHV: See `mla_attention`.
-      scale: See `mla_attention`.
-      causal: See `mla_attention`.
-      q_segment_ids_BT: See `mla_attention`.
-      kv_segment_ids_BS: See `mla_attention`.
-      q_offset_B: See `mla_attention`.
-      implementation: See `mla_attention`.
+        q_nope_BTHN: See `mla_attention`, as for all other arguments.
+        q_rope_BTHR: See `mla_attention`.
+        k_nope_BSHN: See `mla_attention`.
+        k_rope_BSR: See `mla_attention`.
+        v_BSHV: See `mla_attention`.
+        scale: See `mla_attention`.
+        causal: See `mla_attention`.
+        q_segment_ids_BT: See `mla_attention`.
+        kv_segment_ids_BS: See `mla_attention`.
+        q_offset_B: See `mla_attention`.
+        implementation: See `mla_attention`.
 
     Returns:
-      The output, and the float32 natural logarithm of the sum of the exponentials of the scaled
-      scores, -inf where a query sees no key. No gradient flows through the log-sum-exp.
+        The output, and the float32 natural logarithm of the sum of the exponentials of the scaled
+        scores, -inf where a query sees no key. No gradient flows through the log-sum-exp.
 
     Raises:
-      ValueError: See `mla_attention`.
+        ValueError: See `mla_attention`.
 
     DeepSeek-V2, arXiv 2405.04434, equations 17 and 18.
     """
     inputs = Inputs(q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV)
     masks = Masks(q_segment_ids_BT, kv_segment_ids_BS, q_offset_B)
     _check_arguments(inputs, masks, causal=causal)
-    module = _choose(implementation)  # Before tracing starts: a wrong name is the caller's error.
-    inputs, masks = _match_manual_axes((inputs, masks))
-    out_BTHV, lse_BHT = _attend(inputs, masks, float(scale), causal, module)
+    if not scale > 0:
+        raise ValueError(f"scale: {scale} must be positive")
+    reason = supported(
+        implementation,
+        nope_dim=q_nope_BTHN.shape[3],
+        rope_dim=q_rope_BTHR.shape[3],
+        value_dim=v_BSHV.shape[3],
+        dtype=q_nope_BTHN.dtype,
+    )
+    check_supported(implementation, reason)
+    inputs, masks = vary_alike((inputs, masks))
+    out_BTHV, lse_BHT = _attend(inputs, masks, float(scale), causal, implementation)
     return out_BTHV, jax.lax.stop_gradient(lse_BHT)
 
 
 def _check_arguments(inputs: Inputs, masks: Masks, *, causal: bool) -> None:
     q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, _, v_BSHV = inputs
     q_segment_ids_BT, kv_segment_ids_BS, q_offset_B = masks
-    if q_nope_BTHN.ndim != 4 or k_nope_BSHN.ndim != 4 or q_rope_BTHR.ndim != 4 or v_BSHV.ndim != 4:
-        raise ValueError(
-            "q_nope_BTHN, q_rope_BTHR, k_nope_BSHN and v_BSHV must have 4 dims, got shapes "
-            f"{q_nope_BTHN.shape}, {q_rope_BTHR.shape}, {k_nope_BSHN.shape}, {v_BSHV.shape}"
-        )
+    for name in ("q_nope_BTHN", "q_rope_BTHR", "k_nope_BSHN", "v_BSHV"):
+        shape = getattr(inputs, name).shape
+        if len(shape) != 4:
+            raise ValueError(f"{name}: shape {shape} must have 4 dims")
     B, T, H, N = q_nope_BTHN.shape
     S, R, V = k_nope_BSHN.shape[1], q_rope_BTHR.shape[3], v_BSHV.shape[3]
-    shapes = ((B, T, H, N), (B, T, H, R), (B, S, H, N), (B, S, R), (B, S, H, V))
-    mask_shapes = ((B, T), (B, S), (B,))
-    for names, arrays, expected in (
-        (Inputs._fields, inputs, shapes),
-        (Masks._fields, masks, mask_shapes),
-    ):
-        for name, array, shape in zip(names, arrays, expected, strict=True):
-            if array is not None and array.shape != shape:
-                raise ValueError(f"{name} has shape {array.shape}, must have {shape}")
+    given = inputs._asdict() | masks._asdict()
+    of_inputs = ((B, T, H, N), (B, T, H, R), (B, S, H, N), (B, S, R), (B, S, H, V))
+    of_masks = ((B, T), (B, S), (B,))
+    for name, shape in zip(given, of_inputs + of_masks, strict=True):
+        if given[name] is not None and given[name].shape != shape:
+            raise ValueError(f"{name}: shape {given[name].shape} must be {shape}")
     if 0 in (B, T, H, S):
-        raise ValueError(f"q_nope_BTHN and k_nope_BSHN must not be empty, got {B=} {T=} {H=} {S=}")
+        name = "k_nope_BSHN" if S == 0 else "q_nope_BTHN"
+        raise ValueError(f"{name}: shape {given[name].shape} must not be empty")
     for name, array in inputs._asdict().items():
         if array.dtype != q_nope_BTHN.dtype:
             raise ValueError(
-                f"{name} has dtype {array.dtype}, must have q_nope_BTHN's: {q_nope_BTHN.dtype}"
+                f"{name}: dtype {array.dtype} must be q_nope_BTHN's, {q_nope_BTHN.dtype}"
             )
     if (q_segment_ids_BT is None) != (kv_segment_ids_BS is None):
         missing = "q_segment_ids_BT" if q_segment_ids_BT is None else "kv_segment_ids_BS"
-        raise ValueError(f"{missing} is None, must be given as the other segment ids are")
+        raise ValueError(f"{missing}: None must be ids, as the other segment ids are given")
     if q_offset_B is not None and not causal:
-        raise ValueError(
-            "q_offset_B is given with causal=False, must be None: it moves the diagonal"
-        )
-
-
-def _choose(implementation: str) -> ModuleType:
-    """Returns the module that implements `forward` and `backward`."""
-    # Imported here, so that a host without Mosaic's libraries can use the others.
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {implementation!r}, must be one of {IMPLEMENTATIONS}")
-    return importlib.import_module(f"{__name__}.{implementation}")
-
-
-def _match_manual_axes(tree: Any) -> Any:
-    """Makes all arrays vary over the same manual mesh axes, inside of `jax.shard_map`.
-
-    The transpose sums the gradients over the axes that are added here, such as the heads' axis for
-    the rotary keys.
-    """
-    axes = frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
-
-    def match(leaf: Array) -> Array:
-        missing = tuple(sorted(axes - jax.typeof(leaf).mat.varying))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(match, tree)
+        raise ValueError("q_offset_B: must be None where causal is False, as it moves the diagonal")
 
 
 def _fold_into_batch(function: Any) -> Any:
@@ -213,16 +205,17 @@ def _fold_into_batch(function: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _attend(
-    inputs: Inputs, masks: Masks, scale: float, causal: bool, module: ModuleType
+    inputs: Inputs, masks: Masks, scale: float, causal: bool, implementation: str
 ) -> tuple[Array, Array]:
-    forward = _fold_into_batch(functools.partial(module.forward, scale=scale, causal=causal))
+    forward = load(__name__, implementation).forward
+    forward = _fold_into_batch(functools.partial(forward, scale=scale, causal=causal))
     return forward(inputs, masks)
 
 
 def _attend_forward(
-    inputs: Inputs, masks: Masks, scale: float, causal: bool, module: ModuleType
+    inputs: Inputs, masks: Masks, scale: float, causal: bool, implementation: str
 ) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
-    out_BTHV, lse_BHT = _attend(inputs, masks, scale, causal, module)
+    out_BTHV, lse_BHT = _attend(inputs, masks, scale, causal, implementation)
     out_BTHV = checkpoint_name(out_BTHV, OUT_NAME)
     lse_BHT = checkpoint_name(lse_BHT, LSE_NAME)
     return (out_BTHV, lse_BHT), (inputs, masks, out_BTHV, lse_BHT)
@@ -231,12 +224,13 @@ def _attend_forward(
 def _attend_backward(
     scale: float,
     causal: bool,
-    module: ModuleType,
+    implementation: str,
     residuals: tuple[Any, ...],
     cotangents: tuple[Array, Array],
 ) -> tuple[Inputs, None]:
     d_out_BTHV, _ = cotangents  # The log-sum-exp's is 0 by stop_gradient.
-    backward = _fold_into_batch(functools.partial(module.backward, scale=scale, causal=causal))
+    backward = load(__name__, implementation).backward
+    backward = _fold_into_batch(functools.partial(backward, scale=scale, causal=causal))
     return backward(*residuals, d_out_BTHV), None
 
 

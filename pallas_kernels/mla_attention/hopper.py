@@ -6,11 +6,15 @@ from jax import Array
 
 from pallas_kernels.mla_attention import hopper_backward, hopper_forward
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
-from pallas_kernels.mla_attention.hopper_blocks import LOG2E, KeyRanges, key_ranges
-from pallas_kernels.mla_attention.tiles import HOPPER_BACKWARD, HOPPER_FORWARD
-
-NOPE_DIM, ROPE_DIM, VALUE_DIM = 128, 64, 128
-DTYPES = (jnp.bfloat16, jnp.float16)
+from pallas_kernels.mla_attention.hopper_ranges import KeyRanges, key_ranges
+from pallas_kernels.mla_attention.limits import NOPE
+from pallas_kernels.mla_attention.tiles import (
+    HOPPER_BACKWARD,
+    HOPPER_FORWARD,
+    HopperBackward,
+    HopperForward,
+)
+from pallas_kernels.softmax import LOG2E
 
 
 def forward(
@@ -19,11 +23,12 @@ def forward(
     *,
     scale: float,
     causal: bool,
+    tile: HopperForward = HOPPER_FORWARD,
 ) -> tuple[Array, Array]:
     """Returns the output and the log-sum-exp; the arguments are those of `mla_attention`."""
-    _check(inputs, scale=scale)
+    _check_manual_axes(inputs)
     B, T, S = *inputs.q_nope_BTHN.shape[:2], inputs.v_BSHV.shape[1]
-    block_q, block_k = hopper_forward.BLOCK_Q, HOPPER_FORWARD.block_k
+    block_q, block_k = hopper_forward.BLOCK_Q, tile.block_k
     padded = _pad_inputs(inputs, block_q, block_k)
     ranges = None
     if _needs_ranges(T, S, masks, causal=causal, block_k=block_k):
@@ -36,7 +41,7 @@ def forward(
         scale=scale,
         causal=causal,
         num_keys=S,
-        tiles=HOPPER_FORWARD,
+        tile=tile,
     )
     return out_BTHV[:, :T], lse_BHT[:, :, :T]
 
@@ -50,11 +55,12 @@ def backward(
     *,
     scale: float,
     causal: bool,
+    tile: HopperBackward = HOPPER_BACKWARD,
 ) -> Inputs:
     """Returns the gradients of the five float inputs, the same bits in every run."""
-    _check(inputs, scale=scale)
+    _check_manual_axes(inputs)
     B, T, S = *inputs.q_nope_BTHN.shape[:2], inputs.v_BSHV.shape[1]
-    N, dtype = NOPE_DIM, inputs.q_nope_BTHN.dtype
+    N, dtype = NOPE, inputs.q_nope_BTHN.dtype
     block_q, block_k = hopper_backward.SIZE, hopper_backward.BLOCK_K
     # The forward kernel's padding, so that both agree on what a query block is.
     padded = _pad_inputs(inputs, block_k, block_k)
@@ -76,7 +82,7 @@ def backward(
         delta_BHT,
         scale=scale,
         causal=causal,
-        tiles=HOPPER_BACKWARD,
+        tile=tile,
     )
     dq_BTHK = dq_BTHK[:, :T] * scale
     dk_rope_BSR = dk_rope_BSHR.sum(axis=2)
@@ -89,23 +95,12 @@ def backward(
     )
 
 
-def _check(inputs: Inputs, *, scale: float) -> None:
-    for name, dim in (("q_nope_BTHN", NOPE_DIM), ("q_rope_BTHR", ROPE_DIM), ("v_BSHV", VALUE_DIM)):
-        size = getattr(inputs, name).shape[-1]
-        if size != dim:
-            raise ValueError(f"{name} has a last dim of {size}, must have {dim} for 'hopper'")
-    dtype = inputs.q_nope_BTHN.dtype
-    if dtype not in DTYPES:
+def _check_manual_axes(inputs: Inputs) -> None:
+    if axes := jax.typeof(inputs.q_nope_BTHN).manual_axis_type.varying:
         raise ValueError(
-            f"q_nope_BTHN has dtype {dtype}, must have bfloat16 or float16 for 'hopper'"
-        )
-    if axes := jax.typeof(inputs.q_nope_BTHN).mat.varying:
-        raise ValueError(
-            f"q_nope_BTHN is typed as varying over manual axes {sorted(axes)}, must not for "
+            f"q_nope_BTHN: varying manual axes {sorted(axes)} must be none for implementation "
             "'hopper': use jax.shard_map with check_vma=False"
         )
-    if not scale > 0:
-        raise ValueError(f"scale is {scale}, must be positive for 'hopper'")
 
 
 def _needs_ranges(

@@ -26,16 +26,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.hopper_parts import MATRIX, PER_COLUMN, PER_ROW, finish, tiled_smem
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
-from pallas_kernels.mla_attention.hopper_blocks import (
-    LOG2E,
-    MATRIX,
-    PER_COLUMN,
-    PER_ROW,
-    KeyRanges,
-    tiled_smem,
-)
+from pallas_kernels.mla_attention.hopper_ranges import KeyRanges
 from pallas_kernels.mla_attention.tiles import HopperBackward
+from pallas_kernels.softmax import LOG2E
 
 SIZE = 64  # Keys of a warpgroup, and queries of a step: rows and columns of its scores.
 NUM_COMPUTE = 2
@@ -52,30 +47,30 @@ def differentiate(
     *,
     scale: float,
     causal: bool,
-    tiles: HopperBackward,
+    tile: HopperBackward,
 ) -> tuple[Array, Array, Array, Array]:
     """Returns gradients of queries (float32, unscaled), keys, rotary keys of each head, and values.
 
     Args:
-      inputs: As in `mla_attention`, T a multiple of 64 and S of 128.
-      masks: As in `mla_attention`, int32.
-      ranges: Of `key_ranges`, for blocks of 64 queries and 128 keys; None if each query sees all
-        keys or, when `causal`, all up to its own position.
-      d_out_BTHV: Gradient of the output.
-      lse_BHT: float32 log-sum-exp in base 2, +inf where a query sees no key or is padding.
-      delta_BHT: float32 product of the output and its gradient, summed over the values' dim.
-      scale: Factor on the scores.
-      causal: Whether keys after a query's position are hidden.
-      tiles: Sizes.
+        inputs: As in `mla_attention`, T a multiple of 64 and S of 128.
+        masks: As in `mla_attention`, int32.
+        ranges: Of `key_ranges`, for blocks of 64 queries and 128 keys; None if each query sees all
+          keys or, when `causal`, all up to its own position.
+        d_out_BTHV: Gradient of the output.
+        lse_BHT: float32 log-sum-exp in base 2, +inf where a query sees no key or is padding.
+        delta_BHT: float32 product of the output and its gradient, summed over the values' dim.
+        scale: Factor on the scores.
+        causal: Whether keys after a query's position are hidden.
+        tile: Sizes.
     """
     B, T, H, N = inputs.q_nope_BTHN.shape
     S, R, V = inputs.k_nope_BSHN.shape[1], inputs.q_rope_BTHR.shape[3], inputs.v_BSHV.shape[3]
     K = N + R
     dtype = inputs.q_nope_BTHN.dtype
     f32 = jnp.float32
-    stages = tiles.stages
+    stages = tile.stages
     num_q, num_k = T // SIZE, S // BLOCK_K
-    group = math.gcd(tiles.heads_per_group, B * H)
+    group = math.gcd(tile.heads_per_group, B * H)
     half = K // NUM_COMPUTE  # Columns of the queries' gradient that a warpgroup computes.
     log2_scale = scale * LOG2E
     with_ids = masks.q_segment_ids_BT is not None
@@ -97,9 +92,9 @@ def differentiate(
 
         # Early key blocks, seen by most queries, first; a few heads at a time, so that the key
         # blocks of a head, one step apart, find its queries in the cache.
-        tile = lax.axis_index("tile")
-        j = lax.rem(lax.div(tile, group), num_k)
-        head = lax.div(tile, group * num_k) * group + lax.rem(tile, group)
+        block = lax.axis_index("tile")
+        j = lax.rem(lax.div(block, group), num_k)
+        head = lax.div(block, group * num_k) * group + lax.rem(block, group)
         h, b = lax.rem(head, H), lax.div(head, H)
         if range_refs is not None:
             of_queries, of_keys = range_refs
@@ -185,10 +180,6 @@ def differentiate(
             def _(warp: Array) -> None:
                 pl.when(warp == 0)(load)
                 pl.when(warp == 1)(add)
-
-        def finish(ref: Any, in_flight: int) -> Array:
-            # The barrier keeps the compiler from reading the registers before the wait.
-            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(ref, wait_n=in_flight))
 
         def per_query(values: Array) -> Array:
             return lax.broadcast_in_dim(values, tile_shape, [1])

@@ -16,16 +16,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.hopper_parts import MATRIX, PER_COLUMN, PER_ROW, finish, tiled_smem
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
-from pallas_kernels.mla_attention.hopper_blocks import (
-    LOG2E,
-    MATRIX,
-    PER_COLUMN,
-    PER_ROW,
-    KeyRanges,
-    tiled_smem,
-)
+from pallas_kernels.mla_attention.hopper_ranges import KeyRanges
 from pallas_kernels.mla_attention.tiles import HopperForward
+from pallas_kernels.softmax import LOG2E
 
 Q_SIZE = 64  # Queries of a warpgroup: the rows of one wgmma.
 NUM_COMPUTE = 2
@@ -40,26 +35,26 @@ def attend(
     scale: float,
     causal: bool,
     num_keys: int,
-    tiles: HopperForward,
+    tile: HopperForward,
 ) -> tuple[Array, Array]:
     """Returns the output and the log-sum-exp of lengths that are multiples of the blocks.
 
     Args:
-      inputs: As in `mla_attention`, T a multiple of 128 and S of the key block.
-      masks: As in `mla_attention`, int32.
-      ranges: Which key blocks each 128 queries see; None if each query sees all keys or, when
-        `causal`, all up to its own position, and every one of the S keys is real.
-      scale: Factor on the scores.
-      causal: Whether keys after a query's position are hidden.
-      num_keys: Number of the real keys; those after it are padding.
-      tiles: Block sizes.
+        inputs: As in `mla_attention`, T a multiple of 128 and S of the key block.
+        masks: As in `mla_attention`, int32.
+        ranges: Which key blocks each 128 queries see; None if each query sees all keys or, when
+          `causal`, all up to its own position, and every one of the S keys is real.
+        scale: Factor on the scores.
+        causal: Whether keys after a query's position are hidden.
+        num_keys: Number of the real keys; those after it are padding.
+        tile: Block sizes.
     """
     B, T, H, N = inputs.q_nope_BTHN.shape
     S, R, V = inputs.k_nope_BSHN.shape[1], inputs.q_rope_BTHR.shape[3], inputs.v_BSHV.shape[3]
     dtype = inputs.q_nope_BTHN.dtype
-    block_q, block_k, stages = BLOCK_Q, tiles.block_k, tiles.stages
+    block_q, block_k, stages = BLOCK_Q, tile.block_k, tile.stages
     num_q, num_k = T // block_q, S // block_k
-    group = math.gcd(tiles.heads_per_group, B * H)
+    group = math.gcd(tile.heads_per_group, B * H)
     log2_scale = scale * LOG2E
     with_ids = masks.q_segment_ids_BT is not None
     operands, operand_tree = jax.tree.flatten((inputs, masks, ranges))
@@ -75,9 +70,9 @@ def attend(
 
         # Long rows of blocks first, so that short ones fill the end; a few heads at a time, so that
         # their keys and values stay in the cache.
-        tile = lax.axis_index("tile")
-        i = num_q - 1 - lax.rem(lax.div(tile, group), num_q)
-        head = lax.div(tile, group * num_q) * group + lax.rem(tile, group)
+        block = lax.axis_index("tile")
+        i = num_q - 1 - lax.rem(lax.div(block, group), num_q)
+        head = lax.div(block, group * num_q) * group + lax.rem(block, group)
         h, b = lax.rem(head, H), lax.div(head, H)
         if range_refs is not None:
             start, stop = range_refs.start_BI[b, i], range_refs.stop_BI[b, i]
@@ -176,11 +171,6 @@ def attend(
                 k_nope, k_rope = k_nope_smem.at[slot], k_rope_smem.at[slot]
                 plgpu.wgmma(scores_ref, q_nope_smem, k_nope.transpose((1, 0)))
                 plgpu.wgmma(scores_ref, q_rope_smem, k_rope.transpose((1, 0)))
-
-            def finish(ref: Any, in_flight: int) -> Array:
-                # The barrier keeps the compiler from reading the registers before the wait.
-                value = plgpu.wgmma_accumulator_load(ref, wait_n=in_flight)
-                return lax.optimization_barrier(value)
 
             def attend_keys(acc_ref: Any) -> tuple[Array, Array, Array]:
                 top = plgpu.layout_cast(jnp.full((Q_SIZE,), -jnp.inf, jnp.float32), PER_ROW)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.grouped_matmul.tiles import tpu_chip
+from pallas_kernels.chips import tpu_chip
 
 # Queries and keys of a block of the plain JAX path: a cache holds it, and the steps are few.
 XLA_BLOCK = 512

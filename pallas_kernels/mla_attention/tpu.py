@@ -20,7 +20,6 @@ How they are laid out, and why:
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,14 +27,18 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mla_attention import blocks, tiles
+from pallas_kernels.manual_axes import output_like
+from pallas_kernels.mla_attention import tpu_blocks as blocks
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
-from pallas_kernels.mla_attention.blocks import MASKED, NOPE, ROPE, VALUE, BlockShape, BlockTable
+from pallas_kernels.mla_attention.limits import NOPE, ROPE, VALUE
+from pallas_kernels.mla_attention.tiles import TPU_VMEM_BYTES, TpuTile, tpu_forward_tile
 from pallas_kernels.mla_attention.tpu_backward import backward
+from pallas_kernels.mla_attention.tpu_blocks import BlockShape, BlockTable
+from pallas_kernels.softmax import LOG2E, MASKED
+from pallas_kernels.tpu_parts import dot
 
 __all__ = ["backward", "forward"]
 
-LOG2_E = math.log2(math.e)
 SUM_ROWS = 16  # Of bfloat16, the fewest that fill registers.
 
 
@@ -45,15 +48,15 @@ def forward(
     *,
     scale: float,
     causal: bool,
+    tile: TpuTile | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
     """Returns the output and the log-sum-exp; the arguments are those of `mla_attention`."""
     q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV = inputs
-    blocks.check_dims(q_nope_BTHN, q_rope_BTHR, v_BSHV)
     B, T, H, _ = q_nope_BTHN.shape
     S = k_nope_BSHN.shape[1]
     dtype = q_nope_BTHN.dtype
-    tile = tiles.tpu_forward_tile()
+    tile = tile or tpu_forward_tile()
     shape = BlockShape.of(T, S, H, tile.block)
     table = blocks.make_table(
         T, S, shape.block_q, shape.block_k, masks, causal=causal, keys_outer=False
@@ -79,8 +82,8 @@ def forward(
             causal=causal,
         ),
         out_shape=(
-            blocks.like(q_nope_BTHN, (B, shape.padded_queries, H * VALUE), dtype),
-            blocks.like(q_nope_BTHN, (B, H // heads, heads, shape.padded_queries), jnp.float32),
+            output_like(q_nope_BTHN, (B, shape.padded_queries, H * VALUE), dtype),
+            output_like(q_nope_BTHN, (B, H // heads, heads, shape.padded_queries), jnp.float32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
@@ -99,7 +102,7 @@ def forward(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=tiles.TPU_VMEM_BYTES,
+            vmem_limit_bytes=TPU_VMEM_BYTES,
         ),
         interpret=interpret,
         name="mla_attention_forward",
@@ -124,7 +127,7 @@ class _Held:
     size: tuple[int, int]
 
     @classmethod
-    def of(cls, tile: tiles.TpuTile, shape: BlockShape) -> "_Held":
+    def of(cls, tile: TpuTile, shape: BlockShape) -> "_Held":
         order = tile.order(shape.heads, shape.block_q, shape.block_k)
         *_, queries, keys = order[-1]
         size = (keys.stop - keys.start, queries.stop - queries.start)
@@ -161,7 +164,7 @@ def _forward_kernel(
     *refs: Any,
     shape: BlockShape,
     table: BlockTable,
-    tile: tiles.TpuTile,
+    tile: TpuTile,
     held: _Held,
     scale: float,
     causal: bool,
@@ -182,11 +185,11 @@ def _forward_kernel(
         for n, ref in enumerate(held_refs):
             ref[...] = jnp.full_like(ref, MASKED if n == 0 else 0)
         # The scale goes into the queries: the vector unit has no cycle to spare for the scores.
-        rope_TR = (q_rope_ref[0].astype(jnp.float32) * (scale * LOG2_E)).astype(q_ref.dtype)
+        rope_TR = (q_rope_ref[0].astype(jnp.float32) * (scale * LOG2E)).astype(q_ref.dtype)
         rope_RT = rope_TR.T
         for h in range(shape.heads):
             nope_TN = q_nope_ref[0, :, h * NOPE : (h + 1) * NOPE].astype(jnp.float32)
-            q_ref[h, :NOPE] = (nope_TN * (scale * LOG2_E)).astype(q_ref.dtype).T
+            q_ref[h, :NOPE] = (nope_TN * (scale * LOG2E)).astype(q_ref.dtype).T
             q_ref[h, NOPE:] = rope_RT[h * ROPE : (h + 1) * ROPE]
 
     def softmax(h: int, queries: slice, scores_ST: Array, v_VS: Array) -> tuple[Any, ...]:
@@ -203,7 +206,7 @@ def _forward_kernel(
     def accumulate(h: int, queries: slice, weights_ST: Array, decay_1T: Array, v_VS: Array) -> None:
         rows = slice(0, v_VS.shape[0])
         acc_VT = acc_ref[h, rows, queries] * decay_1T
-        acc_ref[h, rows, queries] = acc_VT + blocks.dot(v_VS, weights_ST)
+        acc_ref[h, rows, queries] = acc_VT + dot(v_VS, weights_ST)
 
     def take_held() -> tuple[list[Any], list[Any]]:
         """Returns the tiles that the step before has left: with scores, and with weights."""
@@ -254,7 +257,7 @@ def _forward_kernel(
         def scores(h: int, queries: slice, keys: slice) -> Array:
             k_nope_SN = k_nope_ref[0, keys, h * NOPE : (h + 1) * NOPE]
             k_SK = jnp.concatenate([k_nope_SN, k_rope_ref[0, keys]], axis=1)
-            return mask.apply(blocks.dot(k_SK, q_ref[h, :, queries]), queries, keys)
+            return mask.apply(dot(k_SK, q_ref[h, :, queries]), queries, keys)
 
         scored, weighted = take_held()
         for h, queries, keys in mask.tiles(tile, shape.heads):
@@ -280,5 +283,5 @@ def _forward_kernel(
             sum_1T = jnp.where(seen_1T, acc_ref[h, VALUE : VALUE + 1], 1.0)
             out_VT = jnp.where(seen_1T, acc_ref[h, :VALUE] / sum_1T, 0.0)
             out_ref[0, :, h * VALUE : (h + 1) * VALUE] = out_VT.T.astype(out_ref.dtype)
-            lse_1T = max_ref[h] / LOG2_E + jnp.log(sum_1T)
+            lse_1T = max_ref[h] / LOG2E + jnp.log(sum_1T)
             lse_ref[0, 0, h : h + 1] = jnp.where(seen_1T, lse_1T, -jnp.inf)

@@ -1,7 +1,6 @@
 """The backward pass of latent attention as one Pallas kernel for TPUs (Mosaic); see `tpu`."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,19 +9,20 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mla_attention import blocks, tiles
+from pallas_kernels.chips import TPU_LANES
+from pallas_kernels.manual_axes import output_like
+from pallas_kernels.mla_attention import tpu_blocks as blocks
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
-from pallas_kernels.mla_attention.blocks import (
-    LANES,
-    MASKED,
-    NOPE,
-    ROPE,
-    VALUE,
-    BlockShape,
-    BlockTable,
+from pallas_kernels.mla_attention.limits import NOPE, ROPE, VALUE
+from pallas_kernels.mla_attention.tiles import (
+    TPU_RESIDENT_TOKENS,
+    TPU_VMEM_BYTES,
+    TpuTile,
+    tpu_backward_tile,
 )
-
-LOG2_E = math.log2(math.e)
+from pallas_kernels.mla_attention.tpu_blocks import BlockShape, BlockTable
+from pallas_kernels.softmax import LOG2E, MASKED
+from pallas_kernels.tpu_parts import dot
 
 
 def backward(
@@ -34,27 +34,28 @@ def backward(
     *,
     scale: float,
     causal: bool,
+    tile: TpuTile | None = None,
+    resident_tokens: int = TPU_RESIDENT_TOKENS,
     interpret: Any = False,
 ) -> Inputs:
     """Returns the gradients of the five float inputs; the rotary keys' is summed over the heads.
 
-    Sequences longer than `TPU_RESIDENT_TOKENS` are taken in pieces, whose gradients are summed in
-    float32, as the gradient of a piece's queries stays in VMEM.
+    The gradient of the queries stays in VMEM. So sequences of more than `resident_tokens` are taken
+    in pieces, whose gradients are summed in float32.
     """
     q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV = inputs
     q_segment_ids_BT, kv_segment_ids_BS, q_offset_B = masks
-    blocks.check_dims(q_nope_BTHN, q_rope_BTHR, v_BSHV)
     T, S = q_nope_BTHN.shape[1], k_nope_BSHN.shape[1]
     delta_BHT = jnp.einsum(
         "BTHV,BTHV->BHT", out_BTHV, d_out_BTHV, preferred_element_type=jnp.float32
     )
-    piece = tiles.TPU_RESIDENT_TOKENS
+    tile, piece = tile or tpu_backward_tile(), resident_tokens
     queries = (q_nope_BTHN, q_rope_BTHR, d_out_BTHV)
     keys = (k_nope_BSHN, v_BSHV, k_rope_BSR)
     if max(T, S) <= piece:
         return _backward_piece(
             queries, keys, lse_BHT, delta_BHT, masks, q_nope_BTHN.dtype,
-            scale=scale, causal=causal, interpret=interpret,
+            scale=scale, causal=causal, tile=tile, interpret=interpret,
         )  # fmt: skip
     f32 = jnp.float32
     dq = [jnp.zeros(x.shape, f32) for x in (q_nope_BTHN, q_rope_BTHR)]
@@ -74,7 +75,7 @@ def backward(
             grads = _backward_piece(
                 tuple(x[:, rows] for x in queries), tuple(x[:, columns] for x in keys),
                 lse_BHT[:, :, rows], delta_BHT[:, :, rows], piece_masks, f32,
-                scale=scale, causal=cut, interpret=interpret,
+                scale=scale, causal=cut, tile=tile, interpret=interpret,
             )  # fmt: skip
             dq = [x.at[:, rows].add(grad) for x, grad in zip(dq, grads[:2], strict=True)]
             dk = [x.at[:, columns].add(grad) for x, grad in zip(dk, grads[2:], strict=True)]
@@ -91,6 +92,7 @@ def _backward_piece(
     *,
     scale: float,
     causal: bool,
+    tile: TpuTile,
     interpret: Any,
 ) -> Inputs:
     q_nope_BTHN, q_rope_BTHR, d_out_BTHV = queries
@@ -98,7 +100,6 @@ def _backward_piece(
     B, T, H, _ = q_nope_BTHN.shape
     S = k_nope_BSHN.shape[1]
     dtype, f32 = q_nope_BTHN.dtype, jnp.float32
-    tile = tiles.tpu_backward_tile()
     shape = BlockShape.of(T, S, H, tile.block)
     heads, block_q, block_k = shape.heads, shape.block_q, shape.block_k
     table = blocks.make_table(T, S, block_q, block_k, masks, causal=causal, keys_outer=True)
@@ -120,7 +121,7 @@ def _backward_piece(
         return blocks.pad(x_BHT, 2, shape.padded_queries).reshape(B, H // heads, heads, -1)
 
     # A query that saw no key: exp2(score - inf) is 0.
-    lse_BHT = jnp.where(lse_BHT == -jnp.inf, -MASKED, lse_BHT * LOG2_E)
+    lse_BHT = jnp.where(lse_BHT == -jnp.inf, -MASKED, lse_BHT * LOG2E)
 
     def pair(p: Any, g: Any) -> Any:
         return p * pairs + g
@@ -134,11 +135,11 @@ def _backward_piece(
             _backward_kernel, shape=shape, table=table, tile=tile, scale=scale, causal=causal
         ),
         out_shape=(
-            blocks.like(q_nope_BTHN, (B, padded_queries, H * NOPE), out_dtype),
-            blocks.like(q_nope_BTHN, (B, padded_queries, H // heads * shape.rope_lanes), out_dtype),
-            blocks.like(q_nope_BTHN, (B, padded_keys, H * NOPE), out_dtype),
-            blocks.like(q_nope_BTHN, (B, padded_keys, H * VALUE), out_dtype),
-            blocks.like(q_nope_BTHN, (B, groups, ROPE, padded_keys), f32),
+            output_like(q_nope_BTHN, (B, padded_queries, H * NOPE), out_dtype),
+            output_like(q_nope_BTHN, (B, padded_queries, H // heads * shape.rope_lanes), out_dtype),
+            output_like(q_nope_BTHN, (B, padded_keys, H * NOPE), out_dtype),
+            output_like(q_nope_BTHN, (B, padded_keys, H * VALUE), out_dtype),
+            output_like(q_nope_BTHN, (B, groups, ROPE, padded_keys), f32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
@@ -164,7 +165,7 @@ def _backward_piece(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=tiles.TPU_VMEM_BYTES,
+            vmem_limit_bytes=TPU_VMEM_BYTES,
         ),
         interpret=interpret,
         name="mla_attention_backward",
@@ -203,7 +204,7 @@ def _backward_kernel(
     *refs: Any,
     shape: BlockShape,
     table: BlockTable,
-    tile: tiles.TpuTile,
+    tile: TpuTile,
     scale: float,
     causal: bool,
 ) -> None:
@@ -216,7 +217,7 @@ def _backward_kernel(
     info = info_ref[at]
     heads, block_q, block_k = shape.heads, shape.block_q, shape.block_k
     q_index, k_index = q_index_ref[at], k_index_ref[at]
-    q_rows = pl.ds(pl.multiple_of(q_index * block_q, LANES), block_q)
+    q_rows = pl.ds(pl.multiple_of(q_index * block_q, TPU_LANES), block_q)
 
     @pl.when((pl.program_id(2) == 0) & (step == 0))
     def _start_group() -> None:
@@ -251,7 +252,7 @@ def _backward_kernel(
             ref.at[:, :, k_here] for ref in (k_cols_ref, v_cols_ref, dk_acc_ref, dv_acc_ref)
         )
         k_rows = k_rows_ref.at[:, k_here]
-        dq_start = pl.multiple_of(q_index * block_q + q_start, LANES)
+        dq_start = pl.multiple_of(q_index * block_q + q_start, TPU_LANES)
         dq_acc = dq_acc_ref.at[pl.ds(dq_start, part_q)]
         mask = blocks.BlockMask(
             kind=kind,
@@ -275,7 +276,7 @@ def _backward_kernel(
 
         def column(ref: Any, h: int, queries: slice) -> Array:
             row_1T = ref[h : h + 1, queries]
-            return jnp.broadcast_to(row_1T, (LANES, row_1T.shape[1])).T[:, :1]
+            return jnp.broadcast_to(row_1T, (TPU_LANES, row_1T.shape[1])).T[:, :1]
 
         def transposed(h: int, queries: slice) -> Array:
             q_nope_NT = q_nope[queries, h * NOPE : (h + 1) * NOPE].T
@@ -284,9 +285,9 @@ def _backward_kernel(
         def matmuls(h: int, queries: slice, keys: slice) -> tuple[Array, Array]:
             q_nope_TN = q_nope[queries, h * NOPE : (h + 1) * NOPE]
             q_TK = jnp.concatenate([q_nope_TN, q_rope[queries]], axis=1)
-            scores_TS = blocks.dot(q_TK, k_cols[h, :, keys])
+            scores_TS = dot(q_TK, k_cols[h, :, keys])
             d_out_TV = d_out[queries, h * VALUE : (h + 1) * VALUE]
-            return scores_TS, blocks.dot(d_out_TV, v_cols[h, :, keys])
+            return scores_TS, dot(d_out_TV, v_cols[h, :, keys])
 
         def elementwise(
             h: int, queries: slice, keys: slice, products: tuple[Array, Array]
@@ -295,7 +296,7 @@ def _backward_kernel(
             scores_TS = mask.apply(scores_TS, queries, keys)
             lse_T1 = once("lse", h, queries, lambda: column(lse, h, queries))
             delta_T1 = once("delta", h, queries, lambda: column(delta, h, queries))
-            weights_TS = jnp.exp2(scores_TS * (scale * LOG2_E) - lse_T1)
+            weights_TS = jnp.exp2(scores_TS * (scale * LOG2E) - lse_T1)
             d_scores_TS = weights_TS * (d_weights_TS - delta_T1)
             return weights_TS.astype(v_ref.dtype), d_scores_TS.astype(v_ref.dtype)
 
@@ -305,9 +306,9 @@ def _backward_kernel(
             head = slice(h * NOPE, (h + 1) * NOPE)
             d_out_VT = once("d_out", h, queries, lambda: d_out[queries, head].T)
             q_KT = once("q", h, queries, lambda: transposed(h, queries))
-            dv_acc[h, :, keys] += blocks.dot(d_out_VT, weights_TS)
-            dk_acc[h, :, keys] += blocks.dot(q_KT, d_scores_TS)
-            dq_TK = blocks.dot(d_scores_TS, k_rows[h, keys])
+            dv_acc[h, :, keys] += dot(d_out_VT, weights_TS)
+            dk_acc[h, :, keys] += dot(q_KT, d_scores_TS)
+            dq_TK = dot(d_scores_TS, k_rows[h, keys])
             dq_acc[queries, head] += dq_TK[:, :NOPE]
             dq_acc[queries, heads * NOPE :] += dq_TK[:, NOPE:]
 
@@ -329,8 +330,8 @@ def _backward_kernel(
                 on_it = jnp.where(part_of_queries == part_of_keys, blocks.DIAGONAL, below)
                 kind = jnp.where(kind == blocks.DIAGONAL, on_it, kind)
                 starts = (
-                    pl.multiple_of(part_of_queries * part_q, LANES),
-                    pl.multiple_of(part_of_keys * part_k, LANES),
+                    pl.multiple_of(part_of_queries * part_q, TPU_LANES),
+                    pl.multiple_of(part_of_keys * part_k, TPU_LANES),
                 )
                 for body in kinds:
                     pl.when(kind == body)(functools.partial(attend, body, *starts))
@@ -343,7 +344,7 @@ def _backward_kernel(
 
     @pl.when((info & blocks.OUTER_LAST) != 0)
     def _finish_keys() -> None:
-        columns = pl.ds(pl.multiple_of(k_index * block_k, LANES), block_k)
+        columns = pl.ds(pl.multiple_of(k_index * block_k, TPU_LANES), block_k)
         for h in range(heads):
             dk_KS = dk_acc_ref[h] * scale
             dk_nope_SN = dk_KS[:NOPE].T

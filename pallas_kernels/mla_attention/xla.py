@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.reference import visible_BTS
 from pallas_kernels.mla_attention.tiles import XLA_BLOCK
@@ -108,9 +109,7 @@ def _cut(array: Array, index: Array | int, size: int, axis: int) -> Array:
 
 def _full(shape: tuple[int, ...], value: float, like: Array) -> Array:
     """Returns a float32 constant for a loop's carry, varying over the mesh axes of `like`."""
-    array = jnp.full(shape, value, jnp.float32)
-    axes = tuple(sorted(jax.typeof(like).mat.varying))
-    return jax.lax.pcast(array, axes, to="varying") if axes else array
+    return vary_like(jnp.full(shape, value, jnp.float32), like)
 
 
 def _scores_BHTS(q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array) -> Array:

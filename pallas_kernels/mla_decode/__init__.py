@@ -2,20 +2,21 @@
 
 DeepSeek-V2 (arXiv 2405.04434), section 2.1.2: `wk_b` is absorbed into the query and `wv_b` into the
 output, so a step of decoding attends in the latent space and reads 576 numbers per cached token,
-whatever the number of heads; the same latent is key and value.
+whatever the number of heads. The same latent is key and value.
+
+Four implementations have one meaning: "reference" (plain jax.numpy, small sizes), "xla" (portable),
+"tpu" (Pallas, Mosaic TPU) and "hopper" (Pallas, Mosaic GPU, sm_90). Each is a module with `decode`.
+Shape letters: B sequences, T query tokens of each, H heads, C numbers in a latent, R in a rotary
+key, P pages of a sequence.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.implementations import IMPLEMENTATIONS, check_supported, load
+from pallas_kernels.mla_decode.limits import supported
 from pallas_kernels.mla_decode.merge import merge_partial_attention
-from pallas_kernels.mla_decode.pages import (
-    LatentPages,
-    append_latents,
-    check_query,
-    pad_rope,
-    quantize_latents,
-)
+from pallas_kernels.mla_decode.pages import LatentPages, append_latents, check_query, pad_rope
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -23,10 +24,8 @@ __all__ = [
     "append_latents",
     "merge_partial_attention",
     "mla_decode",
-    "quantize_latents",
+    "supported",
 ]
-
-IMPLEMENTATIONS = ("reference", "xla", "tpu", "hopper")
 
 
 def mla_decode(
@@ -56,8 +55,7 @@ def mla_decode(
             position of this pool's first token: keys past the table's end, or before its start
             where that is negative, are not seen here.
         scale: factor of the scores, before the softmax.
-        implementation: "reference" (the meaning), "xla" (portable), "tpu" (Mosaic TPU) or "hopper"
-            (Mosaic GPU, sm_90).
+        implementation: one of IMPLEMENTATIONS.
 
     Returns:
         (out_BTHC, lse_BTH): the attended latents in the queries' dtype, and the float32 natural
@@ -65,33 +63,31 @@ def mla_decode(
         sequence. A query that sees no key has out 0 and lse -inf.
 
     Raises:
-        ValueError: an argument's shape or dtype does not fit, or the implementation does not take
-            it, or there is no such implementation.
+        ValueError: shapes or dtypes that do not fit, an unknown implementation, or what it does not
+            take (see `supported`).
     """
     check_query(q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B)
-    q_rope_BTHR = pad_rope(q_rope_BTHR, pages)
-    page_table_BP = page_table_BP.astype(jnp.int32)
-    lengths_B = lengths_B.astype(jnp.int32)
-    # Imported when chosen: a machine without a GPU or a TPU need not load their compilers.
-    match implementation:
-        case "reference":
-            from pallas_kernels.mla_decode.reference import decode as reference_decode
-
-            decode = reference_decode
-        case "xla":
-            from pallas_kernels.mla_decode.xla import decode as xla_decode
-
-            decode = xla_decode
-        case "tpu":
-            from pallas_kernels.mla_decode.tpu import decode as tpu_decode
-
-            decode = tpu_decode
-        case "hopper":
-            from pallas_kernels.mla_decode.hopper import decode as hopper_decode
-
-            decode = hopper_decode
-        case _:
-            raise ValueError(
-                f"implementation is {implementation!r}; it must be one of {IMPLEMENTATIONS}"
-            )
-    return decode(q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B, scale=scale)
+    if not scale > 0:
+        raise ValueError(f"scale: {scale} must be positive")
+    _, num_tokens, num_heads, kv_rank = q_latent_BTHC.shape
+    reason = supported(
+        implementation,
+        kv_rank=kv_rank,
+        rope_dim=pages.rope.shape[-1],
+        num_heads=num_heads,
+        num_tokens=num_tokens,
+        page_size=pages.page_size,
+        table_entries=page_table_BP.size,
+        dtype=q_latent_BTHC.dtype,
+        pages_dtype=pages.latent.dtype,
+        rope_dtype=pages.rope.dtype,
+    )
+    check_supported(implementation, reason)
+    return load(__name__, implementation).decode(
+        q_latent_BTHC,
+        pad_rope(q_rope_BTHR, pages),
+        pages,
+        page_table_BP.astype(jnp.int32),
+        lengths_B.astype(jnp.int32),
+        scale=scale,
+    )

@@ -26,23 +26,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mla_decode.hopper_accumulators import finish, opaque, rescaled
+from pallas_kernels.chips import num_sms
+from pallas_kernels.hopper_parts import COMPILER_PARAMS, finish, tiled_smem
+from pallas_kernels.mla_decode.hopper_accumulators import opaque, rescaled
 from pallas_kernels.mla_decode.hopper_narrow import attend_narrow
+from pallas_kernels.mla_decode.hopper_split import UNIT, merge_pieces, part_bound, plan_work
+from pallas_kernels.mla_decode.limits import HOPPER_KEYS as KEYS
+from pallas_kernels.mla_decode.limits import KV_RANK, ROPE_DIM
 from pallas_kernels.mla_decode.pages import LatentPages
-from pallas_kernels.mla_decode.split import (
-    LOG2E,
-    LOWEST,
-    UNIT,
-    merge_pieces,
-    part_bound,
-    plan_work,
-    present_sms,
-)
-from pallas_kernels.mla_decode.tiles import hopper_tiles
+from pallas_kernels.mla_decode.tiles import HOPPER, HopperTile
+from pallas_kernels.softmax import LOG2E, MASKED
 
 ROWS = 64  # Rows of a tile: the M of a wgmma.
-KEYS = 64  # Keys of a block: one page of 64, or a part of a larger page.
-KV_RANK, HALF, ROPE_DIM = 512, 256, 64
+HALF = KV_RANK // 2
 # Powers of 2 that a score may lie above the maximum before that is raised.
 MAX_SLACK = 8.0
 CLUSTER = 2  # Thread blocks that load keys together.
@@ -57,21 +53,16 @@ def decode(
     lengths_B: Int[Array, " B"],
     *,
     scale: float,
+    tile: HopperTile = HOPPER,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
-    """Computes `mla_decode` on a Hopper GPU.
-
-    Raises:
-        ValueError: an argument has a dtype or size that the kernel does not take.
-    """
-    _check(q_latent_BTHC, pages)
+    """Computes `mla_decode` on a Hopper GPU."""
     batch_size, num_tokens, num_heads, _ = q_latent_BTHC.shape
     num_rows = num_tokens * num_heads
     # Query tokens and heads are one dim of rows: they share the keys.
     q_latent_BMC = q_latent_BTHC.reshape(batch_size, num_rows, KV_RANK)
     q_rope_BMR = q_rope_BTHR.reshape(batch_size, num_rows, ROPE_DIM)
 
-    tiles = hopper_tiles()
-    if num_rows <= tiles.narrow_rows or pages.quantized:
+    if num_rows <= tile.narrow_rows or pages.quantised:
         out_BMC, lse_BM = attend_narrow(
             q_latent_BMC,
             q_rope_BMR,
@@ -80,11 +71,11 @@ def decode(
             lengths_B,
             scale=scale,
             num_tokens=num_tokens,
-            tiles=dataclasses.replace(tiles, num_sms=present_sms(tiles)),
+            tile=dataclasses.replace(tile, num_sms=min(tile.num_sms, num_sms())),
         )
         lse_BTH = lse_BM.reshape(batch_size, num_tokens, num_heads)
         return out_BMC.reshape(q_latent_BTHC.shape), lse_BTH
-    num_parts = max(1, tiles.num_sms // pl.cdiv(num_rows, ROWS))
+    num_parts = max(1, tile.num_sms // pl.cdiv(num_rows, ROWS))
     capacity = page_table_BP.shape[1] * pages.page_size
     plan = plan_work(lengths_B, capacity, num_parts)
     outs = _attend(
@@ -98,7 +89,7 @@ def decode(
         num_tokens=num_tokens,
         num_parts=num_parts,
     )
-    out_BMC, lse_BM = merge_pieces(*outs, plan, num_rows, num_parts, tiles)
+    out_BMC, lse_BM = merge_pieces(*outs, plan, num_rows, num_parts, tile)
     out_BMC, lse_BM = out_BMC[:, :num_rows], lse_BM[:, :num_rows]
     return out_BMC.reshape(q_latent_BTHC.shape), lse_BM.reshape(batch_size, num_tokens, num_heads)
 
@@ -204,7 +195,7 @@ def _attend(
             return lax.cond(hidden, hide, lambda s: s, s)
 
         def clear_uncached(k_smem, side, num_keys, unit):
-            """Zeroes the latents behind the sequence's end: they may be NaN, and 0 * NaN is NaN."""
+            """Zeroes the latents after the sequence's end: they may be NaN, and 0 * NaN is NaN."""
             num_cached = num_keys - (unit * UNIT + side * KEYS)
 
             @pl.when(num_cached < KEYS)
@@ -406,7 +397,7 @@ def _attend(
                         free(1)
                         return row_max, row_sum
 
-                    row_max = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), row_layout)
+                    row_max = plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), row_layout)
                     row_sum = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
                     if side == 0:
                         start = scores(), row_max, row_sum
@@ -523,15 +514,11 @@ def _attend(
         pl.when(warpgroup == 1)(lambda: attend(1))
         pl.when(warpgroup == 2)(copy)
 
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    tiled_wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-
     def bf16(*shape):
-        return plgpu.SMEM(shape, dtype, transforms=tiled)
+        return tiled_smem(shape, dtype)
 
     def staged():
-        wide = plgpu.SMEM((ROWS, HALF // 2), jnp.float32, transforms=tiled_wide)
-        return plgpu.RefUnion(bf16(1, ROWS, HALF), wide)
+        return plgpu.RefUnion(bf16(1, ROWS, HALF), tiled_smem((ROWS, HALF // 2), jnp.float32))
 
     pair = functools.partial(plgpu.Barrier, num_barriers=2)
 
@@ -569,30 +556,7 @@ def _attend(
         cluster_names=peers or (),
         num_threads=3,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=COMPILER_PARAMS,
     )
     arguments = (*plan, lengths_B, page_table_BP, q_latent_BMC, q_rope_BMR)
     return tuple(kernel(*arguments, pages.latent, pages.rope))
-
-
-def _check(q_latent_BTHC: Array, pages: LatentPages) -> None:
-    """Raises a ValueError that names the argument that the kernel does not take."""
-    _, num_tokens, num_heads, kv_rank = q_latent_BTHC.shape
-    if q_latent_BTHC.dtype != jnp.bfloat16:
-        raise ValueError(f"q_latent_BTHC has dtype {q_latent_BTHC.dtype}; hopper takes bfloat16")
-    if pages.latent.dtype != jnp.bfloat16 and not pages.quantized:
-        raise ValueError(
-            f"pages.latent has dtype {pages.latent.dtype}; hopper takes bfloat16 and 8 bits"
-        )
-    if pages.rope.dtype != jnp.bfloat16:
-        raise ValueError(f"pages.rope has dtype {pages.rope.dtype}; hopper takes bfloat16")
-    if kv_rank != KV_RANK:
-        raise ValueError(f"q_latent_BTHC has rank {kv_rank}; hopper takes {KV_RANK}")
-    if pages.rope.shape[-1] != ROPE_DIM:
-        raise ValueError(f"pages.rope has {pages.rope.shape[-1]} dims; hopper takes {ROPE_DIM}")
-    if pages.page_size % KEYS:
-        raise ValueError(f"pages has page_size {pages.page_size}; hopper takes multiples of {KEYS}")
-    if num_tokens * num_heads % 8:
-        raise ValueError(
-            f"q_latent_BTHC has {num_tokens} x {num_heads} rows; hopper takes multiples of 8"
-        )

@@ -1,7 +1,6 @@
 """What the Hopper kernels do with accumulators in registers."""
 
 import functools
-from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -20,13 +19,6 @@ def opaque(index: int) -> Array:
     before the loop, and there are not the registers to hold them.
     """
     return lax.optimization_barrier(jnp.int32(index))
-
-
-def finish(acc_ref: Any, in_flight: int) -> Array:
-    """Returns an accumulator's value once no more than so many products are in flight."""
-    value = plgpu.wgmma_accumulator_load(acc_ref, wait_n=in_flight)
-    # The barrier keeps the compiler from reading the registers before the wait.
-    return lax.optimization_barrier(value)
 
 
 def rescaled(acc: Array, factor: Array) -> Array:

@@ -26,13 +26,15 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxtyping import Array
 
+from pallas_kernels.hopper_parts import COMPILER_PARAMS, tiled_smem
 from pallas_kernels.mla_decode.hopper_accumulators import opaque
+from pallas_kernels.mla_decode.hopper_split import find_share, num_units, part_of
+from pallas_kernels.mla_decode.limits import HOPPER_KEYS as KEYS
+from pallas_kernels.mla_decode.limits import KV_RANK
 from pallas_kernels.mla_decode.pages import LatentPages
-from pallas_kernels.mla_decode.split import LOG2E, LOWEST, find_share, num_units, part_of
-from pallas_kernels.mla_decode.tiles import HopperTiles
+from pallas_kernels.mla_decode.tiles import HopperTile
+from pallas_kernels.softmax import LOG2E, MASKED
 
-KEYS = 64  # Keys of a block, the rows of a wgmma.
-KV_RANK, ROPE_DIM = 512, 64
 TILE = 64  # Columns of a tile in shared memory: 128 bytes.
 LATENT_TILES = KV_RANK // TILE
 NUM_TILES = LATENT_TILES + 1  # The last one holds the rotary keys.
@@ -54,7 +56,7 @@ def attend_narrow(
     *,
     scale: float,
     num_tokens: int,
-    tiles: HopperTiles,
+    tile: HopperTile,
 ) -> tuple[Array, Array]:
     """Returns (out_BMC, lse_BM) of `mla_decode` over rows that are query tokens times heads."""
     batch_size, num_rows, _ = q_latent_BMC.shape
@@ -63,16 +65,16 @@ def attend_narrow(
     num_tiles = pl.cdiv(num_rows, width)
     tile_rows = min(num_rows, width)
     padded_rows = num_tiles * width
-    num_parts = max(1, tiles.num_sms // num_tiles)
+    num_parts = max(1, tile.num_sms // num_tiles)
     page_size = pages.page_size
     blocks_per_page = page_size // KEYS
     capacity = page_table_BP.shape[1] * page_size
     dtype = q_latent_BMC.dtype
-    narrow_type = pages.latent.dtype if pages.quantized else None
-    parts = 1 if pages.quantized else PARTS
+    narrow_type = pages.latent.dtype if pages.quantised else None
+    parts = 1 if pages.quantised else PARTS
     part_tiles = NUM_TILES // parts
     fixed_bytes, part_bytes = (NUM_TILES + 1) * width * TILE * 2, part_tiles * KEYS * TILE * 2
-    if pages.quantized:
+    if pages.quantised:
         fixed_bytes += LATENT_TILES * KEYS * TILE * 2
         part_bytes = (LATENT_TILES + 2) * KEYS * TILE + KEYS * 4
     num_places = (SHARED_BYTES - fixed_bytes) // part_bytes
@@ -80,15 +82,15 @@ def attend_narrow(
     # How a sequence's pieces are merged: many by few numbers at a time, few by whole rows.
     pieces = pl.cdiv(num_parts, batch_size) + 1
     merge_rows, merge_width = (4, KV_RANK) if pieces <= 8 else (1, 128)
-    merge_pieces = min(pieces, 4) if pieces <= 8 else min(pieces, tiles.narrow_merge_pieces)
+    merge_pieces = min(pieces, 4) if pieces <= 8 else min(pieces, tile.narrow_merge_pieces)
     num_shares = width // merge_rows * (KV_RANK // merge_width)
 
     def body(*refs) -> None:
         # Blocks may be placed while the launch before this one ends; here they wait for its end.
         plgpu.griddepcontrol_wait()
         lengths_ref, control_ref = refs[:2]
-        q_gmem, q_rope_gmem, latent_gmem, rope_gmem, *scale_gmem = refs[2 : 6 + pages.quantized]
-        refs = refs[6 + pages.quantized :]
+        q_gmem, q_rope_gmem, latent_gmem, rope_gmem, *scale_gmem = refs[2 : 6 + pages.quantised]
+        refs = refs[6 + pages.quantised :]
         out_gmem, lse_gmem, piece_out_gmem, piece_lse_gmem = refs[:4]
         q_smem, probs_smem, full, empty, q_full, q_empty, ring_smem = refs[4:11]
         # Of 8-bit latents alone: themselves, their scales, and they as bfloat16.
@@ -159,7 +161,7 @@ def attend_narrow(
                         jnp.int32, (KEYS, width), 0, layout=plgpu.Layout.WGMMA
                     )
                     scales = lax.broadcast_in_dim(scales, key.shape, [0])
-                    # Behind the end they may be NaN, and 0 * NaN is NaN.
+                    # After the end they may be NaN, and 0 * NaN is NaN.
                     return jnp.where(key < num_keys - unit * KEYS, scales, 0.0)
 
                 def scores(unit, key_scales):
@@ -201,7 +203,7 @@ def attend_narrow(
                     return lax.cond(hidden, mask, lambda s: s, s)
 
                 def clear_uncached(unit):
-                    """Zeroes latents behind the end: they may be NaN, and 0 * NaN is NaN."""
+                    """Zeroes latents after the end: they may be NaN, and 0 * NaN is NaN."""
                     num_cached = num_keys - unit * KEYS
 
                     @pl.when(num_cached < KEYS)
@@ -246,7 +248,7 @@ def attend_narrow(
                 def initial():
                     zeros = jnp.zeros((TILE, width), jnp.float32)
                     zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-                    lowest = jnp.full((width,), LOWEST, jnp.float32)
+                    lowest = jnp.full((width,), MASKED, jnp.float32)
                     return (
                         (zeros,) * LATENT_TILES,
                         plgpu.layout_cast(lowest, column_layout),
@@ -332,7 +334,7 @@ def attend_narrow(
                 return tuple(result)
 
             zeros = plgpu.layout_cast(jnp.zeros((merge_width,), jnp.float32), layout)
-            start = ((zeros, jnp.float32(LOWEST), jnp.float32(0)),) * merge_rows
+            start = ((zeros, jnp.float32(MASKED), jnp.float32(0)),) * merge_rows
             steps = lax.div(num_pieces + (merge_pieces - 1), merge_pieces)
             for r, (acc, top, total) in enumerate(lax.fori_loop(0, steps, step, start)):
                 seen = total > 0
@@ -385,7 +387,7 @@ def attend_narrow(
                             n = piece * part_tiles + j
                             if n == LATENT_TILES:
                                 source = rope_gmem.at[page, keys]
-                                target = ring_smem.at[slot, 0 if pages.quantized else j]
+                                target = ring_smem.at[slot, 0 if pages.quantised else j]
                             else:
                                 source = latent_gmem.at[page, keys, pl.ds(n * TILE, TILE)]
                                 ring = ring_smem if narrow_smem is None else narrow_smem
@@ -413,12 +415,11 @@ def attend_narrow(
             copy()
 
     def shared(*shape, dtype=dtype):
-        swizzle = plgpu.SwizzleTransform(TILE * jnp.dtype(dtype).itemsize)
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, TILE)), swizzle))
+        return tiled_smem(shape, dtype, swizzle=TILE * jnp.dtype(dtype).itemsize)
 
-    quantized_scratch = []
-    if pages.quantized:
-        quantized_scratch = [
+    quantised_scratch = []
+    if pages.quantised:
+        quantised_scratch = [
             shared(num_places, LATENT_TILES, KEYS, TILE, dtype=narrow_type),
             plgpu.SMEM((num_places, KEYS), jnp.float32),
             shared(LATENT_TILES, KEYS, TILE),
@@ -428,21 +429,21 @@ def attend_narrow(
     scratch = [
         shared(NUM_TILES, width, TILE),
         shared(1, width, TILE),
-        plgpu.Barrier(num_arrivals=part_tiles + pages.quantized, num_barriers=num_places),
+        plgpu.Barrier(num_arrivals=part_tiles + pages.quantised, num_barriers=num_places),
         plgpu.Barrier(num_barriers=num_places),
         plgpu.Barrier(num_arrivals=NUM_TILES),
         plgpu.Barrier(),
-        shared(num_places, 1 if pages.quantized else part_tiles, KEYS, TILE),
-        *quantized_scratch,
+        shared(num_places, 1 if pages.quantised else part_tiles, KEYS, TILE),
+        *quantised_scratch,
     ]
 
     def kernel(*refs) -> None:
         pl.run_scoped(functools.partial(body, *refs), *scratch, collective_axes="warpgroup")
 
-    # The table and, behind it, a zeroed counter for each sequence: XLA makes both in one go.
+    # The table and, after it, a zeroed counter for each sequence: XLA makes both in one go.
     counters = jnp.zeros(batch_size * num_tiles, jnp.int32)
     control_ref = jax.new_ref(jnp.concatenate([page_table_BP.reshape(-1), counters]))
-    pool = (pages.latent, pages.rope, *((pages.scale,) if pages.quantized else ()))
+    pool = (pages.latent, pages.rope, *((pages.scale,) if pages.quantised else ()))
     out_BMC, lse_BM, _, _ = pl.kernel(
         kernel,
         out_type=(
@@ -457,13 +458,13 @@ def attend_narrow(
             num_threads=2,
             thread_name="warpgroup",
         ),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=COMPILER_PARAMS,
     )(lengths_B, control_ref, q_latent_BMC, q_rope_BMR, *pool)
     return out_BMC[:, :num_rows], lse_BM[:, :num_rows]
 
 
 def _count(counter_ref: Any) -> None:
-    """Adds one to a counter in device memory, behind all that the warpgroup has written."""
+    """Adds one to a counter in device memory, after all that the warpgroup has written."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def signal(_, counter):

@@ -21,7 +21,7 @@ def merge_partial_attention(
         ValueError: the shapes do not fit each other.
     """
     if outs.shape[:-1] != lses.shape:
-        raise ValueError(f"lses has shape {lses.shape}; it must be that of outs, {outs.shape[:-1]}")
+        raise ValueError(f"lses: shape {lses.shape} must be that of outs, {outs.shape[:-1]}")
     lses = lses.astype(jnp.float32)
     lse_max = lses.max(axis=0)
     # A row without keys would be exp(-inf - -inf), which is NaN.

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-LANES = 128  # Of a TPU's registers and of the rows in its memory.
-QUANTIZED_DTYPES = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
+from pallas_kernels.chips import TPU_LANES
+from pallas_kernels.quantised import is_quantised, row_scaled
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +23,7 @@ class LatentPages:
     Attributes:
         latent: [num_pages, page_size, C], the normalised latents, float or int8 / float8_e4m3fn.
         rope: [num_pages, page_size, R], the shared rotary keys after rotation, never quantised. The
-            pool may be as wide as whole lanes of 128, with zeros behind the keys: a TPU's memory
+            pool may be as wide as whole lanes of 128, with zeros after the keys: a TPU's memory
             holds these in any case, and XLA would copy a narrower pool before each decode.
         scale: [num_pages, page_size] float32, a token's factor of its quantised latent; None for
             latents that are not quantised.
@@ -58,13 +58,13 @@ class LatentPages:
         Returns:
             The pool, all zeros.
         """
-        quantized = jnp.dtype(dtype) in QUANTIZED_DTYPES
+        quantised = is_quantised(dtype)
         if rope_dtype is None:
-            rope_dtype = jnp.bfloat16 if quantized else dtype
+            rope_dtype = jnp.bfloat16 if quantised else dtype
         return cls(
             latent=jnp.zeros((num_pages, page_size, kv_rank), dtype),
             rope=jnp.zeros((num_pages, page_size, rope_dim), rope_dtype),
-            scale=jnp.ones((num_pages, page_size), jnp.float32) if quantized else None,
+            scale=jnp.ones((num_pages, page_size), jnp.float32) if quantised else None,
         )
 
     @property
@@ -78,32 +78,9 @@ class LatentPages:
         return self.latent.shape[1]
 
     @property
-    def quantized(self) -> bool:
+    def quantised(self) -> bool:
         """Whether the latents are integers or 8-bit floats with a scale per token."""
         return self.scale is not None
-
-
-def quantize_latents(
-    latent: Float[Array, "*tokens C"], dtype: Any
-) -> tuple[Array, Float[Array, "*tokens"]]:
-    """Rounds each token's latent to 8 bits with a scale of its own.
-
-    Args:
-        latent: the latents, any float dtype.
-        dtype: int8 or float8_e4m3fn.
-
-    Returns:
-        (values of `dtype`, float32 scales), with latent ~ values * scale. A latent of zeros has
-        scale 1.
-    """
-    dtype = jnp.dtype(dtype)
-    integer = jnp.issubdtype(dtype, jnp.integer)
-    largest = float(jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max)
-    latent = latent.astype(jnp.float32)
-    amax = jnp.max(jnp.abs(latent), axis=-1)
-    scale = jnp.where(amax > 0, amax / largest, 1.0)
-    values = jnp.clip(latent / scale[..., None], -largest, largest)
-    return (jnp.round(values) if integer else values).astype(dtype), scale
 
 
 def append_latents(
@@ -118,12 +95,12 @@ def append_latents(
 
     Token t < num_tokens[b] of sequence b goes to position start[b] + t; the others write nothing.
     The pool is updated in place when it is donated to the jitted caller or carried in a loop. A
-    quantised pool gets the latents rounded by `quantize_latents`.
+    quantised pool gets the latents rounded by `row_scaled`.
 
     Args:
         pages: the pool.
         latent_BTC: the new tokens' normalised latents.
-        rope_BTR: their rotary keys, after rotation; zeros are written behind them where the pool is
+        rope_BTR: their rotary keys, after rotation; zeros are written after them where the pool is
             wider.
         page_table_BP: the pages of each sequence, in order; indices into the pool. Two sequences
             that write must not share the page they write to.
@@ -158,7 +135,7 @@ def append_latents(
 
     scale = pages.scale
     if scale is not None:
-        latent_BTC, scale_BT = quantize_latents(latent_BTC, pages.latent.dtype)
+        latent_BTC, scale_BT = row_scaled(latent_BTC, pages.latent.dtype)
         scale = write(scale, scale_BT)
     return LatentPages(
         latent=write(pages.latent, latent_BTC),
@@ -177,27 +154,27 @@ def check_pages(pages: LatentPages) -> None:
     """Raises a ValueError that names the field of `pages` which does not fit the others."""
     latent, rope, scale = pages.latent, pages.rope, pages.scale
     if latent.ndim != 3:
-        raise ValueError(f"pages.latent has shape {latent.shape}; it must be [page, token, rank]")
-    quantized = latent.dtype in QUANTIZED_DTYPES
-    if not quantized and not jnp.issubdtype(latent.dtype, jnp.floating):
+        raise ValueError(f"pages.latent: shape {latent.shape} must be [page, token, rank]")
+    quantised = is_quantised(latent.dtype)
+    if not quantised and not jnp.issubdtype(latent.dtype, jnp.floating):
         raise ValueError(
-            f"pages.latent has dtype {latent.dtype}; it must be a float, int8 or float8_e4m3fn"
+            f"pages.latent: dtype {latent.dtype} must be a float, int8 or float8_e4m3fn"
         )
     if rope.ndim != 3 or rope.shape[:2] != latent.shape[:2]:
         raise ValueError(
-            f"pages.rope has shape {rope.shape}; it must be [{latent.shape[0]}, "
-            f"{latent.shape[1]}, rope], as pages.latent is"
+            f"pages.rope: shape {rope.shape} must be [{latent.shape[0]}, {latent.shape[1]}, rope], "
+            "as pages.latent is"
         )
     if not jnp.issubdtype(rope.dtype, jnp.floating) or rope.dtype.itemsize < 2:
-        raise ValueError(f"pages.rope has dtype {rope.dtype}; rotary keys are never quantised")
-    if quantized and (scale is None or scale.shape != latent.shape[:2]):
+        raise ValueError(f"pages.rope: dtype {rope.dtype} must be a float of 16 bits or more")
+    if quantised and (scale is None or scale.shape != latent.shape[:2]):
         raise ValueError(
-            f"pages.scale is {scale if scale is None else scale.shape}; latents of dtype "
-            f"{latent.dtype} need one scale per token, {latent.shape[:2]}"
+            f"pages.scale: {scale if scale is None else scale.shape} must be one scale per token, "
+            f"{latent.shape[:2]}, for latents of dtype {latent.dtype}"
         )
-    if not quantized and scale is not None:
+    if not quantised and scale is not None:
         raise ValueError(
-            f"pages.scale is given; latents of dtype {latent.dtype} are not quantised and have none"
+            f"pages.scale: must be None for latents that are not quantised, of dtype {latent.dtype}"
         )
 
 
@@ -212,7 +189,7 @@ def check_query(
     check_pages(pages)
     if q_latent_BTHC.ndim != 4:
         raise ValueError(
-            f"q_latent_BTHC has shape {q_latent_BTHC.shape}; it must be [batch, token, head, rank]"
+            f"q_latent_BTHC: shape {q_latent_BTHC.shape} must be [batch, token, head, rank]"
         )
     batch_size, num_tokens, num_heads, _ = q_latent_BTHC.shape
     rows = (batch_size, num_tokens, num_heads)
@@ -220,8 +197,7 @@ def check_query(
     _check_rope("q_rope_BTHR", q_rope_BTHR, rows, pages)
     if q_rope_BTHR.dtype != q_latent_BTHC.dtype:
         raise ValueError(
-            f"q_rope_BTHR has dtype {q_rope_BTHR.dtype}; it must be that of q_latent_BTHC, "
-            f"{q_latent_BTHC.dtype}"
+            f"q_rope_BTHR: dtype {q_rope_BTHR.dtype} must be q_latent_BTHC's, {q_latent_BTHC.dtype}"
         )
     _check_indices(page_table_BP, batch_size)
     _check_lengths("lengths_B", lengths_B, batch_size)
@@ -229,28 +205,28 @@ def check_query(
 
 def _check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}; it must be {shape}")
+        raise ValueError(f"{name}: shape {array.shape} must be {shape}")
 
 
 def _check_rope(name: str, array: Array, rows: tuple[int, ...], pages: LatentPages) -> None:
     lanes, dims = pages.rope.shape[-1], array.shape[-1]
-    if array.shape != (*rows, dims) or lanes not in (dims, -(-dims // LANES) * LANES):
+    if array.shape != (*rows, dims) or lanes not in (dims, -(-dims // TPU_LANES) * TPU_LANES):
         raise ValueError(
-            f"{name} has shape {array.shape}; it must be {(*rows, lanes)}, or narrower in the last "
-            f"dim where pages.rope is padded to whole {LANES} lanes"
+            f"{name}: shape {array.shape} must be {(*rows, lanes)}, or narrower in the last "
+            f"dim where pages.rope is padded to whole {TPU_LANES} lanes"
         )
 
 
 def _check_indices(page_table_BP: Array, batch_size: int) -> None:
     if page_table_BP.ndim != 2 or page_table_BP.shape[0] != batch_size:
         raise ValueError(
-            f"page_table_BP has shape {page_table_BP.shape}; it must be [{batch_size}, pages]"
+            f"page_table_BP: shape {page_table_BP.shape} must be [{batch_size}, pages]"
         )
     if not jnp.issubdtype(page_table_BP.dtype, jnp.integer):
-        raise ValueError(f"page_table_BP has dtype {page_table_BP.dtype}; it must be an integer")
+        raise ValueError(f"page_table_BP: dtype {page_table_BP.dtype} must be an integer")
 
 
 def _check_lengths(name: str, array: Array, batch_size: int) -> None:
     _check_shape(name, array, (batch_size,))
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name} has dtype {array.dtype}; it must be an integer")
+        raise ValueError(f"{name}: dtype {array.dtype} must be an integer")

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+from pallas_kernels.chips import HOPPER_SMS
+
 
 @dataclasses.dataclass(frozen=True)
-class HopperTiles:
+class HopperTile:
     """Sizes of the Hopper kernel.
 
     Attributes:
@@ -15,23 +17,15 @@ class HopperTiles:
         narrow_merge_pieces: the same of the kernel with keys as rows, which merges itself.
     """
 
-    num_sms: int = 132
+    num_sms: int = HOPPER_SMS
     narrow_rows: int = 32
     merge_rows: int = 8
     merge_pieces: int = 33
     narrow_merge_pieces: int = 66
 
 
-# The SXM parts of both have 132 multiprocessors.
-HOPPER_TILES = {"NVIDIA H100": HopperTiles(), "NVIDIA H200": HopperTiles()}
-
-
-def hopper_tiles(chip: str = "NVIDIA H200") -> HopperTiles:
-    """Returns the sizes measured on a chip, by how JAX's name of it begins."""
-    for name, tiles in HOPPER_TILES.items():
-        if chip.startswith(name):
-            return tiles
-    raise ValueError(f"chip is {chip!r}; there are tiles for {tuple(HOPPER_TILES)}")
+# Measured on H200; H100 takes the same. The SXM parts of both have 132 multiprocessors.
+HOPPER = HopperTile()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +48,4 @@ class TpuTile:
 
 
 TPU = TpuTile(block_tokens=1024, chunk_tokens=1024, buffers=4, splits=2, min_split_blocks=4)
-TPU_MAX_ROWS = 512
-# int32 entries of the page table: half of the megabyte of scalar memory.
-TPU_MAX_TABLE = 131072
 TPU_VMEM_BYTES = 48 * 2**20

@@ -16,7 +16,6 @@ How it is laid out, and why:
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -25,15 +24,15 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mla_decode import tiles
+from pallas_kernels.chips import TPU_LANES
+from pallas_kernels.manual_axes import output_like
 from pallas_kernels.mla_decode.merge import merge_partial_attention
 from pallas_kernels.mla_decode.pages import LatentPages
+from pallas_kernels.mla_decode.tiles import TPU, TPU_VMEM_BYTES, TpuTile
+from pallas_kernels.softmax import LOG2E, MASKED
+from pallas_kernels.tpu_parts import dot
 
-LANES = 128
 ROWS = 16  # Rows of a register of bfloat16.
-PAGE_ROWS = 32  # Rows of a register of 8-bit latents.
-MASKED = -1e30  # Finite: the difference of two of these is 0 and not NaN.
-LOG2_E = math.log2(math.e)
 
 
 def decode(
@@ -44,16 +43,15 @@ def decode(
     lengths_B: Array,
     *,
     scale: float,
+    tile: TpuTile = TPU,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
     """Attends from the last tokens to the cached latents; the arguments are `mla_decode`'s."""
-    _check(q_latent_BTHC, pages, page_table_BP)
     B, T, H, C = q_latent_BTHC.shape
     # A pool made for TPUs holds rotary keys of 128 lanes, of which those past the query's are 0.
     R = max(q_rope_BTHR.shape[-1], pages.rope.shape[-1])
     rows = -(-T * H // ROWS) * ROWS
     table_tokens = page_table_BP.shape[1] * pages.page_size
-    tile = tiles.TPU
     block_pages = max(1, min(tile.block_tokens // pages.page_size, page_table_BP.shape[1]))
     splits = (
         tile.splits
@@ -79,15 +77,12 @@ def decode(
         scale_BS = pages.scale[page_table_BP].reshape(B, 1, table_tokens)
         operands.append(jnp.pad(scale_BS, ((0, 0), (0, 0), (0, padded - table_tokens))))
         specs.append(pl.BlockSpec((1, 1, padded), lambda s, b, *_: (b, 0, 0)))
-    manual = jax.typeof(q_latent_BTHC).manual_axis_type
     f32 = jnp.float32
     out_XBMC, lse_XBM = pl.pallas_call(
         functools.partial(_kernel, geometry=geometry, tile=tile, scale=scale),
         out_shape=(
-            jax.ShapeDtypeStruct(
-                (splits, B, rows, C), q_latent_BTHC.dtype, manual_axis_type=manual
-            ),
-            jax.ShapeDtypeStruct((splits, B, 1, rows), f32, manual_axis_type=manual),
+            output_like(q_latent_BTHC, (splits, B, rows, C), q_latent_BTHC.dtype),
+            output_like(q_latent_BTHC, (splits, B, 1, rows), f32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -102,13 +97,13 @@ def decode(
                 pltpu.VMEM((tile.buffers, geometry.block_tokens, R), pages.rope.dtype),
                 pltpu.SemaphoreType.DMA((tile.buffers,)),
                 pltpu.SMEM((3,), jnp.int32),
-                pltpu.VMEM((rows, LANES), f32),
-                pltpu.VMEM((rows, LANES), f32),
+                pltpu.VMEM((rows, TPU_LANES), f32),
+                pltpu.VMEM((rows, TPU_LANES), f32),
                 pltpu.VMEM((rows, C), f32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.TPU_VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=TPU_VMEM_BYTES
         ),
         interpret=interpret,
         name="mla_decode",
@@ -159,7 +154,7 @@ def _kernel(
     rope_hbm_ref: Any,
     *refs: Any,
     geometry: _Geometry,
-    tile: tiles.TpuTile,
+    tile: TpuTile,
     scale: float,
 ) -> None:
     *scale_refs, out_ref, lse_ref, latent_ref, rope_ref, semaphores = refs[:-4]
@@ -240,7 +235,7 @@ def _kernel(
 
         def latents(start: int, stop: int) -> Array:
             latent_SC = latent_ref[slot, start:stop].astype(compute_dtype)
-            # Slots behind the end may hold anything, NaN too.
+            # Slots after the end may hold anything, NaN too.
             return jnp.where(cached(start, stop), latent_SC, 0) if edge else latent_SC
 
         def cached(start: int, stop: int) -> Array:
@@ -255,10 +250,10 @@ def _kernel(
             rope_SR = rope_ref[slot, start:stop].astype(compute_dtype)
             if edge:
                 rope_SR = jnp.where(cached(start, stop), rope_SR, 0)
-            scores_MS = _dot(q_latent_MC, latents(start, stop), transposed=True)
+            scores_MS = dot(q_latent_MC, latents(start, stop), transpose_rhs=True)
             for scale_1S in key_scale(start, stop):
                 scores_MS = scores_MS * scale_1S
-            return scores_MS + _dot(q_rope_MR, rope_SR, transposed=True)
+            return scores_MS + dot(q_rope_MR, rope_SR, transpose_rhs=True)
 
         def softmax(start: int, stop: int, scores_MS: Array) -> tuple[Array, Array]:
             if edge:
@@ -271,8 +266,8 @@ def _kernel(
                 scores_MS = jnp.where(token_MS <= last_M1, scores_MS, MASKED)
             old_M1 = max_ref[:, :1]
             new_M1 = jnp.maximum(old_M1, scores_MS.max(axis=1, keepdims=True))
-            weights_MS = jnp.exp2((scores_MS - new_M1) * (scale * LOG2_E))
-            decay_M1 = jnp.exp2((old_M1 - new_M1) * (scale * LOG2_E))
+            weights_MS = jnp.exp2((scores_MS - new_M1) * (scale * LOG2E))
+            decay_M1 = jnp.exp2((old_M1 - new_M1) * (scale * LOG2E))
             sum_M1 = sum_ref[:, :1] * decay_M1 + weights_MS.sum(axis=1, keepdims=True)
             max_ref[...] = jnp.broadcast_to(new_M1, max_ref.shape)
             sum_ref[...] = jnp.broadcast_to(sum_M1, sum_ref.shape)
@@ -281,7 +276,7 @@ def _kernel(
             return weights_MS.astype(compute_dtype), decay_M1
 
         def accumulate(start: int, stop: int, weights_MS: Array, decay_M1: Array) -> None:
-            acc_ref[...] = acc_ref[...] * decay_M1 + _dot(weights_MS, latents(start, stop))
+            acc_ref[...] = acc_ref[...] * decay_M1 + dot(weights_MS, latents(start, stop))
 
         # The next chunk's scores are issued before this one's softmax, to overlap with it.
         starts = range(0, block_tokens, tile.chunk_tokens)
@@ -311,35 +306,3 @@ def _kernel(
     out_ref[0, 0] = out_MC.astype(out_ref.dtype)
     lse_ML = jnp.where(seen_ML, max_ref[...] * scale + jnp.log(sum_ML), -jnp.inf)
     lse_ref[0, 0] = lse_ML.T[:1]
-
-
-def _dot(lhs: Array, rhs: Array, *, transposed: bool = False) -> Array:
-    precision = jax.lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
-    dims = (((1,), (1 if transposed else 0,)), ((), ()))
-    return jax.lax.dot_general(
-        lhs, rhs, dims, precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def _check(q_latent_BTHC: Array, pages: LatentPages, page_table_BP: Array) -> None:
-    _, T, H, C = q_latent_BTHC.shape
-    if q_latent_BTHC.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(
-            f"q_latent_BTHC has dtype {q_latent_BTHC.dtype}; the kernel takes bfloat16 and float32"
-        )
-    if C % LANES:
-        raise ValueError(f"q_latent_BTHC has {C} latent dims; they must be a multiple of {LANES}")
-    if T * H > tiles.TPU_MAX_ROWS:
-        raise ValueError(
-            f"q_latent_BTHC has {T} tokens of {H} heads; their product must not exceed "
-            f"{tiles.TPU_MAX_ROWS}"
-        )
-    if pages.page_size % PAGE_ROWS:
-        raise ValueError(
-            f"pages.latent has pages of {pages.page_size}; they must be a multiple of {PAGE_ROWS}"
-        )
-    if page_table_BP.size > tiles.TPU_MAX_TABLE:
-        raise ValueError(
-            f"page_table_BP has {page_table_BP.size} entries; scalar memory takes "
-            f"{tiles.TPU_MAX_TABLE}"
-        )

@@ -1,11 +1,10 @@
 """Absorbed decode in portable JAX: a loop over blocks of pages with a running softmax."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.mla_decode.pages import LatentPages
 
 # Keys gathered per step over the whole batch: enough for one step to fill a device, little enough
@@ -74,7 +73,7 @@ def decode(
         jnp.full(rows, -jnp.inf, jnp.float32),
         jnp.zeros(rows, jnp.float32),
     )
-    carry = _varying_like(carry, (q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B))
+    carry = vary_like(carry, (q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B))
     longest = jnp.minimum(lengths_B.max(initial=0), page_table_BP.shape[1] * page_size)
     num_blocks = (longest + block_keys - 1) // block_keys
     acc_BTHC, max_BTH, sum_BTH = jax.lax.fori_loop(0, num_blocks, step, carry)
@@ -94,14 +93,3 @@ def _dot(spec: str, lhs: Array, rhs: Array) -> Array:
     """Contracts in the operands' dtype, float32 products exactly, and sums in float32."""
     precision = jax.lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
     return jnp.einsum(spec, lhs, rhs, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _varying_like(tree: Any, operands: Any) -> Any:
-    """Marks constants as varying over the manual mesh axes that the operands vary over.
-
-    Inside shard_map a loop's carry must enter with the axes it leaves with.
-    """
-    axes = frozenset().union(
-        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands))
-    )
-    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes), to="varying"), tree)

@@ -17,12 +17,12 @@ from pallas_kernels.mla_attention import (
     mla_attention_with_lse,
 )
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
-from pallas_kernels.mla_attention.hopper_blocks import key_ranges
+from pallas_kernels.mla_attention.cases import CASES, LARGE_CASES, Case
+from pallas_kernels.mla_attention.hopper_ranges import key_ranges
 from pallas_kernels.mla_attention.reference import visible_BTS
 from tests import oracle_attention
 from tests.oracle_attention import relative_error
 from tests.pallas_kernels import hopper_simulator
-from tests.pallas_kernels.mla_attention_cases import CASES, LARGE_CASES, Case
 
 NAMES = ("dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv")
 
@@ -193,15 +193,15 @@ def test_errors_name_the_argument():
     arrays, _, _ = Case("e", queries=4, keys=4).draw(6, dims=(16, 8, 16))
     ids = jnp.zeros((1, 4), jnp.int32)
     attend = functools.partial(mla_attention, scale=1.0, implementation="xla")
-    with pytest.raises(ValueError, match="kv_segment_ids_BS is None"):
+    with pytest.raises(ValueError, match="kv_segment_ids_BS: None must be"):
         attend(*arrays, q_segment_ids_BT=ids)
-    with pytest.raises(ValueError, match="q_segment_ids_BT is None"):
+    with pytest.raises(ValueError, match="q_segment_ids_BT: None must be"):
         attend(*arrays, kv_segment_ids_BS=ids)
-    with pytest.raises(ValueError, match="q_offset_B is given with causal=False"):
+    with pytest.raises(ValueError, match="q_offset_B: must be None"):
         attend(*arrays, q_offset_B=ids[0, :1], causal=False)
-    with pytest.raises(ValueError, match="implementation is 'triton', must be one of"):
+    with pytest.raises(ValueError, match="implementation: 'triton' must be one of"):
         mla_attention(*arrays, scale=1.0, implementation="triton")
-    with pytest.raises(ValueError, match="k_rope_BSR has dtype bfloat16"):
+    with pytest.raises(ValueError, match="k_rope_BSR: dtype bfloat16 must be"):
         attend(*arrays[:3], arrays[3].astype(jnp.bfloat16), arrays[4])
 
 
@@ -293,13 +293,13 @@ def test_hopper_errors_name_the_argument():
     case = Case("e", queries=4, keys=4)
     attend = functools.partial(mla_attention, scale=1.0, implementation="hopper")
     arrays = case.draw(10, jnp.bfloat16)[0]
-    with pytest.raises(ValueError, match="q_nope_BTHN has a last dim of 64, must have 128"):
+    with pytest.raises(ValueError, match="nope dim 64 must be 128"):
         attend(*case.draw(10, jnp.bfloat16, dims=(64, 64, 128))[0])
-    with pytest.raises(ValueError, match="q_rope_BTHR has a last dim of 32, must have 64"):
+    with pytest.raises(ValueError, match="rope dim 32 must be 64"):
         attend(*case.draw(10, jnp.bfloat16, dims=(128, 32, 128))[0])
-    with pytest.raises(ValueError, match="v_BSHV has a last dim of 64, must have 128"):
+    with pytest.raises(ValueError, match="value dim 64 must be 128"):
         attend(*case.draw(10, jnp.bfloat16, dims=(128, 64, 64))[0])
-    with pytest.raises(ValueError, match="q_nope_BTHN has dtype float32"):
+    with pytest.raises(ValueError, match="dtype float32 must be bfloat16 or float16"):
         attend(*case.draw(10, jnp.float32)[0])
-    with pytest.raises(ValueError, match=r"scale is -1\.0"):
+    with pytest.raises(ValueError, match=r"scale: -1\.0 must be positive"):
         mla_attention(*arrays, scale=-1.0, implementation="hopper")

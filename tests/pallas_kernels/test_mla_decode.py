@@ -14,11 +14,11 @@ from pallas_kernels.mla_decode import (
     append_latents,
     merge_partial_attention,
     mla_decode,
-    quantize_latents,
 )
+from pallas_kernels.mla_decode.cases import CASES, ODD_CASES, Case
+from pallas_kernels.quantised import row_scaled
 from tests import oracle_decode
 from tests.oracle_decode import relative_error
-from tests.pallas_kernels.mla_decode_cases import CASES, ODD_CASES, Case
 
 PORTABLE = ("reference", "xla")
 FLOAT8 = jnp.float8_e4m3fn
@@ -90,10 +90,10 @@ def test_what_is_not_cached_may_be_nan():
 
 
 @pytest.mark.parametrize("bits", ["int8", "float8_e4m3fn"])
-def test_quantize_latents(bits):
+def test_row_scaled(bits):
     latent = np.random.default_rng(7).normal(size=(3, 5, 64)).astype(np.float32)
     latent[1, 2] = 0
-    values, scale = quantize_latents(jnp.asarray(latent), bits)
+    values, scale = row_scaled(jnp.asarray(latent), bits)
     assert values.dtype == jnp.dtype(bits)
     assert scale.shape == (3, 5)
     assert scale[1, 2] == 1
@@ -112,7 +112,7 @@ def pool(dtype, num_pages=12, page_size=4, dims=(8, 6)):
     rope = jnp.asarray(rng.normal(size=pages.rope.shape), pages.rope.dtype)
     if pages.scale is None:
         return LatentPages(latent.astype(dtype), rope)
-    values, scale = quantize_latents(latent, dtype)
+    values, scale = row_scaled(latent, dtype)
     return LatentPages(values, rope, scale)
 
 
@@ -126,7 +126,7 @@ def test_append_writes_its_tokens_and_nothing_else(dtype):
     start, count = np.array([2, 7, 11, 0]), np.array([5, 3, 1, 0])
     values, scale = latent, None
     if pages.scale is not None:
-        values, scale = quantize_latents(latent, dtype)
+        values, scale = row_scaled(latent, dtype)
     want = jax.tree.map(np.array, pages)
     for b in range(4):
         for t in range(count[b]):
@@ -156,7 +156,7 @@ def test_a_pool_of_whole_lanes_gives_the_same():
             assert not new.rope[table[0, :2], :, 64:].any()
     for narrow, wide in zip(*results, strict=True):
         np.testing.assert_allclose(wide, narrow, rtol=1e-6)
-    with pytest.raises(ValueError, match="q_rope_BTHR has shape"):
+    with pytest.raises(ValueError, match="q_rope_BTHR: shape"):
         mla_decode(
             q_latent, q_rope[..., :63], pages, table, lengths, scale=1.0, implementation="xla"
         )
@@ -279,28 +279,28 @@ def replace(arguments, index, change):
 @pytest.mark.parametrize(
     ("index", "change", "message"),
     [
-        (0, lambda q: q[0], "q_latent_BTHC has shape"),
-        (0, lambda q: q[..., :8], "q_latent_BTHC has shape"),
-        (1, lambda q: q[:, :, :2], "q_rope_BTHR has shape"),
-        (1, lambda q: q.astype(jnp.bfloat16), "q_rope_BTHR has dtype bfloat16"),
-        (2, lambda p: dataclasses.replace(p, latent=p.latent[0]), "pages.latent has shape"),
-        (2, lambda p: dataclasses.replace(p, rope=p.rope[:, :3]), "pages.rope has shape"),
-        (2, lambda p: dataclasses.replace(p, rope=p.rope.astype(FLOAT8)), "pages.rope has dtype"),
+        (0, lambda q: q[0], "q_latent_BTHC: shape"),
+        (0, lambda q: q[..., :8], "q_latent_BTHC: shape"),
+        (1, lambda q: q[:, :, :2], "q_rope_BTHR: shape"),
+        (1, lambda q: q.astype(jnp.bfloat16), "q_rope_BTHR: dtype bfloat16"),
+        (2, lambda p: dataclasses.replace(p, latent=p.latent[0]), "pages.latent: shape"),
+        (2, lambda p: dataclasses.replace(p, rope=p.rope[:, :3]), "pages.rope: shape"),
+        (2, lambda p: dataclasses.replace(p, rope=p.rope.astype(FLOAT8)), "pages.rope: dtype"),
         (
             2,
             lambda p: dataclasses.replace(p, latent=p.latent.astype(jnp.int32)),
-            "pages.latent has dtype",
+            "pages.latent: dtype",
         ),
         (
             2,
             lambda p: dataclasses.replace(p, latent=p.latent.astype(jnp.int8)),
-            "pages.scale is None",
+            "pages.scale: None",
         ),
-        (2, lambda p: dataclasses.replace(p, scale=p.latent[..., 0]), "pages.scale is given"),
-        (3, lambda table: table[:1], "page_table_BP has shape"),
-        (3, lambda table: table.astype(jnp.float32), "page_table_BP has dtype"),
-        (4, lambda lengths: lengths[:1], "lengths_B has shape"),
-        (4, lambda lengths: lengths.astype(jnp.float32), "lengths_B has dtype"),
+        (2, lambda p: dataclasses.replace(p, scale=p.latent[..., 0]), "pages.scale: must be None"),
+        (3, lambda table: table[:1], "page_table_BP: shape"),
+        (3, lambda table: table.astype(jnp.float32), "page_table_BP: dtype"),
+        (4, lambda lengths: lengths[:1], "lengths_B: shape"),
+        (4, lambda lengths: lengths.astype(jnp.float32), "lengths_B: dtype"),
     ],
 )
 def test_errors_name_the_argument(index, change, message):
@@ -311,18 +311,18 @@ def test_errors_name_the_argument(index, change, message):
 
 def test_unknown_implementation():
     arguments = Case("bad", (20,), num_heads=4).draw(seed=16, dims=(16, 8))
-    with pytest.raises(ValueError, match="implementation is 'fast'; it must be one of"):
+    with pytest.raises(ValueError, match="implementation: 'fast' must be one of"):
         mla_decode(*arguments, scale=1.0, implementation="fast")
 
 
 def test_append_errors_name_the_argument():
     pages, table, zero = pool(jnp.float32), jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, jnp.int32)
     latent, rope = jnp.zeros((2, 4, 8)), jnp.zeros((2, 4, 6))
-    with pytest.raises(ValueError, match="latent_BTC has shape"):
+    with pytest.raises(ValueError, match="latent_BTC: shape"):
         append_latents(pages, latent[..., :3], rope, table, zero, zero)
-    with pytest.raises(ValueError, match="rope_BTR has shape"):
+    with pytest.raises(ValueError, match="rope_BTR: shape"):
         append_latents(pages, latent, rope[:, :3], table, zero, zero)
-    with pytest.raises(ValueError, match="start_B has shape"):
+    with pytest.raises(ValueError, match="start_B: shape"):
         append_latents(pages, latent, rope, table, zero[:1], zero)
-    with pytest.raises(ValueError, match="num_tokens_B has dtype"):
+    with pytest.raises(ValueError, match="num_tokens_B: dtype"):
         append_latents(pages, latent, rope, table, zero, zero.astype(jnp.float32))

@@ -12,8 +12,8 @@ from pallas_kernels.mla_decode import (
     LatentPages,
     mla_decode,
 )
-from pallas_kernels.mla_decode.split import find_share, part_bound, part_of, plan_work
-from tests.pallas_kernels.mla_decode_cases import CASES, Case
+from pallas_kernels.mla_decode.cases import CASES, Case
+from pallas_kernels.mla_decode.hopper_split import find_share, part_bound, part_of, plan_work
 from tests.pallas_kernels.test_mla_decode import check
 
 FLOAT8 = jnp.float8_e4m3fn
@@ -125,15 +125,27 @@ def test_hopper_lowers_for_cuda(sizes, num_kernels):
 @pytest.mark.parametrize(
     ("index", "change", "message"),
     [
-        (slice(2), lambda q: [x.astype(jnp.float32) for x in q], "q_latent_BTHC has dtype float32"),
-        (2, lambda p: dataclasses.replace(p, rope=p.rope.astype(jnp.float32)), "pages.rope has"),
+        (slice(2), lambda q: [x.astype(jnp.float32) for x in q], "dtype float32 must be bfloat16"),
+        (
+            2,
+            lambda p: dataclasses.replace(p, rope=p.rope.astype(jnp.float32)),
+            "rope dtype float32 must be",
+        ),
         (
             2,
             lambda p: dataclasses.replace(p, latent=p.latent.astype(jnp.float16)),
-            "pages.latent has",
+            "pages dtype float16 must be",
         ),
-        (2, lambda p: LatentPages(p.latent[:, :48], p.rope[:, :48]), "pages has page_size 48"),
-        (slice(2), lambda q: [x[:, :, :3] for x in q], "q_latent_BTHC has 1 x 3 rows"),
+        (
+            2,
+            lambda p: LatentPages(p.latent[:, :48], p.rope[:, :48]),
+            "page size 48 must be",
+        ),
+        (
+            slice(2),
+            lambda q: [x[:, :, :3] for x in q],
+            "query rows 1 x 3 = 3 must be",
+        ),
     ],
 )
 def test_hopper_errors_name_the_argument(index, change, message):
@@ -146,7 +158,7 @@ def test_hopper_errors_name_the_argument(index, change, message):
 @pytest.mark.parametrize("dims", [(256, 64), (512, 32)])
 def test_hopper_takes_the_models_dims_only(dims):
     arguments = Case("bad", (20,)).draw(seed=18, dtype=jnp.bfloat16, dims=dims)
-    with pytest.raises(ValueError, match=r"q_latent_BTHC has rank|pages\.rope has"):
+    with pytest.raises(ValueError, match=r"kv rank 256 must be 512|rope dim 32 must be 64"):
         mla_decode(*arguments, scale=1.0, implementation="hopper")
 
 

@@ -8,19 +8,25 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mla_attention import blocks, mla_attention, tiles, tpu
+from pallas_kernels.mla_attention import mla_attention, tiles, tpu
+from pallas_kernels.mla_attention import tpu_blocks as blocks
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
+from pallas_kernels.mla_attention.cases import CASES, Case
 from tests import oracle_attention
 from tests.conftest import require_module
 from tests.oracle_attention import relative_error
-from tests.pallas_kernels.mla_attention_cases import CASES, Case
 from tests.pallas_kernels.tpu_programs import TOPOLOGIES, compile_programs
 from tests.pallas_kernels.tpu_simulator import without_races
 
 NAMES = ("dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv")
 
 
-def simulate(case, arrays, masks, d_out):
+# Several blocks and several chunks of each, at lengths that a simulator can do.
+FORWARD = dataclasses.replace(tiles.TPU_FORWARD, block=256, chunk_q=128, chunk_k=128)
+BACKWARD = dataclasses.replace(tiles.TPU_BACKWARD, block=256, part=128, chunk_q=128, chunk_k=128)
+
+
+def simulate(case, arrays, masks, d_out, forward, backward, resident_tokens):
     """Returns (out, lse, grads) from the simulator of a TPU."""
     options = {
         "scale": case.scale,
@@ -28,13 +34,22 @@ def simulate(case, arrays, masks, d_out):
         "interpret": pltpu.InterpretParams(detect_races=True),
     }
     inputs, masks = Inputs(*arrays), Masks(*masks)
-    out, lse = without_races(tpu.forward(inputs, masks, **options))
+    out, lse = without_races(tpu.forward(inputs, masks, tile=forward, **options))
+    options |= {"tile": backward, "resident_tokens": resident_tokens}
     return out, lse, without_races(tpu.backward(inputs, masks, out, lse, d_out, **options))
 
 
-def check(case, dtype, tolerance, seed):
+def check(
+    case,
+    dtype,
+    tolerance,
+    seed,
+    forward=FORWARD,
+    backward=BACKWARD,
+    resident_tokens=tiles.TPU_RESIDENT_TOKENS,
+):
     arrays, masks, d_out = case.draw(seed, dtype)
-    out, lse, grads = simulate(case, arrays, masks, d_out)
+    out, lse, grads = simulate(case, arrays, masks, d_out, forward, backward, resident_tokens)
     want_out, want_lse, want_grads = oracle_attention.attend(
         *arrays, *masks, d_out, scale=case.scale, causal=case.causal
     )
@@ -53,32 +68,20 @@ def check(case, dtype, tolerance, seed):
         assert error / max(np.linalg.norm(want), floor) < tolerance, name
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Several blocks and several chunks of each, at lengths that a simulator can do."""
-    small = {"block": 256, "chunk_q": 128, "chunk_k": 128}
-    monkeypatch.setattr(tiles, "TPU_FORWARD", dataclasses.replace(tiles.TPU_FORWARD, **small))
-    small = {"block": 256, "part": 128, "chunk_q": 128, "chunk_k": 128}
-    monkeypatch.setattr(tiles, "TPU_BACKWARD", dataclasses.replace(tiles.TPU_BACKWARD, **small))
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.usefixtures("small_tiles")
 def test_bfloat16(case):
     check(case, jnp.bfloat16, 5e-3, seed=len(case.name))
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
-@pytest.mark.usefixtures("small_tiles")
-def test_tiles_held_between_steps(monkeypatch, lag):
+def test_tiles_held_between_steps(lag):
     """The forward kernel of v5e and v5p, whose steps finish all their tiles, and two that hold."""
-    tile = dataclasses.replace(tiles.TPU_FORWARD, lag=lag)
-    monkeypatch.setattr(tiles, "TPU_FORWARD", tile)
-    check(Case("held", queries=300, keys=300, num_segments=2), jnp.bfloat16, 5e-3, seed=5)
+    tile = dataclasses.replace(FORWARD, lag=lag)
+    case = Case("held", queries=300, keys=300, num_segments=2)
+    check(case, jnp.bfloat16, 5e-3, seed=5, forward=tile)
 
 
 @pytest.mark.parametrize("case", [CASES[7], CASES[-1]], ids=lambda case: case.name)
-@pytest.mark.usefixtures("small_tiles")
 def test_float32(case):
     check(case, jnp.float32, 1e-5, seed=1)
 
@@ -94,7 +97,7 @@ def test_float32(case):
 )
 def test_tiles_of_the_table(case):
     """The sizes that are used on a chip: whole blocks, diagonal blocks, ragged ones."""
-    check(case, jnp.bfloat16, 5e-3, seed=2)
+    check(case, jnp.bfloat16, 5e-3, seed=2, forward=None, backward=None)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +108,11 @@ def test_tiles_of_the_table(case):
     ],
     ids=lambda case: case.name,
 )
-@pytest.mark.usefixtures("small_tiles")
-def test_backward_in_pieces(case, monkeypatch):
+def test_backward_in_pieces(case):
     """Sequences that are too long for VMEM: the sum over pieces."""
-    monkeypatch.setattr(tiles, "TPU_RESIDENT_TOKENS", 128)
-    check(case, jnp.bfloat16, 5e-3, seed=3)
+    check(case, jnp.bfloat16, 5e-3, seed=3, resident_tokens=128)
 
 
-@pytest.mark.usefixtures("small_tiles")
 def test_transformations():
     """The public function under vmap, its kernels simulated, and traced under checkpoint."""
     case = Case("t", batch=2, queries=70, keys=70)
@@ -173,11 +173,11 @@ def test_table_skips_other_documents():
 
 def test_errors_name_the_argument():
     arrays, _, _ = Case("e", queries=4, keys=4).draw(6, dims=(16, 64, 128))
-    with pytest.raises(ValueError, match="q_nope_BTHN has 16 dims per head"):
-        tpu.forward(Inputs(*arrays), Masks(), scale=1.0, causal=True)
+    with pytest.raises(ValueError, match="nope dim 16 must be 128"):
+        mla_attention(*arrays, scale=1.0, implementation="tpu")
     arrays, _, _ = Case("e", queries=4, keys=4).draw(6, jnp.float16)
-    with pytest.raises(ValueError, match="q_nope_BTHN has dtype float16"):
-        tpu.forward(Inputs(*arrays), Masks(), scale=1.0, causal=True)
+    with pytest.raises(ValueError, match="dtype float16 must be bfloat16 or float32"):
+        mla_attention(*arrays, scale=1.0, implementation="tpu")
 
 
 @pytest.mark.slow

@@ -7,23 +7,29 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mla_decode import LatentPages, tiles, tpu
+from pallas_kernels.mla_decode import LatentPages, mla_decode, tiles, tpu
+from pallas_kernels.mla_decode.cases import CASES, Case
+from pallas_kernels.mla_decode.limits import TPU_MAX_TABLE
 from tests import oracle_decode
 from tests.conftest import require_module
 from tests.oracle_attention import relative_error
-from tests.pallas_kernels.mla_decode_cases import CASES, Case
 from tests.pallas_kernels.tpu_programs import TOPOLOGIES, compile_programs
 from tests.pallas_kernels.tpu_simulator import without_races
 
+# More blocks than buffers at lengths that a simulator can do.
+SMALL = dataclasses.replace(
+    tiles.TPU, block_tokens=128, chunk_tokens=64, buffers=3, min_split_blocks=2
+)
 
-def simulate(case, arguments):
+
+def simulate(case, arguments, tile):
     """Returns (out, lse) from the simulator of a TPU."""
     interpret = pltpu.InterpretParams(detect_races=True)
-    return without_races(tpu.decode(*arguments, scale=case.scale, interpret=interpret))
+    return without_races(tpu.decode(*arguments, scale=case.scale, tile=tile, interpret=interpret))
 
 
-def check(case, arguments, tolerance):
-    out, lse = simulate(case, arguments)
+def check(case, arguments, tolerance, tile=tiles.TPU):
+    out, lse = simulate(case, arguments, tile)
     want_out, want_lse = oracle_decode.decode(*arguments, scale=case.scale)
     assert out.dtype == arguments[0].dtype
     assert lse.dtype == jnp.float32
@@ -31,25 +37,16 @@ def check(case, arguments, tolerance):
     assert relative_error(lse, want_lse) < min(tolerance, 1e-3)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """More blocks than buffers at lengths that a simulator can do."""
-    sizes = {"block_tokens": 128, "chunk_tokens": 64, "buffers": 3, "min_split_blocks": 2}
-    monkeypatch.setattr(tiles, "TPU", dataclasses.replace(tiles.TPU, **sizes))
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.usefixtures("small_blocks")
 def test_bfloat16(case):
-    check(case, case.draw(seed=1, dtype=jnp.bfloat16), 5e-3)
+    check(case, case.draw(seed=1, dtype=jnp.bfloat16), 5e-3, SMALL)
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[7]], ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "float8"])
-@pytest.mark.usefixtures("small_blocks")
 def test_quantized(case, dtype):
     """Against the oracle on the dequantised latents, so only the arithmetic is judged."""
-    check(case, case.draw(seed=2, dtype=jnp.bfloat16, pages_dtype=dtype), 5e-3)
+    check(case, case.draw(seed=2, dtype=jnp.bfloat16, pages_dtype=dtype), 5e-3, SMALL)
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[12]], ids=lambda case: case.name)
@@ -76,7 +73,7 @@ def test_rope_padded_to_the_lanes():
     q_latent, q_rope, pages, table, lengths = case.draw(seed=5)
     rope = jnp.pad(pages.rope, ((0, 0), (0, 0), (0, 64)))
     arguments = (q_latent, q_rope, dataclasses.replace(pages, rope=rope), table, lengths)
-    out, _ = simulate(case, arguments)
+    out, _ = simulate(case, arguments, tiles.TPU)
     want, _ = oracle_decode.decode(q_latent, q_rope, pages, table, lengths, scale=case.scale)
     assert relative_error(out, want) < 1e-5
 
@@ -84,22 +81,26 @@ def test_rope_padded_to_the_lanes():
 @pytest.mark.parametrize(
     ("case", "dtype", "message"),
     [
-        (Case("e", (5,), page_size=16), jnp.float32, "pages.latent has pages of 16"),
-        (Case("e", (5,), num_heads=128, num_tokens=5), jnp.float32, "q_latent_BTHC has 5 tokens"),
-        (Case("e", (5,)), jnp.float16, "q_latent_BTHC has dtype float16"),
+        (Case("e", (5,), page_size=16), jnp.float32, "page size 16 must be a multiple of 32"),
+        (
+            Case("e", (5,), num_heads=128, num_tokens=5),
+            jnp.float32,
+            "query rows 5 x 128 = 640 must be at most 512",
+        ),
+        (Case("e", (5,)), jnp.float16, "dtype float16 must be bfloat16 or float32"),
     ],
 )
 def test_errors_name_the_argument(case, dtype, message):
     arguments = case.draw(seed=6, dtype=dtype)
     with pytest.raises(ValueError, match=message):
-        tpu.decode(*arguments, scale=1.0)
+        mla_decode(*arguments, scale=1.0, implementation="tpu")
 
 
 def test_error_of_a_large_page_table():
     arguments = list(Case("e", (5,)).draw(seed=7))
-    arguments[3] = jnp.zeros((1, tiles.TPU_MAX_TABLE + 1), jnp.int32)
-    with pytest.raises(ValueError, match="page_table_BP has 131073 entries"):
-        tpu.decode(*arguments, scale=1.0)
+    arguments[3] = jnp.zeros((1, TPU_MAX_TABLE + 1), jnp.int32)
+    with pytest.raises(ValueError, match="page table entries 131073 must be at most 131072"):
+        mla_decode(*arguments, scale=1.0, implementation="tpu")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.chips import ANY_TPU, TPU_CHIPS, tpu_chip
 from pallas_kernels.grouped_matmul import (
     BlockScaledWeights,
     LayerOfStack,
@@ -23,10 +24,10 @@ from pallas_kernels.grouped_matmul import (
     tiles,
     tpu,
 )
+from pallas_kernels.grouped_matmul.cases import CASES, Case, make_inputs
 from pallas_kernels.grouped_matmul.tpu_windows import FIRST, LAST, make_windows
 from tests import oracle_experts as oracle
 from tests.conftest import require_module
-from tests.pallas_kernels.grouped_matmul_cases import CASES, Case, make_inputs
 from tests.pallas_kernels.tpu_grouped_programs import compile_programs
 from tests.pallas_kernels.tpu_programs import TOPOLOGIES
 from tests.pallas_kernels.tpu_simulator import without_races
@@ -66,31 +67,25 @@ MIXED = Case("mixed", 150, 128, 384, (20, 0, 1, 75, 9, 0, 33), offset=1, num_hel
 TRANSPOSED = (*(SIMULATED[n] for n in (0, 1, 9)), MIXED)
 
 
-def small_rows_tile(*_, **__):
-    return ROWS_TILE
-
-
-def small_gradient_tile(*_):
-    return GRADIENT_TILE
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Several windows of a group and several tiles, at sizes that a simulator can do."""
-    monkeypatch.setattr(tiles, "tpu_rows_tile", small_rows_tile)
-    monkeypatch.setattr(tiles, "tpu_weight_gradient_tile", small_gradient_tile)
-
-
 @functools.cache
-def program(kernel, rows_tile, **options):
-    """A kernel on a simulated TPU, compiled once for a choice of tiles and shape of arguments."""
-    del rows_tile  # Looked up when it is traced.
+def program(kernel, **options):
+    """A kernel on a simulated TPU, compiled once for its options and shape of arguments."""
     return jax.jit(functools.partial(kernel, **options, interpret=SIMULATOR))
 
 
-def simulate(kernel, *arrays, **options):
-    """The result of a kernel on a simulated TPU, where no two accesses may race."""
-    return without_races(program(kernel, tiles.tpu_rows_tile, **options)(*arrays))
+def products(lhs, rhs, *groups, tile=ROWS_TILE, **options):
+    """The products of rows on a simulated TPU, where no two accesses may race."""
+    return without_races(program(tpu.row_products, tile=tile, **options)((lhs,), rhs, *groups))
+
+
+def matmul(lhs, rhs, *groups, **options):
+    """As `products`, of one matrix a group."""
+    return products(lhs, (rhs,), *groups, **options)[0]
+
+
+def weight_gradient(*arrays, tile=GRADIENT_TILE, num_groups):
+    """The gradient of the weights on a simulated TPU, where no two accesses may race."""
+    return without_races(program(tpu.weight_gradient, tile=tile, num_groups=num_groups)(*arrays))
 
 
 def close(got, want, dtype=jnp.bfloat16):
@@ -109,58 +104,54 @@ def draw(case, dtype, seed=0):
     return arrays, [np.asarray(x, np.float64) for x in arrays], inputs.group_sizes
 
 
-def check(case, dtype):
+def check(case, dtype, rows_tile=ROWS_TILE, gradient_tile=GRADIENT_TILE):
     (lhs, rhs, _, d_out), (lhs64, rhs64, _, d_out64), sizes = draw(case, dtype)
     offset = case.offset or 0
     groups = (sizes, jnp.int32(offset))
-    out = simulate(tpu.matmul, lhs, rhs, *groups, transpose_rhs=False)
+    out = matmul(lhs, rhs, *groups, tile=rows_tile)
     close(out, oracle.grouped_matmul(lhs64, rhs64, sizes, offset=offset), dtype)
     d_lhs, d_rhs = oracle.grouped_matmul_gradients(lhs64, rhs64, sizes, d_out64, offset=offset)
     if case in TRANSPOSED:
-        close(simulate(tpu.matmul, d_out, rhs, *groups, transpose_rhs=True), d_lhs, dtype)
-    got = simulate(tpu.weight_gradient, lhs, d_out, *groups, num_groups=case.held)
+        close(matmul(d_out, rhs, *groups, tile=rows_tile, transpose_rhs=True), d_lhs, dtype)
+    got = weight_gradient(lhs, d_out, *groups, tile=gradient_tile, num_groups=case.held)
     close(got, d_rhs, dtype)
     empty = np.asarray(sizes)[offset : offset + case.held] == 0
     assert not np.asarray(got)[empty].any()
 
 
 @pytest.mark.parametrize("case", SIMULATED, ids=str)
-@pytest.mark.usefixtures("small_tiles")
 def test_bfloat16(case):
     check(case, jnp.bfloat16)
 
 
-@pytest.mark.usefixtures("small_tiles")
 def test_float32():
     check(MIXED, jnp.float32)
 
 
 def test_tiles_of_the_table():
     """The sizes that are used on a chip, for groups of a window and more."""
-    check(Case("long", 900, 128, 256, (513, 0, 300, 70)), jnp.bfloat16)
+    case = Case("long", 900, 128, 256, (513, 0, 300, 70))
+    check(case, jnp.bfloat16, rows_tile=None, gradient_tile=None)
 
 
-@pytest.mark.usefixtures("small_tiles")
 def test_rows_outside_the_groups_may_hold_anything():
     arrays, (lhs64, rhs64, _, d_out64), sizes = draw(simulated(MIXED), jnp.bfloat16)
     outside = np.r_[0:20, 105:500]
     lhs, d_out = arrays[0].at[outside].set(jnp.nan), arrays[3].at[outside].set(jnp.inf)
     groups = (sizes, jnp.int32(1))
-    out = simulate(tpu.matmul, lhs, arrays[1], *groups, transpose_rhs=False)
+    out = matmul(lhs, arrays[1], *groups)
     close(out, oracle.grouped_matmul(lhs64, rhs64, sizes, offset=1))
     _, d_rhs = oracle.grouped_matmul_gradients(lhs64, rhs64, sizes, d_out64, offset=1)
-    close(simulate(tpu.weight_gradient, lhs, d_out, *groups, num_groups=4), d_rhs)
+    close(weight_gradient(lhs, d_out, *groups, num_groups=4), d_rhs)
 
 
-@pytest.mark.usefixtures("small_tiles")
 def test_swiglu():
     (lhs, gate, up, _), wide, sizes = draw(MIXED, jnp.bfloat16, seed=1)
-    hidden = simulate(tpu.swiglu, lhs, gate, up, sizes, jnp.int32(1))
+    (hidden,) = products(lhs, (gate, up), sizes, jnp.int32(1), activation=True)
     close(hidden, oracle.grouped_swiglu(*wide[:3], sizes, offset=1))
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "float8"])
-@pytest.mark.usefixtures("small_tiles")
 def test_quantised_weights(dtype):
     """Against the oracle on the dequantised weights, so only the arithmetic is judged."""
     case = dataclasses.replace(MIXED, width_in=256)
@@ -169,13 +160,12 @@ def test_quantised_weights(dtype):
     gate, up = (block_scaled(x, dtype) for x in (gate, up))
     gate64, up64 = (dequantise(x.values, x.scales, jnp.float32) for x in (gate, up))
     want = oracle.grouped_swiglu(lhs64, gate64, up64, sizes, offset=1)
-    close(simulate(tpu.swiglu, lhs, gate, up, *groups), want)
+    close(products(lhs, (gate, up), *groups, activation=True)[0], want)
     turned = BlockScaledWeights(up.values.mT, up.scales.mT)
-    out = simulate(tpu.matmul, lhs, turned, *groups, transpose_rhs=True)
+    out = matmul(lhs, turned, *groups, transpose_rhs=True)
     close(out, oracle.grouped_matmul(lhs64, up64, sizes, offset=1))
 
 
-@pytest.mark.usefixtures("small_tiles")
 def test_one_layer_of_a_stack():
     """The weights of several layers, of which one layer's groups are used where they lie."""
     case = Case("stack", 100, 128, 128, (30, 0, 50, 20))
@@ -183,11 +173,10 @@ def test_one_layer_of_a_stack():
     stack = jnp.stack([arrays[1] for arrays, *_ in layers])
     arrays, wide, sizes = layers[2]
     weights = LayerOfStack(stack, jnp.int32(2))
-    out = simulate(tpu.matmul, arrays[0], weights, sizes, jnp.int32(0), transpose_rhs=False)
+    out = matmul(arrays[0], weights, sizes, jnp.int32(0))
     close(out, oracle.grouped_matmul(wide[0], wide[1], sizes))
 
 
-@pytest.mark.usefixtures("small_tiles")
 def test_the_public_functions_and_their_gradients():
     """So also the kernels that keep both products and that sum two rows' gradients."""
     (lhs, gate, up, d_out), wide, sizes = draw(MIXED, jnp.bfloat16, seed=2)
@@ -220,11 +209,8 @@ def test_windows_cover_each_range_once():
     assert make_windows(start, 64, 151, empty_ranges=False).count == count - 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "cores"), [("TPU v5 lite", 1), ("TPU v5", 2), ("TPU v6 lite", 1), ("TPU7x", 1)]
-)
-def test_tiles_divide_and_fit(monkeypatch, kind, cores):
-    monkeypatch.setattr(tiles, "tpu_chip", lambda: tiles._TPU_CHIPS[kind])
+@pytest.mark.parametrize("chip", TPU_CHIPS.values(), ids=TPU_CHIPS)
+def test_tiles_divide_and_fit(chip):
     for depth, columns in ((5120, 1536), (1536, 5120), (2048, 1408), (1408, 2048), (128, 256)):
         for num_rows in (48, 98304):
             tile = tiles.tpu_rows_tile(
@@ -234,17 +220,18 @@ def test_tiles_divide_and_fit(monkeypatch, kind, cores):
                 transpose_rhs=False,
                 arrays=(1, 2, 3),
                 itemsizes=(2, 2),
+                chip=chip,
             )
             assert tile.rows % tile.large == tile.large % tile.small == tile.small % 16 == 0
             assert tile.columns % 128 == tile.body_columns % 128 == 0
             # Cores that share a kernel all have a column tile.
-            assert -(-columns // tile.columns) % cores == 0
-            assert 2 * tile.weight_buffers * depth * tile.columns * 2 < tiles.tpu_vmem_limit()
-            gradient = tiles.tpu_weight_gradient_tile(num_rows, 160, (depth, columns), 2)
+            assert -(-columns // tile.columns) % chip.cores == 0
+            assert 2 * tile.weight_buffers * depth * tile.columns * 2 < chip.vmem_limit
+            gradient = tiles.tpu_weight_gradient_tile(num_rows, 160, (depth, columns), 2, chip=chip)
             assert depth % gradient.height == columns % gradient.width == 0
             assert gradient.height % gradient.body_height == 0
             assert gradient.depths[-1] == gradient.rows
-            assert 6 * gradient.height * gradient.width < tiles.tpu_vmem_limit()
+            assert 6 * gradient.height * gradient.width < chip.vmem_limit
 
 
 def test_the_mesh_in_use_names_the_chip():
@@ -252,15 +239,15 @@ def test_the_mesh_in_use_names_the_chip():
     device = jax.sharding.AbstractDevice("TPU v6 lite", 1, "tpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert tiles.tpu_vmem_limit() == 124 * 2**20
-    assert tiles.tpu_vmem_limit() == 60 * 2**20
+        assert tpu_chip() == TPU_CHIPS["v6e"]
+    assert tpu_chip() == ANY_TPU
 
 
 @pytest.mark.parametrize(
     ("widths", "message"),
     [
-        ((96, 128), r"lhs_MK: widths \(96,\) must be multiples of 128"),
-        ((128, 192), r"rhs_GKN: widths \(128, 192\) must be multiples of 128"),
+        ((96, 128), "input width 96 must be a multiple of 128"),
+        ((128, 192), "output width 192 must be a multiple of 128"),
     ],
 )
 def test_refuses_widths(widths, message):

@@ -1,13 +1,15 @@
-"""The inputs on which every implementation of absorbed decode is checked."""
+"""The shapes of absorbed decode: those that values are checked on, and those that are timed."""
 
 import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
 
-from pallas_kernels.mla_decode import LatentPages, quantize_latents
-
-KV_RANK, ROPE_DIM = 512, 64
+from pallas_kernels.mla_decode.limits import KV_RANK, ROPE_DIM
+from pallas_kernels.mla_decode.pages import LatentPages
+from pallas_kernels.quantised import row_scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +29,17 @@ class Case:
         """The model's: one over the root of the number of dims of a score."""
         return 192**-0.5
 
-    def draw(self, seed, dtype=jnp.float32, pages_dtype=None, dims=(KV_RANK, ROPE_DIM)):
+    def draw(
+        self,
+        seed: int,
+        dtype: DTypeLike = jnp.float32,
+        pages_dtype: DTypeLike | None = None,
+        dims: tuple[int, int] = (KV_RANK, ROPE_DIM),
+    ) -> tuple[Array, Array, LatentPages, Array, Array]:
         """Returns the arguments of `mla_decode`: (q_latent, q_rope, pages, page_table, lengths).
 
-        The pages of the sequences are scattered over a pool, the unused ones hold large numbers,
-        and so do the slots behind each sequence's end; the table's unused entries are random.
+        The pages of the sequences are scattered over a pool. The unused ones hold large numbers,
+        and so do the slots after each sequence's end. The table's unused entries are random.
         """
         rng = np.random.default_rng(seed)
         C, R = dims
@@ -52,10 +60,10 @@ class Case:
         rope[~used] *= 100
 
         pages_dtype = jnp.dtype(pages_dtype or dtype)
-        latent, scale = jnp.asarray(latent), None
+        values, scale = jnp.asarray(latent), None
         if pages_dtype.itemsize == 1:
-            latent, scale = quantize_latents(latent, pages_dtype)
-        pages = LatentPages(latent.astype(pages_dtype), jnp.asarray(rope, dtype), scale)
+            values, scale = row_scaled(values, pages_dtype)
+        pages = LatentPages(values.astype(pages_dtype), jnp.asarray(rope, dtype), scale)
         # Sharp enough that a few keys carry most of the weight, as in a trained model.
         q_latent = jnp.asarray(2 * rng.normal(size=(B, T, H, C)), dtype)
         q_rope = jnp.asarray(2 * rng.normal(size=(B, T, H, R)), dtype)
@@ -87,4 +95,61 @@ ODD_CASES = (
     Case("one_head", (70, 3), num_heads=1, page_size=16),
     Case("five_heads", (33, 0, 90), num_heads=5, num_tokens=2, page_size=8),
     Case("pages_of_one", (9, 4), num_heads=4, page_size=1),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A shape that is timed: sequences of one length, or of lengths around it."""
+
+    batch: int
+    heads: int
+    length: int
+    tokens: int = 1
+    ragged: bool = False
+    page_size: int = 64
+    quantised: str | None = None  # The latents' dtype, where they have 8 bits.
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line."""
+        name = f"b{self.batch}_h{self.heads}_s{self.length}"
+        name += f"_t{self.tokens}" if self.tokens > 1 else ""
+        return name + "_ragged" * self.ragged + (f"_{self.quantised}" if self.quantised else "")
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a token in the cache."""
+        if self.quantised:
+            return KV_RANK + 2 * ROPE_DIM + 4
+        return 2 * (KV_RANK + ROPE_DIM)
+
+    @property
+    def flops(self) -> int:
+        """Operations that the scores and the outputs take."""
+        return self.batch * self.heads * self.tokens * 2 * self.length * (2 * KV_RANK + ROPE_DIM)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that must be moved."""
+        rows = self.tokens * self.heads
+        return self.batch * (2 * rows * (2 * KV_RANK + ROPE_DIM) + self.length * self.key_bytes)
+
+
+TIMED = (
+    Timed(128, 128, 4096),
+    Timed(128, 128, 8192),
+    Timed(128, 128, 8192, tokens=2),
+    Timed(128, 64, 8192),
+    Timed(128, 16, 4096),
+    Timed(128, 16, 8192),
+    Timed(128, 16, 8192, tokens=2),
+    Timed(128, 16, 8192, ragged=True),
+    Timed(1, 16, 8192),
+    Timed(1, 16, 131072),
+    Timed(1, 128, 131072),
+    Timed(32, 16, 2048),
+    Timed(128, 16, 8192, quantised="int8"),
+    Timed(128, 16, 8192, quantised="float8_e4m3fn"),
+    Timed(128, 128, 8192, quantised="int8"),
 )

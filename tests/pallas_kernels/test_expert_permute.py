@@ -1,4 +1,4 @@
-"""Tokens spread to their experts' rows by the Hopper kernel: as the gathers of XLA do it."""
+"""Tokens spread to rows sorted by expert and summed back: meaning, gradients, the Hopper kernel."""
 
 import functools
 
@@ -8,9 +8,54 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.expert_exchange import combine_rows, gather_rows, sort_by_expert
+from pallas_kernels.expert_permute import combine_rows, gather_rows, sort_by_expert
 
 TOP_K, EXPERTS = 3, 6
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("max_rows", [None, 60])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_permutation_and_its_gradients(implementation, max_rows, rng):
+    """With room for the rows there are, those of dropped assignments left out, or for all."""
+    tokens, experts, width = 40, 6, 5
+    gather, combine = (
+        functools.partial(op, implementation=implementation) for op in (gather_rows, combine_rows)
+    )
+    indices = rng.integers(0, experts + 1, (tokens, TOP_K)).astype(np.int32)
+    indices[rng.random(indices.shape) < 0.5] = experts
+    there = indices < experts
+    assert 0 < there.sum() <= 60
+    x, probe = rng.standard_normal((2, tokens, width)).astype(np.float32)
+    gates = rng.random(indices.shape).astype(np.float32)
+    scale = rng.standard_normal(experts).astype(np.float32)
+
+    @jax.jit
+    def run(x_ND, gates_NK):
+        order = sort_by_expert(jnp.asarray(indices), experts, max_rows)
+        expert_M = jnp.repeat(
+            jnp.append(scale, 0),  # rows that are no expert's give 0, as the grouped matmul has it
+            jnp.append(order.group_sizes_E, order.token_M.size - order.group_sizes_E.sum()),
+            total_repeat_length=order.token_M.size,
+        )
+        out, pull = jax.vjp(
+            lambda x, g: combine(gather(x, order) * expert_M[:, None], g, order),
+            x_ND,
+            gates_NK,
+        )
+        return out, *pull(jnp.asarray(probe)), order.token_M, order.group_sizes_E
+
+    out, d_x, d_gates, token, sizes = map(np.asarray, run(x, gates))
+    scale_of = np.where(there, np.append(scale, 0)[indices], 0)
+    factor = np.sum(gates * scale_of, axis=1, keepdims=True)
+    np.testing.assert_allclose(out, x * factor, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(d_x, probe * factor, rtol=2e-6, atol=1e-6)
+    want = np.sum(x * probe, axis=1, keepdims=True) * scale_of
+    np.testing.assert_allclose(d_gates, want, rtol=2e-6, atol=2e-6)
+    np.testing.assert_array_equal(sizes, np.bincount(indices.ravel(), minlength=experts)[:experts])
+    want = np.argsort(indices.ravel(), kind="stable")[: sizes.sum()] // TOP_K
+    np.testing.assert_array_equal(token[: sizes.sum()], want)
+    assert token.shape == ((max_rows or indices.size),)
 
 
 @pytest.fixture

@@ -12,15 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from pallas_kernels.mla_decode.tiles import HopperTiles
+from pallas_kernels.hopper_parts import COMPILER_PARAMS
+from pallas_kernels.mla_decode.limits import KV_RANK
+from pallas_kernels.mla_decode.tiles import HopperTile
+from pallas_kernels.softmax import LOG2E, MASKED
 
 GROUPS = 8  # Of sequences, which `find_share` sums side by side.
 STEPS = 4  # Of its walk through a group that do not wait for a branch.
 UNIT = 128  # Keys of the unit of work: two blocks of 64.
-KV_RANK = 512
-LOG2E = math.log2(math.e)
-# A finite stand-in for -inf, so that the maximum of a row without keys can be subtracted.
-LOWEST = -1e30
 
 
 def plan_work(
@@ -157,16 +156,6 @@ def _num_used(total: Array, num_parts: int) -> Array:
     return lax.div(total + largest - 1, largest)
 
 
-def present_sms(tiles: HopperTiles) -> int:
-    """Returns the multiprocessors that all run a block at once: some variants of a chip have fewer.
-
-    A compiling host without a GPU takes the chip's own number.
-    """
-    if jax.default_backend() != "gpu":
-        return tiles.num_sms
-    return min(tiles.num_sms, jax.local_devices()[0].core_count)
-
-
 def merge_pieces(
     out_BMC: Array,
     lse_BM: Array,
@@ -175,7 +164,7 @@ def merge_pieces(
     plan: tuple[Array, Array],
     num_rows: int,
     num_parts: int,
-    tiles: HopperTiles,
+    tile: HopperTile,
 ) -> tuple[Array, Array]:
     """Writes the rows of the sequences that lie in several pieces into (out, lse), in place.
 
@@ -187,17 +176,17 @@ def merge_pieces(
         plan: what `plan_work` gave.
         num_rows: rows that count; the arrays may have more.
         num_parts: parts of the plan.
-        tiles: sizes of this kernel.
+        tile: sizes of this kernel.
 
     Returns:
         (out_BMC, lse_BM) of all sequences.
     """
     batch_size = out_BMC.shape[0]
     # Few rows in all are spread over the chip; of many a block takes several.
-    many = batch_size * num_rows >= 16 * tiles.num_sms
-    rows = math.gcd(tiles.merge_rows, num_rows) if many else 1
+    many = batch_size * num_rows >= 16 * tile.num_sms
+    rows = math.gcd(tile.merge_rows, num_rows) if many else 1
     # The pieces of a sequence among equals; of longer ones they are taken in several steps.
-    width = min(tiles.merge_pieces, pl.cdiv(num_parts, batch_size) + 1)
+    width = min(tile.merge_pieces, pl.cdiv(num_parts, batch_size) + 1)
 
     def body(
         starts_ref: Any, piece_out_gmem: Any, piece_lse_gmem: Any, out_gmem: Any, lse_gmem: Any
@@ -242,7 +231,7 @@ def merge_pieces(
                 )
                 steps = lax.div(num_pieces + (width - 1), width)
                 acc, top, total = lax.fori_loop(
-                    0, steps, step, (zeros, jnp.float32(LOWEST), jnp.float32(0))
+                    0, steps, step, (zeros, jnp.float32(MASKED), jnp.float32(0))
                 )
                 seen = total > 0
                 acc *= jnp.where(seen, 1 / total, 0.0)
@@ -255,6 +244,6 @@ def merge_pieces(
     pl.kernel(
         body,
         mesh=mesh,
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=COMPILER_PARAMS,
     )(plan[0], piece_out_WMC, piece_lse_WM, out_ref, lse_ref)
     return jax.freeze(out_ref), jax.freeze(lse_ref)

@@ -1,9 +1,12 @@
-"""The inputs on which every implementation of latent attention is checked."""
+"""The shapes of latent attention: those that values are checked on, and those that are timed."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,9 @@ class Case:
         """The model's: one over the root of the number of dims of a score."""
         return 192**-0.5
 
-    def draw(self, seed: int, dtype=jnp.float32, dims=(128, 64, 128)):
+    def draw(
+        self, seed: int, dtype: DTypeLike = jnp.float32, dims: tuple[int, int, int] = (128, 64, 128)
+    ) -> tuple[tuple[Array, ...], tuple[Array | None, ...], Array]:
         """Returns five inputs, three optional masks, and the output's cotangent."""
         rng = np.random.default_rng(seed)
         N, R, V = dims
@@ -34,16 +39,16 @@ class Case:
         *arrays, d_out = (
             jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype) for shape in shapes
         )
-        q_ids = k_ids = offset = None
+        masks: list[Array | None] = [None, None, None]
         if self.num_segments:
             k_ids = np.sort(rng.integers(0, self.num_segments, (B, S)), axis=1).astype(np.int32)
             first = S - T if S >= T else 0
             q_ids = np.resize(k_ids[:, first:], (B, T)) if S < T else k_ids[:, first:].copy()
             q_ids[:, : self.foreign_queries] = self.num_segments
-            q_ids, k_ids = jnp.asarray(q_ids), jnp.asarray(k_ids)
+            masks[:2] = jnp.asarray(q_ids), jnp.asarray(k_ids)
         if self.offsets:
-            offset = jnp.asarray(self.offsets, jnp.int32)
-        return tuple(arrays), (q_ids, k_ids, offset), d_out
+            masks[2] = jnp.asarray(self.offsets, jnp.int32)
+        return tuple(arrays), tuple(masks), d_out
 
 
 CASES = (
@@ -75,3 +80,14 @@ LARGE_CASES = (
     Case("offset_1100", queries=600, keys=1100, heads=1, offsets=(500,)),
     Case("128_heads", queries=64, keys=64, heads=128),
 )
+
+
+class Timed(NamedTuple):
+    """A causal sequence of one document, whose forward and backward pass are timed."""
+
+    heads: int
+    tokens: int
+
+
+# V2-Lite's heads and V2's.
+TIMED = (Timed(16, 4096), Timed(16, 16384), Timed(128, 4096))

@@ -1,6 +1,6 @@
-"""Tokens copied to their experts' rows on Hopper: each is read once and written K times.
+"""The permutation on Hopper (Pallas, Mosaic GPU): a token is read once and written K times.
 
-XLA gathers instead, row by row, and reads a token K times over.
+XLA gathers instead, row by row, and reads a token K times over. Sums of rows are left to XLA.
 """
 
 import math
@@ -11,31 +11,23 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.hopper_blocks import COMPILER_PARAMS, vary_like
+from pallas_kernels.expert_permute.limits import HOPPER_THREADS
+from pallas_kernels.expert_permute.order import ExpertOrder
+from pallas_kernels.expert_permute.xla import dot_rows, sum_rows
+from pallas_kernels.hopper_parts import LANE_COMPILER_PARAMS
+from pallas_kernels.manual_axes import vary_like
 
-# A warpgroup takes one token.
-WARPGROUPS = 4
-THREADS = 128
+__all__ = ["dot_rows", "spread_rows", "sum_rows"]
+
+WARPGROUPS = 4  # Of a block; each takes one token.
 
 
-def spread_rows(
-    x_ND: Array, row_NK: Array, num_rows: int, weights_NK: Array | None = None
-) -> Array:
-    """Writes each token, times its weights where given, to its rows.
-
-    Args:
-        x_ND: tokens of a width that is a multiple of 128.
-        row_NK: int32, the rows of each token; num_rows or more for none. Every row must be a
-            token's.
-        num_rows: M.
-        weights_NK: float32 factor of each copy.
-
-    Returns:
-        Rows [M, D] of x's dtype.
-    """
+def spread_rows(x_ND: Array, order: ExpertOrder, weights_NK: Array | None = None) -> Array:
+    """Each token, times its weights where given, copied to its rows."""
+    row_NK, num_rows = order.row_NK, order.token_M.shape[0]
     (num_tokens, width), num_copies = x_ND.shape, row_NK.shape[1]
     bytes_16 = 16 // x_ND.dtype.itemsize
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // THREADS, bytes_16))
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // HOPPER_THREADS, bytes_16))
     weights = [] if weights_NK is None else [weights_NK]
 
     def body(x_ref, row_ref, *refs):
@@ -61,6 +53,6 @@ def spread_rows(
         grid_names=("block",),
         num_threads=WARPGROUPS,
         thread_name="wg",
-        compiler_params=COMPILER_PARAMS,
+        compiler_params=LANE_COMPILER_PARAMS,
     )
     return vary_like(kernel(x_ND, row_NK, *weights), x_ND)

@@ -1,29 +1,11 @@
-"""Which blocks of keys the queries see, and other small things that both Hopper kernels share."""
+"""Which blocks of keys the queries see, and which blocks of queries a block of keys."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array
-
-LOG2E = math.log2(math.e)
-# Layouts of registers: of a product, and of what broadcasts along its columns or its rows.
-MATRIX = plgpu.Layout.WGMMA
-PER_ROW = plgpu.Layout.WGMMA.reduce(1)
-PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-def tiled_smem(shape: tuple[int, ...], dtype: Any, swizzle: int = 128) -> Any:
-    """Returns an SMEM allocation in the layout that wgmma reads, rows of `swizzle` bytes."""
-    columns = swizzle // jnp.dtype(dtype).itemsize
-    transforms = (
-        plgpu.TilingTransform((8, columns)),
-        plgpu.SwizzleTransform(swizzle),
-    )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 @jax.tree_util.register_dataclass
@@ -59,15 +41,15 @@ def key_ranges(
     Every query block gets one key block at least, so that its results are written.
 
     Args:
-      num_queries: Number of the queries, padding included; a multiple of `q_size`.
-      num_keys: Number of the real keys.
-      q_size: Queries of a block.
-      k_size: Keys of a block.
-      q_segment_ids_BT: int32, or None.
-      kv_segment_ids_BS: int32 of the real keys, or None.
-      q_offset_B: int32, or None.
-      causal: Whether keys after a query's position are hidden.
-      batch: B.
+        num_queries: Number of the queries, padding included; a multiple of `q_size`.
+        num_keys: Number of the real keys.
+        q_size: Queries of a block.
+        k_size: Keys of a block.
+        q_segment_ids_BT: int32, or None.
+        kv_segment_ids_BS: int32 of the real keys, or None.
+        q_offset_B: int32, or None.
+        causal: Whether keys after a query's position are hidden.
+        batch: B.
     """
     num_q, num_k = num_queries // q_size, -(-num_keys // k_size)
     k_first_J = jnp.arange(num_k) * k_size

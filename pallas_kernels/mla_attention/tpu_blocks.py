@@ -10,11 +10,10 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 
+from pallas_kernels.chips import TPU_LANES
+from pallas_kernels.mla_attention.limits import ROPE
 from pallas_kernels.mla_attention.tiles import TpuTile
-
-NOPE, ROPE, VALUE = 128, 64, 128
-LANES = 128
-MASKED = -1e30  # Finite: the difference of two of these is 0 and not NaN.
+from pallas_kernels.softmax import MASKED
 
 # What a grid step does with its block: the low bits of the table's `info`.
 SKIP, FULL, DIAGONAL, MASK = range(4)
@@ -202,7 +201,7 @@ class BlockShape:
     def of(cls, queries: int, keys: int, num_heads: int, block: int) -> "BlockShape":
         heads = 2 if num_heads % 2 == 0 else 1
         # One head of many cannot take 64 of 128 lanes, so its rotary part is padded.
-        rope_lanes = ROPE if num_heads == 1 else LANES
+        rope_lanes = ROPE if num_heads == 1 else TPU_LANES
         sizes = (_block_size(queries, block), _block_size(keys, block))
         return cls(queries, keys, *sizes, heads, rope_lanes)
 
@@ -272,9 +271,9 @@ class BlockMask:
             q_ids_ref, k_ids_ref = self.segment_refs
             q_ids, k_ids = q_ids_ref[0, :, queries], k_ids_ref[0, :, keys]
             if self.keys_in_lanes:
-                q_ids = jnp.broadcast_to(q_ids, (LANES, q_ids.shape[1])).T[:, :1]
+                q_ids = jnp.broadcast_to(q_ids, (TPU_LANES, q_ids.shape[1])).T[:, :1]
             else:
-                k_ids = jnp.broadcast_to(k_ids, (LANES, k_ids.shape[1])).T[:, :1]
+                k_ids = jnp.broadcast_to(k_ids, (TPU_LANES, k_ids.shape[1])).T[:, :1]
             visible = visible & (q_ids == k_ids)
         return jnp.where(visible, scores, MASKED)
 
@@ -347,21 +346,17 @@ def make_operands(
     return operands, specs
 
 
-def dot(lhs: Array, rhs: Array) -> Array:
-    precision = jax.lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
-    return jax.lax.dot(lhs, rhs, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _block_size(length: int, block: int) -> int:
     """Returns the largest size that pads little; a short sequence is one block."""
     if length <= block // 2:
-        return -(-length // LANES) * LANES
-    while block > 2 * LANES and -length % block > length // 8:
+        return -(-length // TPU_LANES) * TPU_LANES
+    while block > 2 * TPU_LANES and -length % block > length // 8:
         block //= 2
     return block
 
 
 def pad(array: Array, dim: int, size: int) -> Array:
+    """Pads a dim with zeros up to a size."""
     if array.shape[dim] == size:
         return array
     widths = [(0, 0)] * array.ndim
@@ -370,21 +365,5 @@ def pad(array: Array, dim: int, size: int) -> Array:
 
 
 def offsets(q_offset_B: Array | None, batch: int) -> Array:
+    """Returns the offsets as a kernel takes them, int32 [B]; 0 where none are given."""
     return jnp.zeros(batch, jnp.int32) if q_offset_B is None else q_offset_B.astype(jnp.int32)
-
-
-def like(array: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape of an output that varies over the manual mesh axes that `array` does."""
-    manual = jax.typeof(array).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
-
-
-def check_dims(q_nope_BTHN: Array, q_rope_BTHR: Array, v_BSHV: Array) -> None:
-    sizes = (("q_nope_BTHN", q_nope_BTHN, NOPE), ("q_rope_BTHR", q_rope_BTHR, ROPE))
-    for name, array, size in (*sizes, ("v_BSHV", v_BSHV, VALUE)):
-        if array.shape[-1] != size:
-            raise ValueError(f"{name} has {array.shape[-1]} dims per head, the kernel takes {size}")
-    if q_nope_BTHN.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(
-            f"q_nope_BTHN has dtype {q_nope_BTHN.dtype}, the kernel takes bfloat16 and float32"
-        )

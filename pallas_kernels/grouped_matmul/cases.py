@@ -1,6 +1,7 @@
-"""The shared case list of grouped_matmul: every implementation is held to all of it."""
+"""The shapes of the grouped matmul: those that values are checked on, and those that are timed."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,7 @@ class Case:
         return self.name
 
 
+# Every implementation is held to all of these.
 CASES = (
     Case("even", 256, 128, 256, (64, 64, 64, 64)),
     Case("ragged", 500, 128, 128, (1, 130, 0, 77, 63, 129, 37, 63)),
@@ -76,3 +78,43 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         d_out=draw(case.num_rows, case.width_out),
         group_sizes=jnp.array(case.group_sizes, jnp.int32),
     )
+
+
+class Training(NamedTuple):
+    """A product of many rows that is timed."""
+
+    num_experts: int
+    width_in: int
+    width_out: int
+    num_rows: int
+
+
+class Decode(NamedTuple):
+    """A product of few tokens that is timed, at several numbers of tokens."""
+
+    num_experts: int
+    width_in: int
+    width_out: int
+    top_k: int
+    weights_dtype: str
+    tokens: tuple[int, ...]
+
+
+# V2-Lite's sizes with gate and up side by side, then V2's.
+TRAINING = (
+    Training(64, 2048, 2816, 196608),
+    Training(64, 2048, 2816, 49152),
+    Training(64, 2048, 2816, 6144),
+    Training(160, 5120, 3072, 98304),
+    Training(160, 1536, 5120, 98304),
+)
+SWIGLU = (Training(64, 2048, 1408, 49152),)
+DECODE = (
+    Decode(64, 2048, 2816, 6, "bfloat16", (1, 32, 128)),
+    Decode(64, 2048, 2816, 6, "int8", (1, 32, 128)),
+    Decode(64, 2048, 2816, 6, "float8_e4m3fn", (32,)),
+    Decode(160, 5120, 3072, 6, "bfloat16", (1, 8, 32, 128)),
+    Decode(160, 1536, 5120, 6, "bfloat16", (1, 32, 128)),
+)
+# For the CPU.
+PORTABLE = (Training(64, 256, 256, 128), Training(64, 256, 256, 1024))

@@ -1,0 +1,48 @@
+"""The order of the rows: assignments of tokens to experts, sorted by expert."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+class ExpertOrder(NamedTuple):
+    """Assignments as M rows sorted by expert; M is N * K, or less where fewer go anywhere.
+
+    Attributes:
+        token_M: int32, the token that each row is a copy of.
+        row_NK: int32, the row that each assignment went to; M or more for one that has none.
+        group_sizes_E: int32, rows of each expert; rows after the last belong to none.
+    """
+
+    token_M: Int[Array, " M"]
+    row_NK: Int[Array, "N K"]
+    group_sizes_E: Int[Array, " E"]
+
+
+def sort_by_expert(
+    indices_NK: Int[Array, "N K"], num_experts: int, max_rows: int | None = None
+) -> ExpertOrder:
+    """Sorts assignments by expert, tokens of one expert in their order.
+
+    Args:
+        indices_NK: int32 expert of each assignment; `num_experts` for one that goes nowhere.
+        num_experts: experts that rows are for.
+        max_rows: M, which the caller knows to be enough for all that go somewhere; None for N * K.
+    """
+    top_k = indices_NK.shape[1]
+    flat_M = indices_NK.reshape(-1)
+    order_M = jnp.argsort(flat_M, stable=True)
+    row_M = (
+        jnp.zeros_like(order_M)
+        .at[order_M]
+        .set(jnp.arange(order_M.size, dtype=order_M.dtype), unique_indices=True)
+    )
+    return ExpertOrder(
+        token_M=(order_M // top_k)[:max_rows],
+        row_NK=row_M.reshape(indices_NK.shape),
+        # By comparison: counting by a scatter makes all rows wait for a few counters.
+        group_sizes_E=jnp.sum(
+            flat_M == jnp.arange(num_experts, dtype=flat_M.dtype)[:, None], axis=1, dtype=jnp.int32
+        ),
+    )

@@ -1,0 +1,72 @@
+"""What each implementation of the grouped matmul takes."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels.chips import TPU_LANES
+from pallas_kernels.implementations import (
+    IMPLEMENTATIONS,
+    check_choice,
+    first_reason,
+    not_multiple,
+    wrong_chip,
+    wrong_dtype,
+)
+from pallas_kernels.quantised import QUANTISED_DTYPES, is_quantised
+
+# Implementations that use a LayerOfStack where it lies. For the others the layer is copied first.
+STACKS_IN_PLACE = ("tpu",)
+DTYPES = (jnp.bfloat16, jnp.float32)
+# Columns in a swizzled row of 128 bytes; also the contraction step of the Hopper kernels.
+HOPPER_LANES = 64
+
+
+def supported(
+    implementation: str,
+    *,
+    width_in: int,
+    width_out: int,
+    dtype: DTypeLike,
+    weights_dtype: DTypeLike | None = None,
+    transpose_rhs: bool = False,
+    chip: str | None = None,
+) -> str | None:
+    """Says whether an implementation takes these sizes, forward and backward.
+
+    Args:
+        implementation: one of IMPLEMENTATIONS.
+        width_in: K, the contracted width.
+        width_out: N, columns of the result, of each of the two products in grouped_swiglu.
+        dtype: dtype of the rows.
+        weights_dtype: dtype of the weights, int8 or float8_e4m3fn for quantised ones; None for that
+            of the rows.
+        transpose_rhs: as of grouped_matmul.
+        chip: the chip to run on, as `chips.chip_of` names it; None for one that fits.
+
+    Returns:
+        None, or one line that names what is to blame.
+
+    Raises:
+        ValueError: an unknown implementation.
+    """
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    weights_dtype = dtype if weights_dtype is None else weights_dtype
+    general = first_reason(
+        wrong_dtype("dtype", dtype, DTYPES),
+        wrong_dtype("weights dtype", weights_dtype, (dtype, *QUANTISED_DTYPES)),
+        wrong_chip(implementation, chip),
+    )
+    if general is not None or implementation in ("reference", "xla"):
+        return general
+    step = TPU_LANES if implementation == "tpu" else HOPPER_LANES
+    widths = first_reason(
+        not_multiple("input width", width_in, step), not_multiple("output width", width_out, step)
+    )
+    if implementation == "tpu":
+        return widths
+    transposed = transpose_rhs and is_quantised(weights_dtype)
+    return first_reason(
+        wrong_dtype("dtype", dtype, (jnp.bfloat16,)),
+        widths,
+        "transpose_rhs True must be False for quantised weights" if transposed else None,
+    )

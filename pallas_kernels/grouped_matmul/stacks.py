@@ -1,0 +1,44 @@
+"""One layer's expert weights where they lie in a stack of layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerOfStack:
+    """One layer's weights [G, K, N] where they lie in a stack of layers; forward only.
+
+    A scan over layers slices their weights, and XLA writes the slice out before it calls a kernel:
+    in decode that moves up to three times the bytes. A kernel that fetches its weights itself can
+    do so from the whole stack, which is then no scanned input but the same in every step.
+
+    Attributes:
+        stack: bfloat16 or float32 [L, G, K, N].
+        layer: int32 scalar, the layer.
+    """
+
+    stack: Array
+    layer: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the layer's weights, [G, K, N]."""
+        return self.stack.shape[1:]
+
+    @property
+    def ndim(self) -> int:
+        """Dims of the layer's weights."""
+        return self.stack.ndim - 1
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the weights."""
+        return self.stack.dtype
+
+    def take(self) -> Array:
+        """Returns the layer's weights as an array, which is a copy of them."""
+        return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)

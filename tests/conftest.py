@@ -11,18 +11,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests import cpu_compiler
+
 PLATFORM = os.environ.get("DSJAX_TEST_PLATFORM", "cpu")
 
 # All of this must be in place before jax is imported, which is why it stands above the imports.
 if PLATFORM == "cpu":
     os.environ["JAX_PLATFORMS"] = "cpu"
-    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
-    flags.append("--xla_force_host_platform_device_count=8")
-    # Compiling is most of what the tests do, and LLVM's optimisation was 40 % of that.
-    if not any("xla_backend_optimization_level" in flag for flag in flags):
-        flags.append("--xla_backend_optimization_level=0")
-    os.environ["XLA_FLAGS"] = " ".join(flags)
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test must not see another run's programs
+    os.environ["XLA_FLAGS"] = cpu_compiler.xla_flags(num_devices=8)
+    cpu_compiler.share_programs()
+else:
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is a broken test
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -40,6 +39,9 @@ import jax
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fails early where the environment is not the one that the tests are written for."""
+    # A program that another process is just writing is compiled once more.
+    cache = "ignore:Error reading persistent compilation cache entry:UserWarning"
+    config.addinivalue_line("filterwarnings", cache)
     if PLATFORM == "cpu" and jax.device_count() != 8:
         raise pytest.UsageError(f"the tests need 8 CPU devices, jax has {jax.devices()}")
 

@@ -19,6 +19,7 @@ from dsjax.config import (
     TrainConfig,
     to_json,
 )
+from tests.cpu_compiler import xla_flags
 from tests.small_models import RUNTIME, SMALL
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -78,9 +79,7 @@ def write_run(config: TrainConfig, path: Path) -> Path:
 def start_cli(*arguments: object, num_devices: int = 1, **environment: str) -> subprocess.Popen:
     """Starts `dsjax` as a process of its own."""
     env = dict(os.environ) | {
-        # Slower programs, sooner compiled: what these runs spend their time on.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices} "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": xla_flags(num_devices),
         "PYTHONUNBUFFERED": "1",
     }
     process = subprocess.Popen(

@@ -17,6 +17,7 @@ from flax import nnx
 
 from dsjax.config import BatchConfig, CheckpointConfig, TrainConfig
 from dsjax.weights import load_weights
+from tests.cpu_compiler import xla_flags
 from tests.dsjax.training.small_runs import (
     REPOSITORY,
     STARTED,
@@ -166,8 +167,7 @@ main()
 def test_a_full_disk_is_one_line_and_loses_nothing(whole, tmp_path: Path, environment):
     config = replace(whole, directory=str(tmp_path / "run"))
     file = write_run(config, tmp_path / "run.py")
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    env = dict(os.environ) | {"XLA_FLAGS": flags} | environment
+    env = dict(os.environ) | {"XLA_FLAGS": xla_flags(1)} | environment
     env["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # its files have a limit, too
     process = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(file)],

@@ -37,6 +37,7 @@ TPU_CHIPS = {
     "v6e": TpuChip(vmem_mib=128, wide=True, cores=1),
     "7x": TpuChip(vmem_mib=64, wide=True, cores=1),
 }
+TPU_NAMES = ("v4", *TPU_CHIPS, "tpu")  # The last stands for one that is not known.
 # Sizes that fit all of them.
 ANY_TPU = TpuChip(vmem_mib=64, wide=True, cores=2)
 
@@ -56,21 +57,17 @@ _KINDS = {
 _GPU_PLATFORMS = ("gpu", "cuda", "rocm")
 
 
-def chip_of(device: jax.Device) -> str:
+def chip_of(device: jax.Device | jax.sharding.AbstractDevice) -> str:
     """Names the chip of a device, which may be one that a host only compiles for.
 
     Returns:
         "v4", "v5e", "v5p", "v6e" or "7x"; "tpu" for another TPU; "hopper" for H100 and H200; "gpu"
         for another GPU; else the platform, such as "cpu".
     """
-    return _chip(device.platform, device.device_kind)
-
-
-def _chip(platform: str, kind: str) -> str:
-    found = [name for name in _KINDS if kind.startswith(name)]
+    found = [name for name in _KINDS if device.device_kind.startswith(name)]
     if found:
         return _KINDS[max(found, key=len)]
-    return "gpu" if platform in _GPU_PLATFORMS else platform
+    return "gpu" if device.platform in _GPU_PLATFORMS else device.platform
 
 
 def tpu_chip() -> TpuChip:
@@ -80,8 +77,7 @@ def tpu_chip() -> TpuChip:
     fit all.
     """
     target = jax.sharding.get_abstract_mesh().abstract_device
-    kind = jax.devices()[0].device_kind if target is None else target.device_kind
-    return TPU_CHIPS.get(_chip("", kind), ANY_TPU)
+    return TPU_CHIPS.get(chip_of(target or jax.devices()[0]), ANY_TPU)
 
 
 def num_sms() -> int:

@@ -7,13 +7,13 @@ from types import ModuleType
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.chips import TPU_CHIPS
+from pallas_kernels.chips import TPU_NAMES
 
 # What an op can have: its meaning, a portable form, and Pallas kernels for TPUs and for Hopper.
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "hopper")
 
 # The chips that the kernels are for; the other implementations run everywhere.
-_CHIPS = {"tpu": tuple(TPU_CHIPS), "hopper": ("hopper",)}
+_CHIPS = {"tpu": TPU_NAMES, "hopper": ("hopper",)}
 
 
 def check_choice(argument: str, value: str, choices: Iterable[str]) -> None:

@@ -124,21 +124,9 @@ def row_products(
 ) -> tuple[Array, ...]:
     """Rows times their group's matrices: one product, two with SwiGLU, or the sum of two.
 
-    Args:
-        lhs: one array of rows [M, K], or as many as there are matrices, whose products are added.
-        rhs: matrices [G, K, N], or [G, N, K] when transpose_rhs: one, or a gate and an up matrix,
-            or one for each of `lhs`. Quantised ones are widened to bfloat16 in shared memory,
-            stage by stage.
-        group_sizes_G: int32 rows of every group.
-        group_offset: int32, the first group held.
-        transpose_rhs: multiply by the transposes.
-        activation: give silu(gate) * up of the two products.
-        keep_products: give the two products as well.
-        tile: sizes; None takes the table's.
-        num_ctas: blocks to launch; None takes one per multiprocessor.
-
-    Returns:
-        Rows [M, N] of the dtype of `lhs`; with keep_products also the gate and the up products.
+    The arguments are those of `portable.row_products`; `tile` None takes the table's sizes, and
+    `num_ctas` None one block per multiprocessor. Quantised weights are widened to bfloat16 in
+    shared memory, stage by stage.
     """
     num_rows, num_k = lhs[0].shape
     num_groups = rhs[0].shape[0]

@@ -46,22 +46,13 @@ def weight_gradient(
 ) -> Array:
     """Sums lhs^T d_out over the rows of each held group.
 
+    The arguments are those of `reference.weight_gradient`; `tile` None takes the table's sizes, and
+    `num_ctas` None one block per multiprocessor.
+
     A group's rows are the contraction. Blocks of 64 rows start at multiples of 8, so only a group's
     first and last block can hold rows of others. There lhs is zeroed in shared memory. d_out is too
     where such rows belong to no held group, as they may hold anything. Between held groups it is
     not: a row of d_out that is not finite reaches the group beside its own.
-
-    Args:
-        lhs_MK: rows.
-        d_out_MN: gradient of their outputs.
-        group_sizes_G: int32 rows of every group.
-        group_offset: int32, the first group held.
-        num_groups: number of groups held.
-        tile: sizes; None takes the table's.
-        num_ctas: blocks to launch; None takes one per multiprocessor.
-
-    Returns:
-        Gradients [num_groups, K, N] of lhs_MK's dtype.
     """
     if pad := -lhs_MK.shape[0] % 8:
         lhs_MK, d_out_MN = (jnp.pad(array, ((0, pad), (0, 0))) for array in (lhs_MK, d_out_MN))

@@ -1,4 +1,4 @@
-"""The row products of implementations that keep or add products only after rounding them."""
+"""What row products are, for implementations that keep or add products after rounding them."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -24,8 +24,9 @@ def row_products(
     Args:
         matmul: rows [M, N] from rows [M, K] and matrices, in the rows' dtype.
         swiglu: hidden rows from rows, gate and up matrices.
-        lhs: one array of rows, or as many as there are matrices, whose products are added.
-        rhs: matrices of the groups: one, or a gate and an up matrix, or one for each of `lhs`.
+        lhs: one array of rows [M, K], or as many as there are matrices, whose products are added.
+        rhs: matrices [G, K, N], or [G, N, K] where an implementation is told `transpose_rhs`: one,
+            or a gate and an up matrix, or one for each of `lhs`.
         activation: give silu(gate) * up of the two products.
         keep_products: give the two products as well.
 

@@ -57,7 +57,18 @@ def row_products(
 def weight_gradient(
     lhs_MK: Array, d_out_MN: Array, group_sizes_G: Array, group_offset: Array, num_groups: int
 ) -> Array:
-    """Sum over each group's rows of lhs^T d_out."""
+    """Sums lhs^T d_out over the rows of each held group.
+
+    Args:
+        lhs_MK: rows.
+        d_out_MN: gradient of their outputs.
+        group_sizes_G: int32 rows of every group.
+        group_offset: int32, the first group held.
+        num_groups: number of groups held.
+
+    Returns:
+        Gradients [num_groups, K, N] of lhs_MK's dtype.
+    """
     member_MG = _membership(group_sizes_G, group_offset, lhs_MK.shape[0], num_groups)
     d_rhs_GKN = jnp.einsum(
         "MG,MK,MN->GKN",

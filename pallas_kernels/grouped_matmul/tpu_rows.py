@@ -87,20 +87,8 @@ def row_products(
 ) -> tuple[Array, ...]:
     """Rows times their group's matrices: one product, two with SwiGLU, or the sum of two.
 
-    Args:
-        lhs: one array of rows [M, K], or as many as there are matrices, whose products are added.
-        rhs: matrices [G, K, N], or [G, N, K] when transpose_rhs: one, or a gate and an up matrix,
-            or one for each of `lhs`. All or none are of a stack, and of the same layer.
-        group_sizes_G: int32 rows of every group.
-        group_offset: int32, the first group held.
-        transpose_rhs: multiply by the transposes.
-        activation: give silu(gate) * up of the two products.
-        keep_products: give the two products as well.
-        tile: sizes; None takes the table's.
-        interpret: as of `pl.pallas_call`.
-
-    Returns:
-        Rows [M, N] of the dtype of `lhs`; with keep_products also the gate and the up products.
+    The arguments are those of `portable.row_products`; `tile` None takes the table's sizes. All or
+    none of `rhs` are of a stack, and then of one layer.
     """
     num_rows, dtype = lhs[0].shape[0], lhs[0].dtype
     num_groups = rhs[0].shape[0]

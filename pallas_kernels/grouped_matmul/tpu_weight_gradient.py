@@ -48,17 +48,7 @@ def weight_gradient(
 ) -> Array:
     """Sums lhs^T d_out over the rows of each held group.
 
-    Args:
-        lhs_MK: rows.
-        d_out_MN: gradient of their outputs.
-        group_sizes_G: int32 rows of every group.
-        group_offset: int32, the first group held.
-        num_groups: number of groups held.
-        tile: sizes; None takes the table's.
-        interpret: as of `pl.pallas_call`.
-
-    Returns:
-        Gradients [num_groups, K, N] of lhs_MK's dtype.
+    The arguments are those of `reference.weight_gradient`; `tile` None takes the table's sizes.
     """
     lhs_MK, d_out_MN = pad_rows(lhs_MK), pad_rows(d_out_MN)
     (num_rows, K), N = lhs_MK.shape, d_out_MN.shape[1]

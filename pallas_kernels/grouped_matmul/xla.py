@@ -121,7 +121,10 @@ def row_products(
 def weight_gradient(
     lhs_MK: Array, d_out_MN: Array, group_sizes_G: Array, group_offset: Array, num_groups: int
 ) -> Array:
-    """Sum over each group's rows of lhs^T d_out: small groups at once, the others in turn."""
+    """Sums lhs^T d_out over the rows of each held group; the arguments are those of `reference`.
+
+    Small groups are taken at once, the others in turn.
+    """
     tile = row_tile(lhs_MK.shape[0], num_groups)
     starts_G, sizes_G = local_groups(group_sizes_G, group_offset, num_groups)
     lhs_PK, d_out_PN = _pad(lhs_MK, tile), _pad(d_out_MN, tile)

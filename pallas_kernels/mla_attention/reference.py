@@ -30,13 +30,7 @@ def visible_BTS(
     return visible_1TS
 
 
-def forward(
-    inputs: Inputs,
-    masks: Masks,
-    *,
-    scale: float,
-    causal: bool,
-) -> tuple[Array, Array]:
+def forward(inputs: Inputs, masks: Masks, *, scale: float, causal: bool) -> tuple[Array, Array]:
     """Returns the output and the log-sum-exp; the arguments are those of `mla_attention`."""
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     q_nope, q_rope, k_nope, k_rope, v = (array.astype(jnp.float32) for array in inputs)

@@ -59,6 +59,20 @@ class _Blocks:
     def pad_k(self, array: Array) -> Array:
         return _pad(array, 1, self.num_k * self.k_size, 0)
 
+    def pad(
+        self, inputs: Inputs, masks: Masks
+    ) -> tuple[list[Array], list[Array], tuple[Array | None, Array | None]]:
+        """Returns queries, keys with values, and segment ids, padded to whole blocks."""
+        q_ids, k_ids, _ = masks
+        return (
+            [self.pad_q(array) for array in inputs[:2]],
+            [self.pad_k(array) for array in inputs[2:]],
+            (
+                None if q_ids is None else self.pad_q(q_ids),
+                None if k_ids is None else self.pad_k(k_ids),
+            ),
+        )
+
     def cut_q(self, array: Array, i: Array | int, axis: int = 1) -> Array:
         return _cut(array, i, self.q_size, axis)
 
@@ -117,23 +131,12 @@ def _scores_BHTS(q_nope: Array, q_rope: Array, k_nope: Array, k_rope: Array) -> 
     return nope_BHTS + _einsum("BTHR,BSR->BHTS", q_rope, k_rope)
 
 
-def forward(
-    inputs: Inputs,
-    masks: Masks,
-    *,
-    scale: float,
-    causal: bool,
-) -> tuple[Array, Array]:
+def forward(inputs: Inputs, masks: Masks, *, scale: float, causal: bool) -> tuple[Array, Array]:
     """Returns the output and the log-sum-exp; the arguments are those of `mla_attention`."""
-    q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV = inputs
-    q_segment_ids_BT, kv_segment_ids_BS, q_offset_B = masks
-    B, T, H, _ = q_nope_BTHN.shape
-    S, V = v_BSHV.shape[1], v_BSHV.shape[3]
-    blocks = _Blocks(T, S, causal, q_offset_B)
-    q_nope, q_rope = blocks.pad_q(q_nope_BTHN), blocks.pad_q(q_rope_BTHR)
-    k_nope, k_rope, v = (blocks.pad_k(array) for array in (k_nope_BSHN, k_rope_BSR, v_BSHV))
-    q_ids = None if q_segment_ids_BT is None else blocks.pad_q(q_segment_ids_BT)
-    k_ids = None if kv_segment_ids_BS is None else blocks.pad_k(kv_segment_ids_BS)
+    (B, T, H, _), dtype = inputs.q_nope_BTHN.shape, inputs.q_nope_BTHN.dtype
+    S, V = inputs.v_BSHV.shape[1], inputs.v_BSHV.shape[3]
+    blocks = _Blocks(T, S, causal, masks.q_offset_B)
+    (q_nope, q_rope), (k_nope, k_rope, v), (q_ids, k_ids) = blocks.pad(inputs, masks)
     t = blocks.q_size
 
     def attend(i: Array | int) -> tuple[Array, Array]:
@@ -162,7 +165,7 @@ def forward(
         )
         acc_BHTV, max_BHT, sum_BHT = blocks.loop(i, step, carry)
         acc_BHTV = acc_BHTV / jnp.where(sum_BHT == 0, 1.0, sum_BHT)[..., None]
-        out_BTHV = acc_BHTV.swapaxes(1, 2).astype(q_nope_BTHN.dtype)
+        out_BTHV = acc_BHTV.swapaxes(1, 2).astype(dtype)
         return out_BTHV, max_BHT + jnp.log(sum_BHT)
 
     if blocks.num_q == 1:
@@ -184,14 +187,9 @@ def backward(
     causal: bool,
 ) -> Inputs:
     """Returns the gradients of the five float inputs; scores are computed again, block by block."""
-    q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV = inputs
-    q_segment_ids_BT, kv_segment_ids_BS, q_offset_B = masks
-    T, S = q_nope_BTHN.shape[1], v_BSHV.shape[1]
-    blocks = _Blocks(T, S, causal, q_offset_B)
-    q_nope, q_rope = blocks.pad_q(q_nope_BTHN), blocks.pad_q(q_rope_BTHR)
-    k_nope, k_rope, v = (blocks.pad_k(array) for array in (k_nope_BSHN, k_rope_BSR, v_BSHV))
-    q_ids = None if q_segment_ids_BT is None else blocks.pad_q(q_segment_ids_BT)
-    k_ids = None if kv_segment_ids_BS is None else blocks.pad_k(kv_segment_ids_BS)
+    T, S = inputs.q_nope_BTHN.shape[1], inputs.v_BSHV.shape[1]
+    blocks = _Blocks(T, S, causal, masks.q_offset_B)
+    (q_nope, q_rope), (k_nope, k_rope, v), (q_ids, k_ids) = blocks.pad(inputs, masks)
     d_out = blocks.pad_q(d_out_BTHV)
     delta_BTH = (d_out_BTHV.astype(jnp.float32) * out_BTHV.astype(jnp.float32)).sum(axis=-1)
     delta_BHT = blocks.pad_q(delta_BTH.swapaxes(1, 2), axis=2)

@@ -23,8 +23,7 @@ from pallas_kernels.mla_attention.reference import visible_BTS
 from tests import oracle_attention
 from tests.oracle_attention import relative_error
 from tests.pallas_kernels import hopper_simulator
-
-NAMES = ("dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv")
+from tests.pallas_kernels.comparisons import GRADIENTS, compare_attention
 
 
 def keywords(case, masks):
@@ -55,24 +54,7 @@ def run(case, arrays, masks, d_out, implementation):
 def check(case, implementation, dtype, tolerance, seed):
     arrays, masks, d_out = case.draw(seed, dtype)
     results = run(case, arrays, masks, d_out, implementation)
-    compare(case, arrays, masks, d_out, results, dtype, tolerance)
-
-
-def compare(case, arrays, masks, d_out, results, dtype, tolerance):
-    out, lse, grads = results
-    want_out, want_lse, want_grads = oracle_attention.attend(
-        *arrays, *masks, d_out, scale=case.scale, causal=case.causal
-    )
-    assert out.dtype == dtype
-    assert lse.dtype == jnp.float32
-    assert relative_error(out, want_out) < tolerance
-    assert relative_error(lse, want_lse) < min(tolerance, 1e-3)
-    # A gradient that is 0 in theory is measured against the size of dv.
-    floor = np.linalg.norm(want_grads[4]) * 1e-2
-    for name, grad, want in zip(NAMES, grads, want_grads, strict=True):
-        assert grad.dtype == dtype
-        error = np.linalg.norm(np.asarray(grad).astype(np.float64) - want)
-        assert error / max(np.linalg.norm(want), floor) < tolerance, name
+    compare_attention(case, arrays, masks, d_out, results, tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -160,7 +142,7 @@ def test_shard_map(check_vma):
 
     got, pullback = jax.vjp(lambda *arrays: attend(arrays, masks), *arrays)
     assert relative_error(got, out) < 1e-6
-    for name, actual, want in zip(NAMES, pullback(d_out), grads, strict=True):
+    for name, actual, want in zip(GRADIENTS, pullback(d_out), grads, strict=True):
         assert relative_error(actual, want) < 1e-6, name
 
 
@@ -231,7 +213,7 @@ def test_hopper_simulated(case, monkeypatch):
     inputs, masks = Inputs(*arrays), Masks(*masks)
     out, lse = hopper.forward(inputs, masks, **options)
     grads = hopper.backward(inputs, masks, out, lse, d_out, **options)
-    compare(case, arrays, masks, d_out, (out, lse, grads), jnp.bfloat16, 5e-3)
+    compare_attention(case, arrays, masks, d_out, (out, lse, grads), 5e-3)
 
 
 LOWERED = (

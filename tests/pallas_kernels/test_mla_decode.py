@@ -19,6 +19,7 @@ from pallas_kernels.mla_decode.cases import CASES, ODD_CASES, Case
 from pallas_kernels.quantised import row_scaled
 from tests import oracle_decode
 from tests.oracle_decode import relative_error
+from tests.pallas_kernels.comparisons import compare_decode
 
 PORTABLE = ("reference", "xla")
 FLOAT8 = jnp.float8_e4m3fn
@@ -30,12 +31,7 @@ def run(case, arguments, implementation):
 
 
 def check(case, arguments, implementation, tolerance):
-    out, lse = run(case, arguments, implementation)
-    want_out, want_lse = oracle_decode.decode(*arguments, scale=case.scale)
-    assert out.dtype == arguments[0].dtype
-    assert lse.dtype == jnp.float32
-    assert relative_error(out, want_out) < tolerance
-    assert relative_error(lse, want_lse) < min(tolerance, 1e-3)
+    compare_decode(case, arguments, run(case, arguments, implementation), tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -72,7 +68,7 @@ def test_quantized_bfloat16():
 
 
 def test_what_is_not_cached_may_be_nan():
-    """Slots behind the end of a sequence and pages that are not its own never reach the output."""
+    """Slots after the end of a sequence and pages that are not its own never reach the output."""
     case = Case("nan", (70, 0, 3), num_tokens=2)
     q_latent, q_rope, pages, table, lengths = case.draw(seed=6, dims=(32, 16))
     used = np.zeros(pages.latent.shape[:2], bool)
@@ -140,7 +136,7 @@ def test_append_writes_its_tokens_and_nothing_else(dtype):
 
 
 def test_a_pool_of_whole_lanes_gives_the_same():
-    """Rotary keys of 64 in a pool of 128: the append writes zeros behind them."""
+    """Rotary keys of 64 in a pool of 128: the append writes zeros after them."""
     case = Case("lanes", (20, 5), num_heads=2, page_size=8)
     q_latent, q_rope, pages, table, lengths = case.draw(seed=21, dims=(16, 64))
     rng = np.random.default_rng(22)

@@ -15,11 +15,9 @@ from pallas_kernels.mla_attention.cases import CASES, Case
 from tests import oracle_attention
 from tests.conftest import require_module
 from tests.oracle_attention import relative_error
+from tests.pallas_kernels.comparisons import GRADIENTS, compare_attention
 from tests.pallas_kernels.tpu_programs import TOPOLOGIES, compile_programs
 from tests.pallas_kernels.tpu_simulator import without_races
-
-NAMES = ("dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv")
-
 
 # Several blocks and several chunks of each, at lengths that a simulator can do.
 FORWARD = dataclasses.replace(tiles.TPU_FORWARD, block=256, chunk_q=128, chunk_k=128)
@@ -49,23 +47,8 @@ def check(
     resident_tokens=tiles.TPU_RESIDENT_TOKENS,
 ):
     arrays, masks, d_out = case.draw(seed, dtype)
-    out, lse, grads = simulate(case, arrays, masks, d_out, forward, backward, resident_tokens)
-    want_out, want_lse, want_grads = oracle_attention.attend(
-        *arrays, *masks, d_out, scale=case.scale, causal=case.causal
-    )
-    assert out.dtype == dtype
-    assert lse.dtype == jnp.float32
-    assert relative_error(out, want_out) < tolerance
-    if want_lse.size > 1:
-        assert relative_error(lse, want_lse) < min(tolerance, 1e-3)
-    else:  # a single score, near 0 here: only its absolute error means anything
-        np.testing.assert_allclose(lse, want_lse, rtol=0, atol=tolerance)
-    # A gradient that is 0 in theory is measured against the size of dv.
-    floor = np.linalg.norm(want_grads[4]) * 1e-2
-    for name, grad, want in zip(NAMES, grads, want_grads, strict=True):
-        assert grad.dtype == dtype
-        error = np.linalg.norm(np.asarray(grad).astype(np.float64) - want)
-        assert error / max(np.linalg.norm(want), floor) < tolerance, name
+    results = simulate(case, arrays, masks, d_out, forward, backward, resident_tokens)
+    compare_attention(case, arrays, masks, d_out, results, tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -136,7 +119,7 @@ def test_transformations():
         *arrays, d_out_BTHV=d_out, scale=case.scale, causal=True
     )
     assert relative_error(out, want_out) < 5e-3
-    for name, grad, want in zip(NAMES, grads, want_grads, strict=True):
+    for name, grad, want in zip(GRADIENTS, grads, want_grads, strict=True):
         assert relative_error(grad, want) < 5e-3, name
 
 

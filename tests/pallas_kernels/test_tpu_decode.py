@@ -13,6 +13,7 @@ from pallas_kernels.mla_decode.limits import TPU_MAX_TABLE
 from tests import oracle_decode
 from tests.conftest import require_module
 from tests.oracle_attention import relative_error
+from tests.pallas_kernels.comparisons import compare_decode
 from tests.pallas_kernels.tpu_programs import TOPOLOGIES, compile_programs
 from tests.pallas_kernels.tpu_simulator import without_races
 
@@ -29,12 +30,7 @@ def simulate(case, arguments, tile):
 
 
 def check(case, arguments, tolerance, tile=tiles.TPU):
-    out, lse = simulate(case, arguments, tile)
-    want_out, want_lse = oracle_decode.decode(*arguments, scale=case.scale)
-    assert out.dtype == arguments[0].dtype
-    assert lse.dtype == jnp.float32
-    assert relative_error(out, want_out) < tolerance
-    assert relative_error(lse, want_lse) < min(tolerance, 1e-3)
+    compare_decode(case, arguments, simulate(case, arguments, tile), tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -55,7 +51,7 @@ def test_tiles_of_the_table(case):
 
 
 def test_what_is_not_cached_may_be_nan():
-    """Slots behind the end of a sequence and pages that are not its own never reach the output."""
+    """Slots after the end of a sequence and pages that are not its own never reach the output."""
     case = Case("nan", (70, 0, 3), num_tokens=2)
     q_latent, q_rope, pages, table, lengths = case.draw(seed=4)
     used = np.zeros(pages.latent.shape[:2], bool)

@@ -1,7 +1,7 @@
 """Grouped matmul's TPU kernels: values and gradients simulated on the CPU, and compilation.
 
 A simulated kernel takes two seconds to compile and tenths of one to run. So the cases are brought
-to a few shapes, with more rows and empty groups behind, and each shape's program is kept.
+to a few shapes, with more rows and with empty groups at the end, and each shape's program is kept.
 """
 
 import dataclasses

@@ -153,8 +153,8 @@ def train(config: TrainConfig | str | Path, overrides: Sequence[str] = ()) -> Fi
     """Trains a model, going on from where the run stopped if it was started before.
 
     Args:
-        config: the run, or the file that holds it.
-        overrides: dotted fields such as "model.moe.top_k=2", for a file.
+        config: the run, its name ("quickstart") or its file.
+        overrides: dotted fields such as "model.moe.top_k=2", for a name or a file.
     """
     if not isinstance(config, TrainConfig):
         config = load_train_config(config, overrides)

@@ -27,7 +27,7 @@ def draft_of(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk does not take it; names the file.
     """
-    # One per process: what a killed run left behind is in nobody's way.
+    # One per process: a draft that a killed run left is in nobody's way.
     draft = path.with_name(f".{path.name}.{os.getpid()}{DRAFT_SUFFIX}")
     try:
         with naming(path):

@@ -36,7 +36,7 @@ from dsjax.config.load import load_model_and_runtime
 from dsjax.counts import count_parameters, train_flops_per_token
 from dsjax.kernels import choose_kernels
 from dsjax.model import DeepSeekV2, create_model
-from dsjax.training.step import init_train_state, train_step
+from dsjax.training.step import init_train_state, jitted_train_step
 
 
 def main() -> None:
@@ -102,6 +102,7 @@ def measure_training(
         "weights": jnp.ones(tokens.shape, jnp.float32),
     }
     held = [state]
+    train_step = jitted_train_step(jax.devices()[0].platform)
 
     def step() -> Any:
         rate = jnp.float32(1e-4)

@@ -30,11 +30,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("orbax", "jax", "httpx", "tensorstore"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # orbax logs a failed save with its traceback, from its threads, and then raises it: the one
-    # line below is what a user needs of it.
+    # orbax logs a failed save with its traceback and then raises it; a user needs one line of it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if not os.environ.get("DSJAX_TRACEBACK"):
-        sys.unraisablehook = lambda _: None  # what those threads leave behind
+        sys.unraisablehook = lambda _: None  # what orbax's threads leave
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:

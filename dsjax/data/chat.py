@@ -14,7 +14,7 @@ import jinja2.sandbox
 
 
 class ChatTemplate:
-    """A compiled Jinja template, run in a sandbox: it comes with a model, from anywhere.
+    """A compiled Jinja template. It runs in a sandbox, as it may come from anywhere.
 
     Attributes:
         source: the template's text.
@@ -41,7 +41,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The text of a conversation.
+        """Returns the text of a conversation.
 
         Args:
             messages: dicts with "role" and "content".
@@ -68,7 +68,7 @@ class ChatTemplate:
 def read_chat_template(
     folder: Path, config: Mapping[str, Any], bos_token: str, eos_token: str
 ) -> ChatTemplate | None:
-    """The template beside a tokenizer: `chat_template.jinja`, or a field of its config.
+    """Reads the template beside a tokenizer: `chat_template.jinja`, or a field of its config.
 
     Args:
         folder: where the tokenizer lies.

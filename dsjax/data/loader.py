@@ -1,9 +1,9 @@
 """Rows of tokens for training and evaluation, from packed datasets or straight from documents.
 
-Training is one endless stream of rows that all hosts share: host p of P takes rows p, p + P, …, so
-a step of n rows a host consumes the next n * P rows of the stream whatever P is. Over packed
-datasets the stream is a pure function of the row's number, and the state is that number alone: it
-restores on another number of hosts. Over documents the state is each host's own.
+Training is one endless stream of rows that all hosts share. Host p of P takes rows p, p + P, …, so
+a step of n rows a host takes the next n * P rows of the stream. Over packed datasets a row follows
+from its number, and the state is that number: it restores on another number of hosts. Over
+documents the state is each host's own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Loader(grain.DatasetIterator[Row]):
         return next(self._iterator)
 
     def next_batch(self, num_rows: int) -> Batch:
-        """The next rows of this host, stacked.
+        """Returns the next rows of this host, stacked.
 
         Args:
             num_rows: this host's share of the batch; may differ from call to call.
@@ -52,7 +52,7 @@ class Loader(grain.DatasetIterator[Row]):
         return stack_rows([next(self) for _ in range(num_rows)])
 
     def get_state(self) -> dict[str, Any]:
-        """The place in the stream; over packed datasets the same on every host."""
+        """Returns the place in the stream; over packed datasets the same on every host."""
         state = self._iterator.get_state()
         if self._packed:
             return {"num_rows": state["next_index"] * self._process_count}
@@ -105,8 +105,8 @@ def make_loader(data: DataConfig, *, process_index: int = 0, process_count: int 
         process_count: hosts in all.
 
     Returns:
-        The stream of this host's rows: every source shuffled anew in each epoch, repeated for ever
-        and mixed by weight, counted in rows.
+        The stream of this host's rows. Every source is shuffled again in each epoch and has no
+        end; sources are mixed by weight, counted in rows.
 
     Raises:
         ValueError: when a source is missing, empty or unfinished, or was packed with another
@@ -141,22 +141,15 @@ def make_loader(data: DataConfig, *, process_index: int = 0, process_count: int 
         if source.format == "arrayrecord":
             shares.append(endless.to_iter_dataset())
         else:
-            documents = tokenized(
-                endless,
-                tokenizer,
-                length=data.length,
-                long_documents=data.long_documents,
-                num_workers=data.num_workers,
-            )
-            shares.append(_pack(documents, data))
+            shares.append(_packed(endless, data, tokenizer))
     rows = grain.IterDataset.mix(shares, weights) if len(shares) > 1 else shares[0]
     return Loader(rows, packed=False, process_count=process_count)
 
 
 class EvalBatches:
-    """One pass over the held-out rows, in order, as batches of one size; may be iterated again.
+    """The held-out rows in order, as batches of one size; may be iterated again.
 
-    Every host sees the same number of batches. Rows missing from the last one are padding: weights,
+    Every host sees the same number of batches. The last one is filled with padding: weights,
     segment ids and byte counts of 0. Sums over all hosts do not depend on their number.
     """
 
@@ -211,7 +204,7 @@ def make_eval_batches(
     """Opens the held-out data.
 
     Args:
-        data: its `eval_sources`, in turn and regardless of weight, with tokenizer and length.
+        data: its `eval_sources`, one after the other, with tokenizer and length; no weights.
         batch_size: rows of a batch on each host.
         process_index: this host.
         process_count: hosts in all.
@@ -236,7 +229,7 @@ def make_eval_batches(
 
 
 def stack_rows(rows: list[Row]) -> Batch:
-    """Rows as one batch, name by name."""
+    """Stacks rows to one batch, name by name."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -246,19 +239,21 @@ def _eval_rows(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) -> 
         return grain.MapDataset.source(packed).to_iter_dataset(
             grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
         )
-    documents = tokenized(
-        documents_of(open_documents(source)),
+    return _packed(documents_of(open_documents(source)), data, tokenizer)
+
+
+def _packed(
+    documents: grain.MapDataset[Any], data: DataConfig, tokenizer: Tokenizer
+) -> grain.IterDataset:
+    tokens = tokenized(
+        documents,
         tokenizer,
         length=data.length,
         long_documents=data.long_documents,
         num_workers=data.num_workers,
     )
-    return _pack(documents, data)
-
-
-def _pack(documents: grain.IterDataset, data: DataConfig) -> grain.IterDataset:
     return pack_rows(
-        documents, length=data.length, num_packing_bins=data.num_packing_bins, seed=data.seed
+        tokens, length=data.length, num_packing_bins=data.num_packing_bins, seed=data.seed
     )
 
 

@@ -1,8 +1,8 @@
 """`dsjax data pack`: documents to a packed dataset, in parallel, resumable, the same every time.
 
-The corpus is cut into shards of consecutive documents before anything else, so that what a shard
-holds depends on the corpus and the settings alone and not on who packs it. A finished shard lies
-under its own name with its counts beside it; a run that was killed goes on with the others.
+The corpus is first cut into shards of consecutive documents, so what a shard holds depends on the
+corpus and the settings, and not on who packs it. A finished shard has its counts beside it; a run
+after a kill packs the others.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def _shuffled(indices: range, seed: tuple[int, int]) -> np.ndarray:
 
 
 def _prepare(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """Makes the folder ready for the plan, or gives the manifest if all is done already."""
+    """Makes the folder ready for the plan; returns the manifest if all is done already."""
     folder.mkdir(parents=True, exist_ok=True)
     complete = (folder / MANIFEST).exists()
     if complete:

@@ -29,7 +29,7 @@ Row = dict[str, np.ndarray]
 def make_row(
     tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray, num_bytes: int
 ) -> Row:
-    """A row as the model trains on it.
+    """Returns a row as the model trains on it.
 
     Args:
         tokens: int32 [length], 0 in the padding.
@@ -56,7 +56,7 @@ def make_row(
 
 
 def encode_row(row: Row) -> bytes:
-    """A row as one record."""
+    """Returns a row as one record."""
     num_tokens = int(np.count_nonzero(row["segment_ids"]))
     (starts,) = np.nonzero(row["positions"][:num_tokens] == 0)
     header = [len(starts), int(row["num_bytes"])]
@@ -64,7 +64,7 @@ def encode_row(row: Row) -> bytes:
 
 
 def decode_row(record: bytes, length: int) -> Row:
-    """The row of a record.
+    """Returns the row of a record.
 
     Args:
         record: what `encode_row` gave.
@@ -115,7 +115,7 @@ def new_shard(path: Path) -> Iterator[Callable[[Row], None]]:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a packed dataset.
+    """Reads the manifest of a packed dataset.
 
     Args:
         folder: where it was packed to.

@@ -22,7 +22,7 @@ LongDocuments = Literal["split", "error", "truncate"]
 
 
 class Tokenize(grain.transforms.Map):
-    """A document to its tokens and the bytes each of them stands for."""
+    """Turns a document into its tokens and the bytes that each of them stands for."""
 
     def __init__(self, tokenizer: Tokenizer, length: int, long_documents: LongDocuments) -> None:
         if long_documents not in ("split", "error", "truncate"):
@@ -34,7 +34,7 @@ class Tokenize(grain.transforms.Map):
         self._long_documents = long_documents
 
     def map(self, element: Document) -> dict[str, np.ndarray]:
-        """Tokens of a document; none at all for one without text."""
+        """Returns the tokens of a document; none of one without text."""
         if not element.text:
             return {"tokens": np.empty(0, np.int32), "num_bytes": np.empty(0, np.int32)}
         tokens, num_bytes = self._tokenizer.encode_document(element.text)
@@ -49,13 +49,13 @@ class Tokenize(grain.transforms.Map):
 
 
 class Split(grain.experimental.FlatMapTransform):
-    """A tokenized document to pieces no longer than a row."""
+    """Cuts a tokenized document into pieces no longer than a row."""
 
     def __init__(self, length: int) -> None:
         self._length = length
 
     def flat_map(self, element: dict[str, np.ndarray]) -> Sequence[dict[str, np.ndarray]]:
-        """The pieces, each but the first beginning with a token that is no target again."""
+        """Returns the pieces; each but the first begins with a token that is no target again."""
         pieces = []
         for start in range(0, len(element["tokens"]) - 1, self._length - 1):
             piece = {name: values[start : start + self._length] for name, values in element.items()}
@@ -120,8 +120,8 @@ def tokenized(
     Returns:
         The documents as tokens.
     """
-    # Each document stays one element here: splitting or packing inside the workers would make the
-    # order, and the state to restore, depend on their number.
+    # Each document stays one element here. Were it split in the workers, the order and the state to
+    # restore would depend on how many they are.
     mapped = documents.map(Tokenize(tokenizer, length, long_documents)).to_iter_dataset(
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     )
@@ -132,7 +132,7 @@ def tokenized(
 
 
 def documents_of(source: DocumentSource) -> grain.MapDataset[Any]:
-    """A source of documents as a grain dataset."""
+    """Returns a source of documents as a grain dataset."""
     return grain.MapDataset.source(source)
 
 

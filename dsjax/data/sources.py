@@ -102,8 +102,8 @@ class JsonLinesSource:
 class ParquetSource:
     """Each row of the files is a document, its text in one column.
 
-    A row group is read whole and the last one is kept, so reading in order is fast and reading
-    shuffled is slow: pack such a corpus first.
+    A row group is read whole, and the last one is kept. Reading in order is fast; reading shuffled
+    is slow, so pack such a corpus first.
     """
 
     def __init__(self, files: list[Path], text_field: str) -> None:
@@ -203,7 +203,7 @@ def _locate(ends: list[int], index: int) -> tuple[int, int]:
 
 
 def _line_spans(file: Path) -> np.ndarray:
-    """Start, end and number, int64 [num_lines, 3], of the lines that are not blank."""
+    """Returns start, end and number, int64 [num_lines, 3], of the lines that are not blank."""
     breaks = []
     offset = 0
     with file.open("rb") as stream:

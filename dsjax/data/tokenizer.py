@@ -1,8 +1,8 @@
 """Tokenizers: raw bytes, or byte-level BPE from a Hugging Face `tokenizer.json`.
 
-DeepSeek's tokenizers are all byte-level BPE, so a token is a fixed string of bytes. One table from
-id to bytes therefore gives decoding, streaming without ever cutting a character in two, and the
-number of bytes a target stands for (bits per byte), with no help from the tokenizer library.
+DeepSeek's tokenizers are all byte-level BPE: a token is a fixed string of bytes. So one table from
+id to bytes gives decoding, streaming that never cuts a character in two, and the number of bytes a
+target stands for (bits per byte).
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ class Tokenizer(abc.ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, the special ones included; a model's table may be larger."""
+        """The number of ids, with the special ones; a model's table may be larger."""
         return len(self._token_bytes)
 
     @abc.abstractmethod
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
-        """Ids of a text, with no BOS or EOS added.
+        """Returns the ids of a text, with no BOS or EOS added.
 
         Args:
             text: any text.
@@ -101,7 +101,7 @@ class Tokenizer(abc.ABC):
         """
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, BOS first and exactly once, also when the text already spells it."""
+        """Returns the ids of a prompt; BOS comes first and once, also when the text spells it."""
         ids = self.encode(text)
         start = 0
         while start < len(ids) and ids[start] == self.bos_id:
@@ -109,7 +109,7 @@ class Tokenizer(abc.ABC):
         return [self.bos_id, *ids[start:]]
 
     def encode_document(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of a training document, BOS + text + EOS, and the bytes each stands for.
+        """Returns the ids of a document, BOS + text + EOS, and the bytes each stands for.
 
         Args:
             text: the document; special tokens written out in it stay text.
@@ -127,11 +127,11 @@ class Tokenizer(abc.ABC):
         return tokens, np.diff(ends, prepend=0).astype(np.int32)
 
     def bytes_of(self, token: int) -> bytes:
-        """Bytes of one token; ids past the vocabulary (padding of a model's table) have none."""
+        """Returns the bytes of a token; ids past the vocabulary have none."""
         return self._token_bytes[token] if 0 <= token < len(self._token_bytes) else b""
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Text of some ids; bytes that are no UTF-8 become U+FFFD.
+        """Returns the text of some ids; bytes that are no UTF-8 become U+FFFD.
 
         Args:
             ids: token ids.
@@ -150,15 +150,9 @@ class Tokenizer(abc.ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt text of a conversation, BOS included, for `encode_prompt`.
+        """Returns the text of a conversation, with BOS, for `encode_prompt`.
 
-        Args:
-            messages: dicts with "role" and "content".
-            tools: JSON schemas of functions the model may call.
-            add_generation_prompt: whether the text ends where the assistant's answer begins.
-
-        Returns:
-            The prompt.
+        The arguments are those of `ChatTemplate.render`.
 
         Raises:
             ValueError: without a chat template, or when the template refuses the messages.
@@ -176,7 +170,7 @@ class ByteTokenizer(Tokenizer):
         super().__init__("bytes", "bytes", table, 256, 257, frozenset({256, 257}))
 
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
-        """The text's UTF-8 bytes; the special tokens have no spelling, so none is parsed."""
+        """Returns the text's UTF-8 bytes; special tokens have no spelling, so none is parsed."""
         del parse_special
         return list(text.encode("utf-8"))
 
@@ -220,7 +214,7 @@ class BpeTokenizer(Tokenizer):
         )
 
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
-        """Ids of a text; whatever BOS the file's post-processor would add is left out."""
+        """Returns the ids of a text, without the BOS that the file's post-processor may add."""
         encoder = self._parsing if parse_special else self._plain
         # The fast call leaves out offsets; it takes two thirds of the time.
         return encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -238,13 +232,13 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
-        """Text that one more id completes; "" while a character is unfinished."""
+        """Returns the text that one more id completes; "" while a character is unfinished."""
         if token in self._skipped:
             return ""
         return self._decoder.decode(self._tokenizer.bytes_of(token))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that never got complete."""
+        """Returns what is left at the end: U+FFFD for an unfinished character."""
         return self._decoder.decode(b"", final=True)
 
 

@@ -1,4 +1,4 @@
-"""How the processes of a run find one another, and which rows each of them feeds."""
+"""How the processes of a run find one another."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -23,9 +22,9 @@ from dsjax.weights.sources import STEPS_FOLDER
 class RunCheckpoints:
     """The checkpoints of one run, `<run>/checkpoints/<step>`.
 
-    Each holds the checkpointables `params`, a nested dict with the same layout that converted
-    models have, and `optimizer`, and in its custom metadata the state of the data on every host.
-    A step is complete or not there: orbax writes to a temporary folder and renames it last.
+    Each holds the checkpointables `params`, a nested dict as converted models have it, and
+    `optimizer`. Its custom metadata holds the state of the data on every host. A step is complete
+    or not there: orbax writes to a temporary folder and renames it last.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig):
@@ -51,7 +50,7 @@ class RunCheckpoints:
     def save(
         self, step: int, params: nnx.State, optimizer: dict[str, Any], data_state: dict[str, Any]
     ) -> None:
-        """Starts saving a step; training may go on, and donate what was given, at once.
+        """Starts to save a step; training may go on at once, and donate what it gave.
 
         Args:
             step: steps taken so far.
@@ -120,12 +119,7 @@ class RunCheckpoints:
     def __enter__(self) -> RunCheckpoints:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self.wait()
         finally:
@@ -133,7 +127,7 @@ class RunCheckpoints:
 
 
 def optimizer_to_dict(state: TrainState) -> dict[str, Any]:
-    """Lays everything but the parameters out with string keys, as `RunCheckpoints` takes it."""
+    """Returns all of a state but the parameters, with string keys, as `RunCheckpoints` takes it."""
     adam = {name: optax.tree_utils.tree_get(state.moments, name) for name in ("count", "mu", "nu")}
     return {
         "step": state.step,

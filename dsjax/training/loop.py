@@ -40,7 +40,7 @@ from dsjax.training.step import (
     abstract_train_state,
     eval_step,
     init_train_state,
-    train_step,
+    jitted_train_step,
 )
 from dsjax.weights import load_weights, save_assets
 
@@ -130,6 +130,7 @@ class _Loop:
         self.eval_batches = eval_batches
         self.checkpoints = checkpoints
         self.metrics = metrics
+        self.train_step = jitted_train_step(mesh.devices.flat[0].platform)
         self.schedule = Schedule(config)
         self.throughput = Throughput(config, self.schedule, mesh)
         self.progress = JobProgress(
@@ -183,7 +184,7 @@ class _Loop:
         rows.pop("num_bytes")
         batch = self.shard.place(rows, num_slices)
         rate = jnp.float32(self.schedule.learning_rate(step))
-        return train_step(
+        return self.train_step(
             self.graphdef, config.optimizer, config.loss, config.guard, state, batch, rate
         )
 

@@ -1,4 +1,4 @@
-"""The training objective: cross entropy without all logits at once, z-loss, balance losses."""
+"""The training objective: cross entropy from chunks of logits, z-loss, balance losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Batch = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LossTerms:
-    """What a step reports about its loss; float32 scalars but for the load.
+    """What a step reports about its loss: float32 scalars, and the load.
 
     Attributes:
         total: what is minimised.
@@ -59,7 +59,7 @@ def training_loss(
     nats, squared_z = sum_cross_entropy(
         model, hidden_BTD, batch["targets"], batch["weights"], config.chunk
     )
-    # Divided as early as the total, so that the terms of slices are sums like the total is.
+    # Each term is divided by the whole batch's weight, so that slices add up to it.
     cross_entropy = nats / total_weight
     z = config.z_loss * squared_z / total_weight
     expert, device, communication = (

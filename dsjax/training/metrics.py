@@ -6,7 +6,6 @@ import json
 import math
 import secrets
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from dsjax.config import LogConfig
@@ -23,8 +22,8 @@ class MetricsWriter:
             directory: the run's; `metrics.jsonl` is appended to.
             config: which further sinks to open.
             run: the run's configuration as JSON, which Weights & Biases shows.
-            start: the step that the run goes on from; figures of later steps, which a kill left
-                behind and which come again, are dropped.
+            start: the step that the run goes on from. Later steps come again, so the figures that
+                a killed run wrote of them are dropped.
 
         Raises:
             ImportError: a sink's package is not installed; names the extra.
@@ -73,12 +72,7 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()

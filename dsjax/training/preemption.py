@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
@@ -22,7 +22,7 @@ class Preemption:
         self._previous: dict[int, object] = {}
 
     def should_stop(self, step: int) -> bool:
-        """Tells whether to save and stop behind this step; the same on every process."""
+        """Tells whether to save and stop after this step; the same on every process."""
         if self._alone:
             return self._noticed
         return bool(multihost_utils.reached_preemption_sync_point(step))
@@ -36,12 +36,7 @@ class Preemption:
                     break
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

@@ -30,7 +30,7 @@ SKIP_REASONS = (
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Guard:
-    """Running means that spikes are judged by; float32 scalars but for the int32 counts."""
+    """Running means that spikes are judged by, float32, and counts, int32; all scalars."""
 
     mean_loss: jax.Array
     mean_norm: jax.Array
@@ -46,7 +46,7 @@ class TrainState:
     Attributes:
         step: int32, steps taken, skipped ones included.
         params: the model's parameters, in `param_dtype`.
-        moments: optax's state; Adam's moments are float32 whatever the parameters are.
+        moments: optax's state; Adam's moments are float32.
         guard: what the skipping of bad steps remembers.
     """
 
@@ -148,7 +148,7 @@ COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_ragged_all_to_all": "true"}}
 def jitted_train_step(platform: str) -> Any:
     """Returns `train_step` for a platform ("cpu", "gpu", "tpu"), jitted with its options."""
     return jax.jit(
-        _train_step,
+        train_step,
         static_argnums=(0, 1, 2, 3),
         donate_argnums=4,
         compiler_options=COMPILER_OPTIONS.get(platform),
@@ -166,14 +166,14 @@ def train_step(
 ) -> tuple[TrainState, StepReport]:
     """Takes one step, or skips it where the loss or the gradient is bad.
 
-    Runs `jitted_train_step` of the state's platform; take that to lower or to trace a step.
+    This is what a step does; what runs is `jitted_train_step` of a platform.
 
     Args:
         graphdef: the model's graph; carries its sharding rules and kernels.
         optimizer: how gradients become updates.
         loss: what is minimised.
         guard: which steps are bad.
-        state: donated.
+        state: what the step changes; the jitted step consumes it.
         batch: tokens, targets, positions, segment_ids int32 [A, B, T] and weights float32
             [A, B, T]: A slices whose gradients are added up.
         learning_rate: float32 scalar.
@@ -181,20 +181,6 @@ def train_step(
     Returns:
         The next state, and what there is to report.
     """
-    (device, *_) = state.step.devices()
-    step = jitted_train_step(device.platform)
-    return step(graphdef, optimizer, loss, guard, state, batch, learning_rate)
-
-
-def _train_step(
-    graphdef: nnx.GraphDef[DeepSeekV2],
-    optimizer: OptimizerConfig,
-    loss: LossConfig,
-    guard: GuardConfig,
-    state: TrainState,
-    batch: Batch,
-    learning_rate: jax.Array,
-) -> tuple[TrainState, StepReport]:
     gradients, terms = accumulate_gradients(graphdef, loss, state.params, batch)
     norm = optax.tree.norm(gradients)
     remembered, skip_reason = _judge(guard, state.guard, terms.total, norm)

@@ -27,7 +27,7 @@ _WEIGHT_FILES = ("config.json", INDEX_NAME)
 
 
 def small_files(folder: Path) -> dict[str, Path]:
-    """Returns the files of a folder that are no weights, by name; none of a missing folder."""
+    """Returns the files of a folder that are no weights, by name; none if it is missing."""
     if not folder.is_dir():
         return {}
     return {

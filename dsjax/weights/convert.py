@@ -1,9 +1,8 @@
 """Conversion between Hugging Face folders and checkpoints of ours, tensor by tensor.
 
-Which way is found out by looking at the source. Every header is checked before anything is
-written. The work goes on in `DST.partial`, with a journal of the tensors that are safely on the
-disk, so that a run after a kill or a full disk goes on where the last one stopped; DST appears, by
-a rename, when all is done.
+The source tells which way. Every header is checked before anything is written. The work is done in
+`DST.partial`, with a journal of the tensors that are safely on the disk: a run after a kill or a
+full disk goes on where the last one stopped. DST appears, by a rename, when all is done.
 """
 
 from __future__ import annotations
@@ -219,7 +218,7 @@ def _batches(tensors: list[HFTensor], sizes: Mapping[str, int]) -> Iterator[list
 
 
 class _Journal:
-    """Which tensors are safely on the disk, one a line behind a line that says of what.
+    """Which tensors are safely on the disk, one a line; the first line says of what.
 
     Attributes:
         done: their names.
@@ -249,7 +248,7 @@ class _Journal:
             self._file.close()
             raise ValueError(
                 f"{work}: holds the unfinished conversion of something else, or of this source "
-                "before it changed; remove it to begin anew"
+                "before it changed; remove it to begin again"
             )
         self.done = set(names)
         if not head:

@@ -1,8 +1,8 @@
 """The parameters of an orbax checkpoint as arrays on disk, read and written in windows.
 
-orbax itself saves and restores whole trees, which for a stacked array of 148 GB is too much at
-once. So a new store's skeleton (its metadata) is written by orbax, from arrays of one number, and
-the arrays behind it by tensorstore, which orbax uses too; orbax loads the result like any other.
+orbax itself saves and restores whole trees, too much at once for a stacked array of 148 GB. So
+orbax writes a new store's metadata, from arrays of one number, and tensorstore, which orbax uses
+too, writes the arrays. orbax loads the result like any other.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def save_arrays(
 
 
 def _with_cache(arrays: Mapping[Path, ts.TensorStore]) -> dict[Path, ts.TensorStore]:
-    """Opens arrays anew with a cache that holds at least the chunks of one layer's experts."""
+    """Opens arrays again with a cache that holds at least the chunks of one layer's experts."""
     largest = max(
         math.prod(size or 1 for size in array.chunk_layout.read_chunk.shape or array.shape)
         * array.dtype.numpy_dtype.itemsize
@@ -219,7 +219,7 @@ def _with_cache(arrays: Mapping[Path, ts.TensorStore]) -> dict[Path, ts.TensorSt
 def _write_skeleton(
     directory: FilePath, params: Mapping[Path, tuple[tuple[int, ...], np.dtype]]
 ) -> None:
-    """Makes a checkpoint with everything but the arrays, at once."""
+    """Makes a checkpoint that has everything but its arrays."""
     tree: dict[str, Any] = {}
     for path, (_, dtype) in params.items():
         node = tree

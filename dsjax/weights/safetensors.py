@@ -1,8 +1,8 @@
 """Safetensors files in pieces: headers that are checked before use, and ranges of tensors.
 
-The library's own reader maps whole files; here a range of a tensor costs just its bytes, a header
-that lies is refused with the file and the tensor named, and a file can be written tensor by
-tensor at offsets that are known in advance, so that an interrupted conversion can go on.
+The library's own reader maps whole files. Here a range of a tensor costs just its bytes. A header
+that lies is refused with the file and the tensor named. A file can be written tensor by tensor, at
+offsets known from the start, so that an interrupted conversion can go on.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StoredTensor:
         dtype: the format's name, such as "BF16".
         shape: its dims.
         start: first byte in the file.
-        stop: byte behind its last.
+        stop: the byte after its last.
     """
 
     dtype: str
@@ -54,7 +54,7 @@ class Header:
     """The head of one file.
 
     Attributes:
-        raw: its bytes, the length in front included.
+        raw: its bytes, with those of the length before them.
         metadata: free text by key.
         tensors: by name, in the order of their bytes.
     """
@@ -93,7 +93,7 @@ def stored_name(dtype: np.dtype) -> str:
 def make_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> Header:
-    """Lays a new file out: tensors one behind the other, in the order given.
+    """Lays a new file out: tensors one after the other, in the order given.
 
     Args:
         tensors: name, stored type and shape of each.
@@ -158,7 +158,7 @@ def parse_header(raw: bytes, where: str, file_size: int | None) -> Header:
     end, previous = len(raw), "the header"
     for name, tensor in tensors.items():
         if tensor.start != end:
-            fault = "overlaps" if tensor.start < end else "leaves a gap behind"
+            fault = "overlaps" if tensor.start < end else "leaves a gap after"
             raise ValueError(
                 f"{where}: tensor {name}: begins at byte {tensor.start} and {fault} {previous}, "
                 f"which ends at {end}"
@@ -170,7 +170,7 @@ def parse_header(raw: bytes, where: str, file_size: int | None) -> Header:
             )
         end, previous = tensor.stop, name
     if file_size is not None and end != file_size:
-        raise ValueError(f"{where}: {file_size - end} bytes lie behind the last tensor {previous}")
+        raise ValueError(f"{where}: {file_size - end} bytes lie after the last tensor {previous}")
     return Header(raw, metadata, tensors)
 
 

@@ -27,12 +27,13 @@ from dsjax.training.step import (
     TrainState,
     accumulate_gradients,
     init_train_state,
+    jitted_train_step,
     make_optimizer,
-    train_step,
 )
 from tests.dsjax.training.small_runs import MODEL, small_run
 from tests.small_models import RUNTIME
 
+take_step = jitted_train_step(jax.devices()[0].platform)
 OPTIMIZER = OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=2)
 
 
@@ -48,7 +49,7 @@ def begin(
 def step(graphdef, state: TrainState, batch, rate: float, loss=LossConfig(), guard=GuardConfig()):  # noqa: B008
     """Takes a step and leaves the state that it is given usable."""
     state = jax.tree.map(jnp.copy, state)
-    return train_step(graphdef, OPTIMIZER, loss, guard, state, batch, jnp.float32(rate))
+    return take_step(graphdef, OPTIMIZER, loss, guard, state, batch, jnp.float32(rate))
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def test_the_tiny_model_overfits_one_batch():
     graphdef, state = begin(tiny.config)
     for count in range(150):
         rate = 3e-3 * min(1.0, (count + 1) / 10)
-        state, report = train_step(
+        state, report = take_step(
             graphdef, OPTIMIZER, LossConfig(), GuardConfig(), state, batch, jnp.float32(rate)
         )
         if count == 0:
@@ -243,7 +244,7 @@ def test_balance_losses_lower_the_load_imbalance(batches):
         for count in range(60):
             batch = batches[count % len(batches)]
             loss = LossConfig(balance=balance)
-            state, report = train_step(
+            state, report = take_step(
                 graphdef, OPTIMIZER, loss, GuardConfig(), state, batch, jnp.float32(3e-3)
             )
             found.append(step_figures(report)["load_imbalance"])

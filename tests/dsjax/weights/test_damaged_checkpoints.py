@@ -142,11 +142,11 @@ def entry_without_offsets(folder, names):
     return [path.name, names[0], "damaged header entry"]
 
 
-def bytes_behind_the_last(folder, names):
+def bytes_after_the_last(folder, names):
     path = folder / "model-00001-of-000003.safetensors"
     with path.open("ab") as file:
         file.write(b"rest")
-    return [path.name, "4 bytes lie behind the last tensor", names[-1]]
+    return [path.name, "4 bytes lie after the last tensor", names[-1]]
 
 
 def missing_tensor(folder, names):
@@ -233,7 +233,7 @@ DAMAGES = [
     beyond_the_end,
     negative_offset,
     entry_without_offsets,
-    bytes_behind_the_last,
+    bytes_after_the_last,
     missing_tensor,
     extra_tensor,
     tensor_twice,

@@ -1,6 +1,6 @@
 """Converts a random checkpoint of a model's full size to ours and back, and checks every bit.
 
-    python scripts/benchmark_convert.py FOLDER [--model configs/models/deepseek_v2_lite.py]
+    python scripts/benchmark_convert.py FOLDER [--model deepseek_v2_lite]
 
 Each direction runs in a process of its own, whose peak resident memory is reported. FOLDER needs
 room for the checkpoint twice. The script removes what it made there.
@@ -100,7 +100,7 @@ def convert_in_process(src: Path, dst: Path) -> tuple[float, float]:
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Where there is room for it twice.")],
-    model: Annotated[str, typer.Option(help="Config.")] = "configs/models/deepseek_v2_lite.py",
+    model: Annotated[str, typer.Option(help="Config.")] = "deepseek_v2_lite",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE.")] = None,
     file_gb: Annotated[float, typer.Option(help="Size at which a file ends.")] = 8.6,
 ) -> None:

@@ -124,6 +124,15 @@ def test_kernels_import_jax_alone():
 
 
 @pytest.mark.core
+def test_configs_import_config_alone():
+    files = [path for path in SOURCES if path.relative_to(ROOT).parts[0] == "configs"]
+    assert len(files) >= 5
+    assert all((ROOT / "dsjax" / path.relative_to(ROOT)).samefile(path) for path in files)
+    rooms = {module.split(".")[1] for path in files for _, module in imports_of(path)}
+    assert rooms <= {"config", "configs", "replace"}  # the last is of dataclasses
+
+
+@pytest.mark.core
 def test_files_are_short():
     faults = []
     for path in SOURCES:

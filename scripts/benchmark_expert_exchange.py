@@ -41,6 +41,7 @@ from pallas_kernels.expert_exchange import (
     send_choices,
     send_tokens,
 )
+from pallas_kernels.expert_exchange.cases import POD_SHARDS, TIMED_TOKENS, TIMED_WIDTH
 
 REPEATS, ROUNDS = 20, 5
 
@@ -235,15 +236,15 @@ def main() -> None:
     """Reads the command line and runs."""
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", default=["exchange", "layer"])
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--width", type=int, default=5120)
+    parser.add_argument("--tokens", type=int, default=TIMED_TOKENS)
+    parser.add_argument("--width", type=int, default=TIMED_WIDTH)
     parser.add_argument("--transports", nargs="*", default=list(TRANSPORTS))
     parser.add_argument("--model", default="deepseek_v2_lite")
     parser.add_argument("--override", nargs="*", default=[], help="such as moe.num_experts=16")
     parser.add_argument("--layer-tokens", type=int, default=8192)
     arguments = parser.parse_args()
     if "bytes" in arguments.parts:
-        for shards in (4, 8, 16):
+        for shards in POD_SHARDS:
             exchange_bytes(deepseek_v2.config, shards, arguments.tokens)
     if "exchange" in arguments.parts:
         exchange(arguments.tokens, arguments.width, arguments.transports)

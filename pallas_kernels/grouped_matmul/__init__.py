@@ -47,7 +47,7 @@ def grouped_matmul(
     group_offset: Int[Array, ""] | int | None = None,
     implementation: str,
 ) -> Float[Array, "M N"]:
-    """Multiply each row by the matrix of its group (DeepSeek-V2, arXiv 2405.04434, equation 20).
+    """Multiplies each row by the matrix of its group (DeepSeek-V2, arXiv 2405.04434, equation 20).
 
     Rows of group g follow those of group g - 1. Rows at or beyond sum(group_sizes_G), and rows of
     groups that rhs_GKN does not hold, give 0. Sums are in float32. Differentiable in lhs_MK and
@@ -59,7 +59,7 @@ def grouped_matmul(
             quantised form; or a layer of a stack, which "tpu" uses where it lies and others copy.
         group_sizes_G: int32 rows of every group, those not held by rhs_GKN included; their sum is
             at most M.
-        transpose_rhs: multiply by the transposes, which are not materialised.
+        transpose_rhs: whether to multiply by the transposes, which are not materialised.
         group_offset: int32, the first group that rhs_GKN holds; None when it holds all.
         implementation: one of IMPLEMENTATIONS.
 
@@ -89,7 +89,7 @@ def grouped_swiglu(
     group_offset: Int[Array, ""] | int | None = None,
     implementation: str,
 ) -> Float[Array, "M N"]:
-    """silu(lhs gate) * (lhs up) by group, in one pass over the rows (arXiv 2405.04434, eq. 20).
+    """Gives silu(lhs gate) * (lhs up) by group, in one pass (arXiv 2405.04434, equation 20).
 
     The two products and the activation stay in float32 and are rounded once. Groups and zeros as
     in grouped_matmul. Under differentiation the two products are kept, in lhs_MK's dtype.

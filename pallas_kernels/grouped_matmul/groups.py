@@ -8,7 +8,7 @@ from jaxtyping import Int
 def local_groups(
     group_sizes_G: Int[Array, " groups"], group_offset: Int[Array, ""], num_groups: int
 ) -> tuple[Int[Array, " G"], Int[Array, " G"]]:
-    """First row and number of rows of the groups that the right-hand side holds.
+    """Returns first row and number of rows of the groups that the right-hand side holds.
 
     Args:
         group_sizes_G: int32 rows of all groups.
@@ -28,7 +28,7 @@ def local_groups(
 def group_of_tile(
     tiles_G: Int[Array, " G"], max_tiles: int
 ) -> tuple[Int[Array, " T"], Int[Array, " T"], Int[Array, ""]]:
-    """Lay the tiles of all groups in one list, groups in order.
+    """Lays the tiles of all groups in one list, groups in order.
 
     Args:
         tiles_G: int32 number of tiles of each group.

@@ -82,7 +82,7 @@ class _RowRanges:
 
 
 def _store_rows(pieces: Any, rows: Any, out_ref: Any, row: Array, valid: Array, full: int) -> None:
-    """Copy the first `valid` rows of a block out of shared memory; all `full` of them in one copy.
+    """Copies the first `valid` rows of a block from shared memory; all `full` of them in one copy.
 
     The rows of a group's last tile go in copies of 32, 16, ... rows, as TMA's windows are static.
     """
@@ -241,7 +241,7 @@ def row_products(
                 return tuple(scale_ref[group, row, column] for scale_ref in scale_refs)
 
             def dequantise(step, scales_now):
-                """Widen this warpgroup's columns of a stage.
+                """Widens this warpgroup's columns of a stage.
 
                 Into one of three buffers: a warp may still multiply from the step before, and one
                 that has not passed this step's barrier from the step before that.
@@ -298,7 +298,7 @@ def row_products(
                     return step + 1, *scales_next
 
                 def release(step):
-                    """Give back a step's stage, when there is such a step."""
+                    """Gives back a step's stage, when there is such a step."""
                     pl.when(step >= first_step)(
                         lambda: plgpu.barrier_arrive(free.at[lax.rem(step, stages)])
                     )

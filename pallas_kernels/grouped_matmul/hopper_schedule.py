@@ -90,7 +90,7 @@ class Tickets:
         self.numbers, self.handed_out, self.taken = numbers, handed_out, taken
 
     def draw(self) -> Array:
-        """Ask for a number, which one thread will have and for which nothing waits yet."""
+        """Asks for a number, which one thread will have and for which nothing waits yet."""
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.RefType(),),
@@ -112,7 +112,7 @@ class Tickets:
         return draw(self.counter)
 
     def hand_out(self, index: Array, number: Array) -> None:
-        """Make a drawn number the block's index-th."""
+        """Makes a drawn number the block's index-th."""
         slot = lax.rem(index, jnp.int32(self.SLOTS))
         pl.when(index >= self.SLOTS)(lambda: plgpu.barrier_wait(self.taken.at[slot]))
 
@@ -141,7 +141,7 @@ def for_tiles(
     body: Callable[..., tuple],
     *carry: Any,
 ) -> tuple:
-    """Run body(index, place, *carry) for each of the block's tiles.
+    """Runs body(index, place, *carry) for each of the block's tiles.
 
     Args:
         numbers: where the tiles' numbers come from.

@@ -27,7 +27,7 @@ COMPUTE_WARPGROUPS = 2
 
 
 def _zero_rows(ref: Any, first: Array, end: Array) -> None:
-    """Zero the rows outside [first, end) of a block of LANE rows."""
+    """Zeroes the rows outside [first, end) of a block of LANE rows."""
     for column in range(0, ref.shape[1], LANE):
         block = ref.at[:, pl.ds(column, LANE)]
         row = plgpu.broadcasted_iota(jnp.int32, (LANE, LANE), 0, layout=plgpu.Layout.WGMMA)
@@ -154,7 +154,7 @@ def weight_gradient(
                     return step + 1
 
                 def release(step):
-                    """Give back a step's stage, when there is such a step."""
+                    """Gives back a step's stage, when there is such a step."""
                     pl.when(step >= first_step)(
                         lambda: plgpu.barrier_arrive(free.at[lax.rem(step, stages)])
                     )

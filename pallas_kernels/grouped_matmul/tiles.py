@@ -14,8 +14,8 @@ class HopperTile:
         block_n: columns of a tile, of each of the two products when SwiGLU is fused.
         stages: blocks of 64 of the contraction held in shared memory.
         band: rows of tiles taken together before going on to the next column.
-        tickets: deal tiles to blocks as they ask, not in turn; costs a counter set to 0, and evens
-            out tiles that wait for memory.
+        tickets: deal tiles to blocks as they ask, not in turn. That costs setting a counter to 0,
+            and evens out tiles that wait for memory.
     """
 
     block_m: int

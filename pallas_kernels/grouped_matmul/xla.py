@@ -1,9 +1,9 @@
 """Grouped matmul in plain XLA, for the CPU and for GPUs older than Hopper.
 
 A loop goes over row tiles, each within one group, and multiplies a tile by its group's matrix.
-Tiles start where their group starts, so nothing is gathered: a tile that reaches past its group's
-end writes zeros there and the next tile, which comes later, writes over them. The loop runs over
-the tiles that exist, so the work is the rows plus at most a tile a group.
+Tiles start where their group starts, so nothing is gathered. A tile that reaches past its group's
+end writes zeros there, and the next tile, which comes later, writes over them. The loop runs over
+the tiles that exist, so the work is the rows and at most one tile more for each group.
 """
 
 import math
@@ -51,7 +51,7 @@ def _map_tiles(
     group_sizes_G: Array,
     group_offset: Array,
 ) -> Array:
-    """Write tile_rows(lhs_tile, group) for every tile; other rows are 0."""
+    """Writes tile_rows(lhs_tile, group) for every tile; other rows are 0."""
     num_rows = lhs_MK.shape[0]
     tile = row_tile(num_rows, num_groups)
     starts_G, sizes_G = local_groups(group_sizes_G, group_offset, num_groups)

@@ -1,7 +1,7 @@
 """Multi-head latent attention for training and prefill: scores over 128 + 64, values of 128.
 
-Keys are made of a part without position, one per head (`k_nope`), and of a rotary part that all
-heads share (`k_rope`); the shared part is never broadcast in memory. DeepSeek-V2, arXiv 2405.04434,
+A key has two parts: one without position for each head (`k_nope`), and a rotary one that all heads
+share (`k_rope`). The shared part is never broadcast in memory. DeepSeek-V2, arXiv 2405.04434,
 equations 14 to 18.
 
 Four implementations have one meaning: "reference" (plain jax.numpy, small sizes), "xla" (portable),
@@ -53,10 +53,10 @@ def mla_attention(
 ) -> Float[Array, "B T H V"]:
     """Attends over keys of two parts, of which the rotary one is shared by all heads.
 
-    Differentiable in its five float arguments; the backward pass keeps the inputs, the output and
-    the log-sum-exp, so its memory grows with T and not with T times S. Arrays of a manual mesh axis
-    (`jax.shard_map`), `jax.vmap`, `jax.lax.scan` and `jax.checkpoint` are all fine; "hopper" wants
-    `check_vma=False` of the first.
+    Differentiable in its five float arguments. The backward pass keeps the inputs, the output and
+    the log-sum-exp, so its memory grows with T and not with T times S. It works within
+    `jax.shard_map` ("hopper" wants `check_vma=False` of it), `jax.vmap`, `jax.lax.scan` and
+    `jax.checkpoint`.
 
     Args:
         q_nope_BTHN: Queries without position; any float dtype ("hopper": bfloat16 or float16).

@@ -1,17 +1,18 @@
 """Backward kernel of latent attention for Hopper: all five gradients in one pass over the scores.
 
-A block owns 128 keys of one head, 64 for each of two computing warpgroups, whose gradients stay in
+A block owns 128 keys of one head, 64 for each of two computing warpgroups. Their gradients stay in
 registers while the queries that see these keys go by, 64 at a time. Scores are computed transposed
 (keys by queries), so that the weights and the scores' gradient feed the products for the values
-and the keys from registers. The queries' gradient needs the keys of both warpgroups: the scores'
-gradient is exchanged through shared memory, each warpgroup multiplies half of the columns, and a
-warp of the third warpgroup adds the result to float32 in device memory. It does so in the order of
-the key blocks, for which it waits on a counter of each query block: all sums are the same in every
-run.
+and the keys from registers.
+
+The queries' gradient needs the keys of both warpgroups. So the scores' gradient is exchanged
+through shared memory, each warpgroup multiplies half of the columns, and a warp of the third
+warpgroup adds the result to float32 in device memory. It waits on a counter of each query block, so
+that the key blocks are added in their order: all sums are the same in every run.
 
 Registers are the limit: 160 of the 240 that a thread may have hold the keys' and values' gradients.
-If the compiler runs out it makes the products wait for each other, at half of the speed; check its
-report (MOSAIC_GPU_DUMP_PTXAS=1) for "serialized" after any change of the computing part.
+If the compiler runs out it makes the products wait for each other, at half of the speed. After any
+change of the computing part, look for "serialized" in its report (MOSAIC_GPU_DUMP_PTXAS=1).
 
 A block waits only for blocks with a smaller number, which the hardware starts earlier.
 """

@@ -1,9 +1,11 @@
 """Forward kernel of latent attention for Hopper.
 
-A block computes 128 queries of one head: two warpgroups of 64 queries each compute, a third one
-loads keys and values through TMA, from the diagonal backwards. While a warpgroup's tensor cores
-multiply the weights of one key block with its values and the queries with the next block's keys,
-the other warpgroup computes its softmax; the barriers `turn` keep them in turns.
+A block computes 128 queries of one head. Two warpgroups compute 64 queries each. A third one loads
+keys and values through TMA, from the diagonal backwards.
+
+The two take turns, which the barriers `turn` keep. One has the tensor cores multiply the weights of
+a key block with its values and the queries with the next block's keys, while the other computes its
+softmax.
 """
 
 import math

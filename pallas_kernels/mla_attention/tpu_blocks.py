@@ -31,7 +31,7 @@ class BlockTable:
             to do with them (`info`), and the next block of the inner loop that is completed.
         rows: 1 where all sequences share the steps, else the number of sequences.
         steps: steps per sequence; those that a sequence does not need are `SKIP`.
-        kinds: the kinds of block that can occur, but for `SKIP`.
+        kinds: the kinds of block that can occur, except `SKIP`.
     """
 
     scalars: tuple[Any, ...]
@@ -284,7 +284,7 @@ def pipeline(
     middle: Callable[..., Any],
     last: Callable[..., None],
 ) -> None:
-    """Runs three stages over the tiles: each tile's first before its forerunner's middle stage."""
+    """Runs three stages over the tiles, a tile's first before the middle one of the tile before."""
     ready = first(*work[0])
     pending: tuple[Any, ...] = ()
     for n, item in enumerate(work):

@@ -52,8 +52,8 @@ def mla_decode(
             a sequence's length are ignored but must be in range.
         lengths_B: tokens of each sequence, the T query tokens included; 0 for a sequence that is
             not there. Where a sequence is spread over several pools, pass its length minus the
-            position of this pool's first token: keys past the table's end, or before its start
-            where that is negative, are not seen here.
+            position of this pool's first token. That may be negative or past the table's end: only
+            keys of this pool are seen.
         scale: factor of the scores, before the softmax.
         implementation: one of IMPLEMENTATIONS.
 

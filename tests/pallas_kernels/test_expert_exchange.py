@@ -21,10 +21,12 @@ from pallas_kernels.expert_exchange import (
     send_choices,
     send_tokens,
 )
+from pallas_kernels.expert_exchange.cases import CASES
 
 SHARDS = min(4, jax.device_count())
-EXPERTS, TOKENS, TOP_K, WIDTH = 12, 7, 3, 5
-MAX_SHARDS = min(3, SHARDS)
+CASE = CASES[0]  # All have its sizes.
+EXPERTS, TOKENS, TOP_K, WIDTH = CASE.num_experts, CASE.tokens, CASE.top_k, CASE.width
+MAX_SHARDS = min(CASE.max_shards, SHARDS)
 PIECES = 3 * SHARDS  # Few, as each is a step of the emulation.
 
 needs_devices = pytest.mark.skipif(SHARDS < 2, reason="needs two devices")
@@ -68,21 +70,6 @@ def on_shards(function):
     )
 
 
-def draw_indices(kind, rng):
-    """Experts of every token, over at most MAX_SHARDS shards; EXPERTS is one that was dropped."""
-    tokens = SHARDS * TOKENS
-    indices = np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens)])
-    match kind:
-        case "one_shard":  # every row goes to one device
-            indices = np.stack([6 + rng.permutation(3)[:TOP_K] for _ in range(tokens)])
-        case "dropped":
-            indices[rng.random(indices.shape) < 0.4] = EXPERTS
-            indices[TOKENS : 2 * TOKENS] = EXPERTS  # a shard that sends nothing
-        case "nothing":
-            indices[:] = EXPERTS
-    return indices.astype(np.int32)
-
-
 def exchange_of(transport):
     """One function of the whole exchange and its gradients, with experts that only scale."""
 
@@ -114,8 +101,8 @@ def exchange_of(transport):
 def test_exchange(transport, rng):
     run = exchange_of(transport)
     per_shard, tokens = EXPERTS // SHARDS, SHARDS * TOKENS
-    for kind in ("random", "one_shard", "dropped", "nothing"):
-        indices = draw_indices(kind, rng)
+    for case in CASES:
+        indices = case.draw(rng, SHARDS)
         x, probe = rng.standard_normal((2, tokens, WIDTH)).astype(np.float32)
         gates = rng.random((tokens, TOP_K)).astype(np.float32)
         scale = rng.standard_normal(EXPERTS).astype(np.float32)
@@ -125,10 +112,10 @@ def test_exchange(transport, rng):
 
         scale_of = np.where(indices < EXPERTS, np.append(scale, 0)[indices], 0)
         factor = np.sum(gates * scale_of, axis=1, keepdims=True)
-        np.testing.assert_allclose(out, x * factor, rtol=2e-6, atol=1e-6, err_msg=kind)
-        np.testing.assert_allclose(d_x, probe * factor, rtol=2e-6, atol=1e-6, err_msg=kind)
+        np.testing.assert_allclose(out, x * factor, rtol=2e-6, atol=1e-6, err_msg=case.name)
+        np.testing.assert_allclose(d_x, probe * factor, rtol=2e-6, atol=1e-6, err_msg=case.name)
         want = np.sum(x * probe, axis=1, keepdims=True) * scale_of
-        np.testing.assert_allclose(d_gates, want, rtol=2e-6, atol=2e-6, err_msg=kind)
+        np.testing.assert_allclose(d_gates, want, rtol=2e-6, atol=2e-6, err_msg=case.name)
 
         # Each token once to every shard with an expert of it, in the order of shard and token.
         rows, experts, received_gates = (

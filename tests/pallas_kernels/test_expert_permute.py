@@ -9,30 +9,28 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.expert_permute import combine_rows, gather_rows, sort_by_expert
-
-TOP_K, EXPERTS = 3, 6
+from pallas_kernels.expert_permute.cases import CASES, KERNEL_CASES, MODELS
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("max_rows", [None, 60])
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_permutation_and_its_gradients(implementation, max_rows, rng):
-    """With room for the rows there are, those of dropped assignments left out, or for all."""
-    tokens, experts, width = 40, 6, 5
+def test_permutation_and_its_gradients(implementation, case, rng):
+    """Both ways, forward and backward, against sums over the experts of each token."""
+    experts = case.num_experts
     gather, combine = (
         functools.partial(op, implementation=implementation) for op in (gather_rows, combine_rows)
     )
-    indices = rng.integers(0, experts + 1, (tokens, TOP_K)).astype(np.int32)
-    indices[rng.random(indices.shape) < 0.5] = experts
+    indices = case.draw(rng)
     there = indices < experts
-    assert 0 < there.sum() <= 60
-    x, probe = rng.standard_normal((2, tokens, width)).astype(np.float32)
+    assert 0 < there.sum() <= (case.max_rows or indices.size)
+    x, probe = rng.standard_normal((2, case.tokens, case.width)).astype(np.float32)
     gates = rng.random(indices.shape).astype(np.float32)
     scale = rng.standard_normal(experts).astype(np.float32)
 
     @jax.jit
     def run(x_ND, gates_NK):
-        order = sort_by_expert(jnp.asarray(indices), experts, max_rows)
+        order = sort_by_expert(jnp.asarray(indices), experts, case.max_rows)
         expert_M = jnp.repeat(
             jnp.append(scale, 0),  # rows that are no expert's give 0, as the grouped matmul has it
             jnp.append(order.group_sizes_E, order.token_M.size - order.group_sizes_E.sum()),
@@ -53,9 +51,9 @@ def test_permutation_and_its_gradients(implementation, max_rows, rng):
     want = np.sum(x * probe, axis=1, keepdims=True) * scale_of
     np.testing.assert_allclose(d_gates, want, rtol=2e-6, atol=2e-6)
     np.testing.assert_array_equal(sizes, np.bincount(indices.ravel(), minlength=experts)[:experts])
-    want = np.argsort(indices.ravel(), kind="stable")[: sizes.sum()] // TOP_K
+    want = np.argsort(indices.ravel(), kind="stable")[: sizes.sum()] // case.top_k
     np.testing.assert_array_equal(token[: sizes.sum()], want)
-    assert token.shape == ((max_rows or indices.size),)
+    assert token.shape == ((case.max_rows or indices.size),)
 
 
 @pytest.fixture
@@ -66,19 +64,19 @@ def simulated(monkeypatch):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("dtype", "max_rows"), [("bfloat16", None), ("float32", 15)])
-def test_kernel_is_the_gathers(dtype, max_rows, simulated, rng):
-    """All rows there are, in the same order, for a number of tokens that no block divides."""
-    tokens, width = 7, 256
-    indices = rng.integers(0, EXPERTS, (tokens, TOP_K)).astype(np.int32)
-    indices[rng.random(indices.shape) < 0.4] = EXPERTS
-    assert (indices < EXPERTS).sum() <= 15
-    x, probe = jnp.asarray(rng.standard_normal((2, tokens, width)), dtype)
+@pytest.mark.parametrize(
+    ("dtype", "case"), [*zip(("bfloat16", "float32"), KERNEL_CASES, strict=True)], ids=str
+)
+def test_kernel_is_the_gathers(dtype, case, simulated, rng):
+    """All rows that there are, in the same order."""
+    indices = case.draw(rng)
+    assert 0 < (indices < case.num_experts).sum() <= (case.max_rows or indices.size)
+    x, probe = jnp.asarray(rng.standard_normal((2, case.tokens, case.width)), dtype)
     gates = jnp.asarray(rng.random(indices.shape), jnp.float32)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(implementation, x_ND, gates_NK):
-        order = sort_by_expert(jnp.asarray(indices), EXPERTS, max_rows)
+        order = sort_by_expert(jnp.asarray(indices), case.num_experts, case.max_rows)
 
         def both(x_ND, gates_NK):
             rows_MD = gather_rows(x_ND, order, implementation=implementation)
@@ -95,15 +93,15 @@ def test_kernel_is_the_gathers(dtype, max_rows, simulated, rng):
     np.testing.assert_array_equal(np.asarray(got[0]), np.asarray(want[0]))
 
 
-@pytest.mark.parametrize("width", [2048, 5120])
-def test_kernel_lowers(width):
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_kernel_lowers(case):
     """For CUDA, forward and backward one kernel each."""
-    x = jax.ShapeDtypeStruct((32768, width), jnp.bfloat16)
-    gates = jax.ShapeDtypeStruct((32768, 6), jnp.float32)
-    indices = jax.ShapeDtypeStruct((32768, 6), jnp.int32)
+    x = jax.ShapeDtypeStruct((case.tokens, case.width), jnp.bfloat16)
+    gates = jax.ShapeDtypeStruct((case.tokens, case.top_k), jnp.float32)
+    indices = jax.ShapeDtypeStruct((case.tokens, case.top_k), jnp.int32)
 
     def run(x_ND, gates_NK, indices_NK):
-        order = sort_by_expert(indices_NK, 64)
+        order = sort_by_expert(indices_NK, case.num_experts)
         rows_MD, pull = jax.vjp(lambda x: gather_rows(x, order, implementation="hopper"), x_ND)
         combine = functools.partial(combine_rows, implementation="hopper")
         out_ND, pull_combine = jax.vjp(lambda *a: combine(*a, order), rows_MD, gates_NK)

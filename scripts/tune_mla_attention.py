@@ -14,11 +14,11 @@ import jax
 from pallas_kernels.mla_attention import hopper_backward, hopper_forward
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.cases import TIMED
-from pallas_kernels.mla_attention.tiles import HopperBackward, HopperForward
+from pallas_kernels.mla_attention.tiles import HopperBackwardTile, HopperForwardTile
 from scripts.benchmark_mla_attention import BACKWARD_DIMS, FORWARD_DIMS, SCALE, draw, seconds
 
-FORWARD = [HopperForward(heads_per_group=heads) for heads in (1, 4, 8, 16, 32)]
-BACKWARD = [HopperBackward(heads_per_group=heads) for heads in (1, 4, 8, 16, 32)]
+FORWARD = [HopperForwardTile(heads_per_group=heads) for heads in (1, 4, 8, 16, 32)]
+BACKWARD = [HopperBackwardTile(heads_per_group=heads) for heads in (1, 4, 8, 16, 32)]
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         arrays, d_out = draw(heads, tokens, 1)
         rows = jax.random.normal(jax.random.key(2), (1, heads, tokens))  # any: the work is the same
         for tile in [*FORWARD, *BACKWARD]:
-            if isinstance(tile, HopperForward):
+            if isinstance(tile, HopperForwardTile):
                 dims, inputs = FORWARD_DIMS, arrays
                 run = jax.jit(
                     lambda *x, tile=tile, n=tokens: hopper_forward.attend(

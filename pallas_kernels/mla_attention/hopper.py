@@ -11,8 +11,8 @@ from pallas_kernels.mla_attention.limits import NOPE
 from pallas_kernels.mla_attention.tiles import (
     HOPPER_BACKWARD,
     HOPPER_FORWARD,
-    HopperBackward,
-    HopperForward,
+    HopperBackwardTile,
+    HopperForwardTile,
 )
 from pallas_kernels.softmax import LOG2E
 
@@ -23,7 +23,7 @@ def forward(
     *,
     scale: float,
     causal: bool,
-    tile: HopperForward = HOPPER_FORWARD,
+    tile: HopperForwardTile = HOPPER_FORWARD,
 ) -> tuple[Array, Array]:
     """Returns the output and the log-sum-exp; the arguments are those of `mla_attention`."""
     _check_manual_axes(inputs)
@@ -55,7 +55,7 @@ def backward(
     *,
     scale: float,
     causal: bool,
-    tile: HopperBackward = HOPPER_BACKWARD,
+    tile: HopperBackwardTile = HOPPER_BACKWARD,
 ) -> Inputs:
     """Returns the gradients of the five float inputs, the same bits in every run."""
     _check_manual_axes(inputs)

@@ -30,7 +30,7 @@ from jax import Array, lax
 from pallas_kernels.hopper_parts import MATRIX, PER_COLUMN, PER_ROW, finish, tiled_smem
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.hopper_ranges import KeyRanges
-from pallas_kernels.mla_attention.tiles import HopperBackward
+from pallas_kernels.mla_attention.tiles import HopperBackwardTile
 from pallas_kernels.softmax import LOG2E
 
 SIZE = 64  # Keys of a warpgroup, and queries of a step: rows and columns of its scores.
@@ -48,7 +48,7 @@ def differentiate(
     *,
     scale: float,
     causal: bool,
-    tile: HopperBackward,
+    tile: HopperBackwardTile,
 ) -> tuple[Array, Array, Array, Array]:
     """Returns gradients of queries (float32, unscaled), keys, rotary keys of each head, and values.
 

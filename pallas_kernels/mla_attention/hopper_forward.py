@@ -21,7 +21,7 @@ from jax import Array, lax
 from pallas_kernels.hopper_parts import MATRIX, PER_COLUMN, PER_ROW, finish, tiled_smem
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.hopper_ranges import KeyRanges
-from pallas_kernels.mla_attention.tiles import HopperForward
+from pallas_kernels.mla_attention.tiles import HopperForwardTile
 from pallas_kernels.softmax import LOG2E
 
 Q_SIZE = 64  # Queries of a warpgroup: the rows of one wgmma.
@@ -37,7 +37,7 @@ def attend(
     scale: float,
     causal: bool,
     num_keys: int,
-    tile: HopperForward,
+    tile: HopperForwardTile,
 ) -> tuple[Array, Array]:
     """Returns the output and the log-sum-exp of lengths that are multiples of the blocks.
 

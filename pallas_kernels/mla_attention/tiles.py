@@ -77,7 +77,7 @@ def tpu_backward_tile() -> TpuTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class HopperForward:
+class HopperForwardTile:
     """Tiles of the Hopper forward kernel."""
 
     block_k: int = 128  # Keys of a step.
@@ -86,12 +86,12 @@ class HopperForward:
 
 
 @dataclasses.dataclass(frozen=True)
-class HopperBackward:
+class HopperBackwardTile:
     """Tiles of the Hopper backward kernel."""
 
     stages: int = 2  # Steps' queries and gradients of outputs held in shared memory.
     heads_per_group: int = 8  # Heads computed at a time, which share the L2 cache.
 
 
-HOPPER_FORWARD = HopperForward()
-HOPPER_BACKWARD = HopperBackward()
+HOPPER_FORWARD = HopperForwardTile()
+HOPPER_BACKWARD = HopperBackwardTile()

@@ -179,8 +179,8 @@ def test_takes_what_it_says(op, implementation, rng):
 
 # The corners of what the Hopper kernels take: the least rows and widths, tiles that are not full.
 LOWERED = {
-    mla_decode: {"num_heads": 24, "page_size": 192, "kv_rank": 512, "rope_dim": 64},
-    grouped_matmul: {"width_in": 64, "width_out": 192},
+    mla_decode: {"num_heads": 32, "num_tokens": 5, "page_size": 192},
+    grouped_matmul: {"width_in": 192, "width_out": 64},
     expert_permute: {"width": 128},
 }
 
@@ -190,11 +190,10 @@ LOWERED = {
 def test_hopper_lowers_what_it_takes(op):
     """What is only checked when a kernel is lowered: shared memory, shapes of products."""
     rng = np.random.default_rng(1)
-    for _ in range(10_000):
+    fits = False
+    while not fits:
         sizes, call, arrays = DRAW[op](rng)
-        fits = all(sizes[name] == size for name, size in LOWERED[op].items() if name in sizes)
-        if fits and op.supported("hopper", **sizes) is None:
-            break
+        fits = sizes.items() >= LOWERED[op].items() and op.supported("hopper", **sizes) is None
     jax.jit(functools.partial(call, "hopper")).trace(*arrays).lower(lowering_platforms=("cuda",))
 
 

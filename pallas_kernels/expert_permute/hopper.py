@@ -4,6 +4,7 @@ XLA gathers instead, row by row, and reads a token K times over. Sums of rows ar
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def spread_rows(x_ND: Array, order: ExpertOrder, weights_NK: Array | None = None
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // HOPPER_THREADS, bytes_16))
     weights = [] if weights_NK is None else [weights_NK]
 
-    def body(x_ref, row_ref, *refs):
+    def body(x_ref: Any, row_ref: Any, *refs: Any) -> None:
         *weight_refs, out_ref = refs
         token = lax.axis_index("block") * WARPGROUPS + lax.axis_index("wg")
 

@@ -35,11 +35,13 @@ class Case:
         dtype: DTypeLike = jnp.float32,
         pages_dtype: DTypeLike | None = None,
         dims: tuple[int, int] = (KV_RANK, ROPE_DIM),
+        unused: float = 100,
     ) -> tuple[Array, Array, LatentPages, Array, Array]:
         """Returns the arguments of `mla_decode`: (q_latent, q_rope, pages, page_table, lengths).
 
-        The pages of the sequences are scattered over a pool. The unused ones hold large numbers,
-        and so do the slots after each sequence's end. The table's unused entries are random.
+        The pages of the sequences are scattered over a pool. The unused ones, and the slots
+        after each sequence's end, hold numbers times `unused`. The table's unused entries are
+        random.
         """
         rng = np.random.default_rng(seed)
         C, R = dims
@@ -56,8 +58,8 @@ class Case:
             position = np.arange(min(max(length, 0), columns * self.page_size))
             used[table[b, position // self.page_size], position % self.page_size] = True
             table[b, -(-max(length, 0) // self.page_size) :] = rng.integers(0, num_pages)
-        latent[~used] *= 100
-        rope[~used] *= 100
+        latent[~used] *= unused
+        rope[~used] *= unused
 
         pages_dtype = jnp.dtype(pages_dtype or dtype)
         values, scale = jnp.asarray(latent), None

@@ -37,7 +37,7 @@ from dsjax.weights.hf_export import (
     write_tensor,
 )
 from dsjax.weights.hf_table import HFTensor, Path
-from dsjax.weights.param_store import ITEM, ParamStore, one_line
+from dsjax.weights.param_store import ITEM, METADATA_FILE, ParamStore, one_line
 from dsjax.weights.safetensors import INDEX_NAME
 from dsjax.weights.sources import (
     MANIFEST,
@@ -275,7 +275,7 @@ def _identity(source: HFSource | CheckpointSource) -> dict[str, Any]:
     """Returns what tells a source from another, or from itself after a change."""
     files = [
         source.where / name
-        for name in ("config.json", MANIFEST, f"{ITEM}/_METADATA", f"../../{RUN_FILE}")
+        for name in ("config.json", MANIFEST, f"{ITEM}/{METADATA_FILE}", f"../../{RUN_FILE}")
     ]
     texts = [file for file in files if file.is_file()]
     identity: dict[str, Any] = {

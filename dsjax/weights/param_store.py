@@ -23,6 +23,7 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 ITEM = "params"
+METADATA_FILE = "_METADATA"  # in it, what orbax says of the arrays
 
 Path = tuple[str, ...]
 
@@ -52,13 +53,13 @@ class ParamStore:
         """
         folder = (directory / ITEM).absolute()
         try:
-            metadata = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
+            metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
             keys = [
                 tuple(str(part["key"]) for part in entry["key_metadata"])
                 for entry in metadata["tree_metadata"].values()
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / '_METADATA'}: no orbax parameters: {error!r}") from None
+            raise ValueError(f"{folder / METADATA_FILE}: no orbax parameters: {error!r}") from None
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         # Where zeros are stored like any other value, a chunk that is absent was lost.
         complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
@@ -95,7 +96,7 @@ class ParamStore:
             params: shape and type of each parameter, by path.
             num_stacked: leading dims of each that count layers and experts: a chunk spans none.
         """
-        if not (directory / ITEM / "_METADATA").exists():
+        if not (directory / ITEM / METADATA_FILE).exists():
             _write_skeleton(directory, params)
         arrays = {}
         for path, (shape, dtype) in params.items():

@@ -21,7 +21,7 @@ from dsjax.config.stored import model_from_json
 from dsjax.files import read_json
 from dsjax.weights.assets import ASSETS, Assets, small_files
 from dsjax.weights.hf_table import HFTable, Path, hf_table, is_ignored
-from dsjax.weights.param_store import ITEM, ParamStore
+from dsjax.weights.param_store import ITEM, METADATA_FILE, ParamStore
 from dsjax.weights.safetensors import SafetensorsFolder, float_dtype
 
 MANIFEST = "dsjax.json"  # its presence says that a model checkpoint is complete
@@ -244,7 +244,7 @@ def latest_step(run: FilePath) -> FilePath:
     steps = [
         step
         for step in (folder.iterdir() if folder.is_dir() else ())
-        if re.fullmatch(r"\d+", step.name) and (step / ITEM / "_METADATA").is_file()
+        if re.fullmatch(r"\d+", step.name) and (step / ITEM / METADATA_FILE).is_file()
     ]
     if not steps:
         raise ValueError(f"{folder}: holds no complete step")

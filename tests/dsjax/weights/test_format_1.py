@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import dsjax
-from dsjax.training.checkpoints import read_run_file
+from dsjax.config.run_file import read_run_file
 from dsjax.training.loop import fit
 from dsjax.weights.convert import convert
 from tests.dsjax.training.small_runs import losses

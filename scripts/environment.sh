@@ -30,5 +30,6 @@ make_environment() {
     "$python" -m venv "$folder"
   fi
   echo "installing into $folder: $*" >&2
-  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+  # Most of what is installed is never imported, and compiling it took longer than unpacking it.
+  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
 }

@@ -93,7 +93,7 @@ def compile_schedules(
     """
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        environment = {**os.environ, **compiler_environment(), "LIBTPU_INIT_ARGS": flags}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "LIBTPU_INIT_ARGS": flags}
         command = [sys.executable, __file__, "child", target, json.dumps(arguments), chip]
         result = subprocess.run(
             command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
@@ -103,18 +103,6 @@ def compile_schedules(
         names = set(json.loads(result.stdout.splitlines()[-1]))
         wanted = sorted(name for name in names if kernel in name)
         return [read_schedule(Path(folder), name) for name in wanted]
-
-
-def compiler_environment() -> dict[str, str]:
-    """Returns the environment in which libtpu compiles without a TPU."""
-    return {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "PYTHONPATH": str(ROOT),
-    }
 
 
 def read_schedule(folder: Path, name: str) -> Schedule:
@@ -168,18 +156,19 @@ def read_schedule(folder: Path, name: str) -> Schedule:
 def _child(target: str, arguments: str, chip: str) -> None:
     """Compiles in this process and prints the names of the kernels as JSON."""
     import jax
-    from jax.experimental import topologies
 
+    from dsjax.plan import tpu_devices
+
+    devices = tpu_devices(TOPOLOGIES[chip])
     path, function = target.rsplit(":", 1)
     if path.endswith(".py"):
         sys.path.insert(0, str(Path(path).resolve().parent))
         path = Path(path).stem
     fn, args = getattr(importlib.import_module(path), function)(**json.loads(arguments))
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     # Kernels ask the mesh in use for the chip.
-    mesh = jax.sharding.Mesh(topology.devices[:1], ("chip",)).abstract_mesh
+    mesh = jax.sharding.Mesh(devices[:1], ("chip",)).abstract_mesh
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(fn).trace(*args).lower().compile().as_text()
     calls = re.findall(r"%?([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", text)

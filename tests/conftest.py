@@ -8,7 +8,7 @@ or a CPU are then skipped where there are none.
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from tests import cpu_compiler
@@ -29,7 +29,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from tests import annotations
+from tests import annotations, tpu_compiler
 
 # Public functions of the kernels are annotated with shapes and dtypes: check them at run time.
 jaxtyping.install_import_hook("pallas_kernels", f"{annotations.__name__}.check")
@@ -46,13 +46,42 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"the tests need 8 CPU devices, jax has {jax.devices()}")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests that need an NVIDIA GPU where there is none."""
+    """Puts the long tests first; skips those that need an NVIDIA GPU where there is none."""
+    # A long test that begins last runs alone. Each part keeps its order, and so its fixtures.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if any(device.platform == "gpu" for device in jax.devices()):
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Notes which programs a test compiled because there was no record of them."""
+    report = yield
+    report.user_properties += [("compiled", name) for name in tpu_compiler.take_compiled()]
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Lists these programs: they are what made the run long."""
+    compiled = {
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "compiled"
+    }
+    if compiled:
+        terminalreporter.section("compiled without a record")
+        terminalreporter.line(f"To record what became of these: {tpu_compiler.RENEW}")
+        for name in sorted(compiled):
+            terminalreporter.line(name)
 
 
 def require_module(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Compiles a training step for a pod that is not here."""
+"""Lowers and compiles a training step for a pod that is not here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dsjax.model import abstract_model
 from dsjax.training.step import abstract_train_state, jitted_train_step
 
 
-def compile_train_step(
+def lower_train_step(
     model: ModelConfig,
     runtime: RuntimeConfig,
     mesh: MeshConfig,
@@ -30,14 +30,14 @@ def compile_train_step(
     length: int,
     loss: LossConfig,
     rows_per_shard: int = 1,
-) -> jax.stages.Compiled:
-    """Compiles a whole optimiser step, with AdamW, for devices that need not exist.
+) -> jax.stages.Lowered:
+    """Lowers a whole optimiser step, with AdamW, for devices that need not exist.
 
     Args:
         model: the model.
         runtime: how it is run.
         mesh: how the devices are divided.
-        devices: real, or those of `jax.experimental.topologies.get_topology_desc`.
+        devices: real, or those of `tpu_devices`.
         length: tokens in a row.
         loss: what is minimised.
         rows_per_shard: rows of the batch for each of its shards.
@@ -59,4 +59,21 @@ def compile_train_step(
     batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.sharding())
     step = jitted_train_step(devices[0].platform)
-    return step.lower(graphdef, optimizer, loss, GuardConfig(), state, batch, rate).compile()
+    return step.lower(graphdef, optimizer, loss, GuardConfig(), state, batch, rate)
+
+
+def compile_train_step(
+    model: ModelConfig,
+    runtime: RuntimeConfig,
+    mesh: MeshConfig,
+    devices: Sequence[jax.Device],
+    *,
+    length: int,
+    loss: LossConfig,
+    rows_per_shard: int = 1,
+) -> jax.stages.Compiled:
+    """Compiles what `lower_train_step` lowers."""
+    lowered = lower_train_step(
+        model, runtime, mesh, devices, length=length, loss=loss, rows_per_shard=rows_per_shard
+    )
+    return lowered.compile()

@@ -11,13 +11,14 @@ import dataclasses
 import json
 import sys
 
+from tests import tpu_compiler, tpu_facts
+
 
 def main(topology: str) -> None:
     """Compiles and prints."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from jax.experimental import topologies
 
     from dsjax.cache import allocate_cache
     from dsjax.config import MeshConfig, RuntimeConfig
@@ -25,10 +26,11 @@ def main(topology: str) -> None:
     from dsjax.kernels import choose_kernels
     from dsjax.mesh import inference_rules, make_mesh
     from dsjax.model import abstract_model
+    from dsjax.plan import tpu_devices
 
     config = dataclasses.replace(deepseek_v2_lite.config, num_layers=3, vocab_size=1024)
     runtime = RuntimeConfig(param_dtype="bfloat16")
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    device = tpu_devices(topology)[0]
     kernels = choose_kernels(device, config, runtime)
     rules = inference_rules(make_mesh(MeshConfig(), [device]))
     graphdef, params = abstract_model(config, runtime, rules, kernels)
@@ -47,10 +49,11 @@ def main(topology: str) -> None:
 
     tokens = jax.ShapeDtypeStruct((16, 1), jnp.int32)
     arguments = on_device((params, tokens, cache))
-    compiled = jax.jit(step, donate_argnums=2).lower(*arguments).compile()
+    lowered = jax.jit(step, donate_argnums=2).lower(*arguments)
     experts = 3 * config.moe.num_experts * config.hidden_dim * config.moe.intermediate_dim * 2
-    memory = compiled.memory_analysis()
-    print(json.dumps({"temporary": memory.temp_size_in_bytes, "experts": experts}))
+    describe = tpu_facts.kernels_and_memory
+    found = tpu_compiler.facts("decode_step", topology, lowered, topology, describe)
+    print(json.dumps(found | {"experts": experts}))
 
 
 if __name__ == "__main__":

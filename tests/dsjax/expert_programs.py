@@ -12,10 +12,10 @@ import dataclasses
 import importlib
 import json
 import math
-import re
 import sys
 
-from tests.pallas_kernels.tpu_programs import run_compiler
+from tests import tpu_compiler, tpu_facts
+from tests.tpu_compiler import run_compiler
 
 
 def compile_layers(*programs: tuple[str, str, str, int, float, int]) -> list[dict]:
@@ -24,23 +24,22 @@ def compile_layers(*programs: tuple[str, str, str, int, float, int]) -> list[dic
     return run_compiler("tests.dsjax.expert_programs", *arguments)
 
 
-def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float, chunks: int):
-    """Returns the compiled forward and backward of one layer with `tokens` a device."""
+def lower_layer(model: str, topology: str, axes: str, tokens: int, room: float, chunks: int):
+    """Returns the lowered forward and backward of one layer with `tokens` a device."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from jax.experimental import topologies
 
     from dsjax.config import MeshConfig, RuntimeConfig
     from dsjax.kernels import choose_kernels
     from dsjax.layers.basic import LayerOptions
     from dsjax.layers.moe import MoE
     from dsjax.mesh import make_mesh, train_rules
-    from dsjax.training.step import COMPILER_OPTIONS
+    from dsjax.plan import tpu_devices
 
     config = importlib.import_module(f"dsjax.configs.models.{model}").config
     sizes = {"fsdp": 1} | {k: int(v) for k, v in (pair.split("=") for pair in axes.split(","))}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = tpu_devices(topology)
     rules = train_rules(make_mesh(MeshConfig(**sizes), devices[: math.prod(sizes.values())]))
     kernels = choose_kernels(devices[0], config, RuntimeConfig())
     kernels = dataclasses.replace(kernels, exchange_room=room, exchange_chunks=chunks)
@@ -71,56 +70,26 @@ def compile_layer(model: str, topology: str, axes: str, tokens: int, room: float
 
         return jax.grad(loss, argnums=(0, 1))(state, x_BTD)
 
-    return jax.jit(step).trace(state, x).lower().compile(COMPILER_OPTIONS["tpu"])
-
-
-_EXCHANGE = re.compile(r"%(\S+) = (.*?) ragged-all-to-all(-start)?\(")
-_ARRAY = re.compile(r"\b(bf16|s32|f32)\[([\d,]+)\]")
-_PRODUCT = re.compile(
-    r"%(\S+) = .* (?:fusion|convolution|custom-call)\(.*"
-    r"op_name=\"[^\"]*(?:dot_general|/grouped_\w+/pallas_call)"
-)
-
-
-def describe(compiled) -> dict:
-    """What a compiled layer consists of, as far as it concerns the exchange."""
-    lines = compiled.as_text().splitlines()
-    exchanges, beside = [], []
-    for number, line in enumerate(lines):
-        found = _EXCHANGE.search(line)
-        if found is None:
-            continue
-        # A start's result names first what is sent, then what is filled.
-        dtype, shape = _ARRAY.findall(found[2])[1 if found[3] else 0]
-        size = {"bf16": 2, "s32": 4, "f32": 4}[dtype]
-        exchanges.append([dtype, size * math.prod(int(size) for size in shape.split(","))])
-        beside.append([])
-        for later in lines[number + 1 :] if found[3] else ():
-            if f"ragged-all-to-all-done(%{found[1]})" in later:
-                break
-            beside[-1] += [product[1] for product in [_PRODUCT.search(later)] if product]
-    return {
-        "kernels": sorted(
-            set(
-                re.findall(
-                    r"(grouped_[a-z]+(?:_[a-z]+)*)[\w.\-]* = [^\n]*tpu_custom_call",
-                    "\n".join(lines),
-                )
-            )
-        ),
-        "exchanges": exchanges,
-        "beside": beside,
-        "temporary": compiled.memory_analysis().temp_size_in_bytes,
-    }
+    return jax.jit(step).trace(state, x).lower()
 
 
 def main(*arguments: str) -> None:
     """Compiles and prints."""
+    from dsjax.training.step import COMPILER_OPTIONS
+
     for first in range(0, len(arguments), 6):
         model, topology, axes, tokens, room, chunks = arguments[first : first + 6]
-        compiled = compile_layer(model, topology, axes, int(tokens), float(room), int(chunks))
+        lowered = lower_layer(model, topology, axes, int(tokens), float(room), int(chunks))
         program = {"model": model, "topology": topology, "axes": axes, "tokens": int(tokens)}
-        print(json.dumps(program | describe(compiled)), flush=True)
+        found = tpu_compiler.facts(
+            "expert_layers",
+            " ".join(arguments[first : first + 6]),
+            lowered,
+            topology,
+            tpu_facts.exchanges,
+            COMPILER_OPTIONS["tpu"],
+        )
+        print(json.dumps(program | found), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 import pytest
 
 from tests.conftest import require_module
-from tests.pallas_kernels.tpu_programs import run_compiler
+from tests.tpu_compiler import run_compiler
 
 
 @pytest.mark.slow
+@pytest.mark.tpu_program
 def test_decoding_copies_no_layers_experts():
     require_module("libtpu")
     (found,) = run_compiler("tests.dsjax.decode_program", "v5p:2x2x1")

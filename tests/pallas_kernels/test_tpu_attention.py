@@ -16,8 +16,9 @@ from tests import oracle_attention
 from tests.conftest import require_module
 from tests.oracle_attention import relative_error
 from tests.pallas_kernels.comparisons import GRADIENTS, compare_attention
-from tests.pallas_kernels.tpu_programs import TOPOLOGIES, compile_programs
+from tests.pallas_kernels.tpu_programs import compile_programs
 from tests.pallas_kernels.tpu_simulator import without_races
+from tests.tpu_compiler import TOPOLOGIES
 
 # Several blocks and several chunks of each, at lengths that a simulator can do.
 FORWARD = dataclasses.replace(tiles.TPU_FORWARD, block=256, chunk_q=128, chunk_k=128)
@@ -164,6 +165,7 @@ def test_errors_name_the_argument():
 
 
 @pytest.mark.slow
+@pytest.mark.tpu_program
 def test_compiles_for_every_chip():
     """With libtpu's compiler; the temporary memory holds no scores."""
     require_module("libtpu")
@@ -180,6 +182,7 @@ def test_compiles_for_every_chip():
 
 
 @pytest.mark.slow
+@pytest.mark.tpu_program
 def test_compiles_within_shard_map():
     """Sequences and heads over four chips: attention with its gradient, and decode."""
     require_module("libtpu")

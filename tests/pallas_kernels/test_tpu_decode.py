@@ -14,8 +14,9 @@ from tests import oracle_decode
 from tests.conftest import require_module
 from tests.oracle_attention import relative_error
 from tests.pallas_kernels.comparisons import compare_decode
-from tests.pallas_kernels.tpu_programs import TOPOLOGIES, compile_programs
+from tests.pallas_kernels.tpu_programs import compile_programs
 from tests.pallas_kernels.tpu_simulator import without_races
+from tests.tpu_compiler import TOPOLOGIES
 
 # More blocks than buffers at lengths that a simulator can do.
 SMALL = dataclasses.replace(
@@ -94,6 +95,7 @@ def test_error_of_a_large_page_table():
 
 
 @pytest.mark.slow
+@pytest.mark.tpu_program
 def test_compiles_for_every_chip():
     require_module("libtpu")
     results = compile_programs("decode", ",".join(TOPOLOGIES))

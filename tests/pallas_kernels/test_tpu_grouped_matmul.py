@@ -29,8 +29,8 @@ from pallas_kernels.grouped_matmul.tpu_windows import FIRST, LAST, make_windows
 from tests import oracle_experts as oracle
 from tests.conftest import require_module
 from tests.pallas_kernels.tpu_grouped_programs import compile_programs
-from tests.pallas_kernels.tpu_programs import TOPOLOGIES
 from tests.pallas_kernels.tpu_simulator import without_races
+from tests.tpu_compiler import TOPOLOGIES
 
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 1e-2}
 SIMULATOR = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -257,6 +257,7 @@ def test_refuses_widths(widths, message):
 
 
 @pytest.mark.slow
+@pytest.mark.tpu_program
 def test_compiles_for_every_chip():
     """With libtpu's compiler: forward and backward, V2's and V2-Lite's sizes."""
     require_module("libtpu")

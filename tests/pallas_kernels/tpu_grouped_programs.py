@@ -2,14 +2,14 @@
 
     python -m tests.pallas_kernels.tpu_grouped_programs v5e,v5p,v6e,tpu7x
 
-prints one JSON line per chip and program: its name, the kernels in it and its temporary bytes.
+prints one JSON line per chip and program.
 """
 
 import json
-import re
 import sys
 
-from tests.pallas_kernels.tpu_programs import TOPOLOGIES, run_compiler
+from tests import tpu_compiler, tpu_facts
+from tests.tpu_compiler import TOPOLOGIES, run_compiler
 
 
 def compile_programs(chips: tuple[str, ...]) -> list[dict]:
@@ -84,36 +84,32 @@ def programs():
 def main(chips: str) -> None:
     """Compiles and prints."""
     import jax
-    from jax.experimental import topologies
+
+    from dsjax.plan import tpu_devices
 
     for chip in chips.split(","):
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-        sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        devices = tpu_devices(TOPOLOGIES[chip])
+        sharding = jax.sharding.SingleDeviceSharding(devices[0])
         # Kernels ask the mesh in use for the chip.
-        mesh = jax.sharding.Mesh(topology.devices[:1], ("chip",)).abstract_mesh
+        mesh = jax.sharding.Mesh(devices[:1], ("chip",)).abstract_mesh
         for name, (function, arguments) in programs().items():
             placed = jax.tree.map(
                 lambda x, s=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arguments
             )
             with jax.sharding.use_abstract_mesh(mesh):
-                compiled = jax.jit(function).trace(*placed).lower().compile()
-            # Differentiation adds to the names, before and after.
-            calls = re.findall(
-                r"(grouped_(?:matmul|swiglu|weight_gradient))[\w.\-]* = "
-                r"[^\n]*custom_call_target=\"tpu_custom_call\"",
-                compiled.as_text(),
+                lowered = jax.jit(function).trace(*placed).lower()
+            found = tpu_compiler.facts(
+                "grouped", f"{chip} {name}", lowered, TOPOLOGIES[chip], tpu_facts.grouped_kernels
             )
             rows, width = arguments[0].shape
             hidden = arguments[1][0].shape[-1]
             result = {
                 "chip": chip,
                 "program": name,
-                "kernels": calls,
-                "temporary": compiled.memory_analysis().temp_size_in_bytes,
                 # At most so many rows of both widths are alive at once.
                 "rows_bytes": 2 * rows * (3 * width + 7 * hidden) + 2**24,
             }
-            print(json.dumps(result), flush=True)
+            print(json.dumps(result | found), flush=True)
 
 
 if __name__ == "__main__":

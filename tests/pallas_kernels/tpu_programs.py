@@ -2,45 +2,21 @@
 
     python -m tests.pallas_kernels.tpu_programs attention v5e,v5p,v6e,tpu7x
 
-prints one JSON line per chip and program: its name, the kernels in it, its temporary bytes and the
-shapes that it copies.
+prints one JSON line per chip and program.
 """
 
 import functools
 import json
-import os
-import re
-import subprocess
 import sys
 from contextlib import nullcontext
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}
-
-
-def run_compiler(module: str, *arguments: str) -> list[dict]:
-    """Runs a module in a subprocess, as libtpu wants a process without XLA's CPU flags.
-
-    Returns what the JSON lines that it printed hold.
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | ENVIRONMENT
-    command = [sys.executable, "-m", module, *arguments]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=1500
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+from tests import tpu_compiler, tpu_facts
+from tests.tpu_compiler import TOPOLOGIES
 
 
 def compile_programs(which: str, chips: str) -> list[dict]:
     """Compiles the attention, decode or sharded programs for these chips."""
-    return run_compiler("tests.pallas_kernels.tpu_programs", which, chips)
+    return tpu_compiler.run_compiler("tests.pallas_kernels.tpu_programs", which, chips)
 
 
 def attention_programs():
@@ -156,13 +132,12 @@ def main(which: str, chips: str) -> None:
     """Compiles and prints."""
     import jax
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+    from dsjax.plan import tpu_devices
+
     for chip in chips.split(","):
-        devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=TOPOLOGIES[chip]
-        ).devices
+        devices = tpu_devices(TOPOLOGIES[chip])
         for name, (fn, args) in globals()[f"{which}_programs"]().items():
             sharding = SingleDeviceSharding(devices[0])
             if which == "sharded":
@@ -175,15 +150,11 @@ def main(which: str, chips: str) -> None:
             # Kernels ask the mesh in use for the chip; `shard_map` brings its own.
             alone = Mesh(devices[:1], ("chip",)).abstract_mesh
             with jax.sharding.use_abstract_mesh(alone) if which != "sharded" else nullcontext():
-                compiled = jax.jit(fn).trace(*args).lower().compile()
-            calls = re.findall(
-                r"%?([a-z_]+)[\w.\-]* = [^\n]*custom_call_target=\"tpu_custom_call\"",
-                compiled.as_text(),
+                lowered = jax.jit(fn).trace(*args).lower()
+            found = tpu_compiler.facts(
+                which, f"{chip} {name}", lowered, TOPOLOGIES[chip], tpu_facts.kernels_and_memory
             )
-            temporary = compiled.memory_analysis().temp_size_in_bytes
-            result = {"chip": chip, "program": name, "kernels": calls, "temporary": temporary}
-            result["copied"] = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", compiled.as_text())
-            print(json.dumps(result), flush=True)
+            print(json.dumps({"chip": chip, "program": name} | found), flush=True)
 
 
 if __name__ == "__main__":

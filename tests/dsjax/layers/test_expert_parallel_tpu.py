@@ -17,6 +17,7 @@ PROGRAMS = {
 
 
 @pytest.mark.slow
+@pytest.mark.tpu_program
 def test_compiles_for_every_chip():
     require_module("libtpu")
     # Room for all in one pass: a second pass would compile every kernel once more.

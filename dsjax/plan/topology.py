@@ -1,0 +1,32 @@
+"""The chips of a TPU topology that is not here."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+from jax.experimental import topologies
+
+# libtpu is to compile, not to look for a TPU.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
+
+def tpu_devices(topology: str) -> list[jax.Device]:
+    """Returns chips to compile for, on a host without a TPU.
+
+    From here on the process runs on its CPU alone and without XLA_FLAGS, which libtpu would read
+    too. So it must be called before jax has run anything. It needs libtpu (`dsjax[tpu]`).
+
+    Args:
+        topology: libtpu's name of it, like "v5p:4x4x4".
+    """
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.pop("XLA_FLAGS", None)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)

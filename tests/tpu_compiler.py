@@ -1,0 +1,127 @@
+"""Compiles programs for TPUs that are not there, and keeps what was found.
+
+A program is always lowered. It is compiled where there is no record in `tests/tpu_records` of what
+this compiler makes of that lowered text, so a record only ever stands for a result that the same
+input had. `DSJAX_TEST_COMPILE` is `changed` (that), `all` (compile everything, and fail where a
+record says otherwise or is missing) or `renew` (compile everything and write the records).
+
+libtpu wants a process to itself, so a test calls `run_compiler` with a module whose `main` lowers
+programs and prints `facts` of each.
+"""
+
+import ast
+import base64
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jax
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "tests" / "tpu_records"
+RENEW = "scripts/test --renew"
+# Who reads a compiled program: where one of these changes, records are of no use.
+READERS = ("tests/tpu_facts.py", "dsjax/plan/collectives.py")
+_compiled: list[str] = []
+
+
+def run_compiler(module: str, *arguments: object) -> list[dict]:
+    """Runs a module of programs in a process of its own; returns the JSON lines that it printed."""
+    # What is compiled here is not of the CPU programs that the tests share.
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    _compiled.extend(each["compiled"] for each in found if each.get("compiled"))
+    return found
+
+
+def take_compiled() -> list[str]:
+    """Returns the programs compiled since the last call because their record did not hold."""
+    names = list(_compiled)
+    _compiled.clear()
+    return names
+
+
+def facts(
+    file: str,
+    program: str,
+    lowered: "jax.stages.Lowered",
+    topology: str,
+    describe: Callable[["jax.stages.Compiled"], dict[str, Any]],
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Returns what `describe` says of the compiled program, from the record where that holds.
+
+    Args:
+        file: which of the files of records.
+        program: its name there.
+        lowered: the program.
+        topology: libtpu's name of the chips that it is for.
+        describe: says what the tests want to know, as JSON; a function of `tests/tpu_facts.py`.
+        options: the compiler's.
+
+    Raises:
+        AssertionError: everything is to be compiled, and the record says otherwise.
+    """
+    path, mode = RECORDS / f"{file}.json", os.environ.get("DSJAX_TEST_COMPILE", "changed")
+    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    key = {
+        "lowered": _digest(canonical(lowered.as_text()), topology, json.dumps(options)),
+        "compiler": f"libtpu {importlib.metadata.version('libtpu')}",
+        "read_by": _digest(*map(_code, READERS), describe.__name__),
+    }
+    record = records.get(program, {})
+    held = record.get("key") == key
+    if held and mode == "changed":
+        return record["facts"]
+    found = json.loads(json.dumps(describe(lowered.compile(options))))
+    if mode == "renew":
+        records[program] = {"key": key, "facts": found}
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n", "utf-8")
+    elif mode == "all":
+        assert held, f"{path.name} has no record of {program} as it is now; renew it: {RENEW}"
+        assert record["facts"] == found, f"{path.name} is wrong about {program}; renew it: {RENEW}"
+    return found | ({"compiled": f"{file}: {program}"} if mode == "changed" else {})
+
+
+def canonical(text: str) -> str:
+    """A lowered program without what the compiler makes nothing of: names and places in our files.
+
+    Pallas puts a kernel into the text as encoded MLIR, with the file and line of each operation.
+    """
+    from jax._src.interpreters import mlir
+    from jax._src.lib import tpu
+    from jax._src.lib.mlir import ir
+
+    def readable(body: re.Match[str]) -> str:
+        context = mlir.make_ir_context()
+        tpu.register_dialect(context)
+        context.allow_unregistered_dialects = True
+        with context:
+            module = ir.Module.parse(base64.b64decode(body[2]))
+            return body[1] + module.operation.get_asm(enable_debug_info=False)
+
+    text = re.sub(r"^module @\S+", "module", text)
+    return re.sub(r"(\\22body\\22: \\22)([A-Za-z0-9+/=]+)", readable, text)
+
+
+def _code(file: str) -> str:
+    return ast.dump(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]

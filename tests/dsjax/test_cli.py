@@ -11,12 +11,7 @@ import pytest
 from dsjax.cli import main
 from dsjax.config import BatchConfig, MeshConfig, TrainConfig
 from tests.dsjax.training.small_runs import MODEL, REPOSITORY, small_run, write_run
-
-FIGURES = {
-    "deepseek_v2": (235_741_434_880, 21_375_800_320, 29_102, 69_120),
-    "deepseek_v2_5": (235_741_434_880, 21_375_800_320, 29_102, 69_120),
-    "deepseek_v2_lite": (15_706_484_224, 2_661_150_208, 5_291, 31_104),
-}
+from tests.released_models import SIZES
 
 
 @pytest.fixture
@@ -35,13 +30,13 @@ def dsjax(monkeypatch, capsys):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", SIZES)
 def test_info_prints_the_exact_figures(dsjax, name: str):
     code, out, _ = dsjax("info", name, "--json")
     assert code == 0
     figures = json.loads(out)
     names = ("parameters", "active_parameters", "hf_tensors", "latent_cache_bytes_per_token")
-    assert tuple(figures[name] for name in names) == FIGURES[name]
+    assert tuple(figures[name] for name in names) == SIZES[name]
     assert figures["full_cache_bytes_per_token"] > 8 * figures["latent_cache_bytes_per_token"]
     assert figures["train_flops_per_token"] > 6 * (figures["active_parameters"] - 10**9)
 

@@ -1,6 +1,7 @@
 """The whole model: forward, decode, gradients, remat and types, against the oracle and itself."""
 
 import functools
+import importlib
 from dataclasses import replace
 
 import jax
@@ -10,11 +11,12 @@ import pytest
 from flax import nnx
 
 from dsjax.cache import allocate_cache
-from dsjax.config import ModelConfig, RuntimeConfig, TokenDropping
-from dsjax.configs.models import deepseek_v2, deepseek_v2_5, deepseek_v2_lite, tiny
+from dsjax.config import RuntimeConfig, TokenDropping
+from dsjax.configs.models import deepseek_v2, deepseek_v2_lite, tiny
 from dsjax.kernels import Kernels
 from dsjax.model import abstract_model, create_model
 from tests import oracle
+from tests.released_models import SIZES
 from tests.small_models import RUNTIME, SMALL, SMALL_LITE, oracle_weights, random_model
 
 VARIANTS = {
@@ -180,7 +182,7 @@ def test_decoding_token_by_token_equals_the_forward_pass(name):
     model = random_model(config)
     tokens = make_batch()[0]
     want = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
-    cache = allocate_cache(config, 3, LENGTH, page_size=8)
+    cache = allocate_cache(config, 3, LENGTH, jnp.float32, page_size=8)
     for step in range(LENGTH):
         logits, cache = decode(model, tokens[:, step : step + 1], cache)
         np.testing.assert_allclose(logits[:, 0], want[:, step], atol=1e-4)
@@ -195,7 +197,7 @@ def test_prefill_and_decode_of_a_batch_equal_each_sequence_alone(in_place):
     tokens = make_batch()[0]
     prompts = np.array([13, 5, 8], np.int32)
     want = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
-    cache = allocate_cache(SMALL, 3, LENGTH, page_size=8)
+    cache = allocate_cache(SMALL, 3, LENGTH, jnp.float32, page_size=8)
     padded = np.where(np.arange(13) < prompts[:, None], tokens[:, :13], 7)  # any padding token
     logits, cache = prefill(model, padded, prompts, cache)
     rows = np.arange(3)
@@ -211,7 +213,7 @@ def test_several_tokens_decode_at_once():
     model = random_model(SMALL)
     tokens = make_batch()[0]
     want = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
-    cache = allocate_cache(SMALL, 3, LENGTH, page_size=8)
+    cache = allocate_cache(SMALL, 3, LENGTH, jnp.float32, page_size=8)
     _, cache = prefill(model, tokens[:, :11], np.full(3, 11, np.int32), cache)
     logits, _ = decode(model, tokens[:, 11:14], cache)
     np.testing.assert_allclose(logits, want[:, 11:14], atol=1e-4)
@@ -219,28 +221,47 @@ def test_several_tokens_decode_at_once():
 
 @pytest.mark.core
 def test_decode_expands_nothing():
-    """Trap: decode that re-expands the cache. Per-head keys of it would have these dims."""
+    """Trap: decode that re-expands the cache. Per-head keys and values of it would be seen."""
     config = replace(SMALL, num_layers=1, moe=None)
     model = random_model(config)
-    cache = allocate_cache(config, 2, 640, page_size=64)
-    jaxpr = str(jax.make_jaxpr(lambda *args: model.decode(*args))(jnp.zeros((2, 1), int), cache))
-    nope, value = config.attention.qk_nope_head_dim, config.attention.v_head_dim
-    for positions in (640, 64):
-        for width in (nope, value):
-            assert f"{positions},2,{width}]" not in jaxpr
+    cache = allocate_cache(config, 2, 640, jnp.float32, page_size=64)
+    weights = {
+        config.attention.qk_nope_head_dim: "wk_b",
+        config.attention.v_head_dim: "wv_b",
+    }
+
+    def expands(run):
+        """Whether it makes something with a number a head of every position, or of a page's."""
+        jaxpr = str(jax.make_jaxpr(run)(jnp.zeros((2, 1), int), cache))
+        return any(f"{at},2,{width}]" in jaxpr for at in (640, 64) for width in weights)
+
+    def expanding(name, positions):
+        """Decodes, and projects what is cached to the heads."""
+
+        def run(tokens, cache):
+            cached_SPC = cache.pages.latent.reshape(-1, positions, cache.pages.latent.shape[-1])
+            weight_CHN = getattr(model.dense_layers.attention, name)[...][0]
+            return model.decode(tokens, cache), jnp.einsum("SPC,CHN->SPHN", cached_SPC, weight_CHN)
+
+        return run
+
+    assert not expands(lambda *arguments: model.decode(*arguments))
+    for name in weights.values():
+        for positions in (640, 64):
+            assert expands(expanding(name, positions))
     assert cache.pages.latent.shape == (20, 64, 16)
     assert cache.pages.rope.shape == (20, 64, 8)
 
 
 def test_the_cache_of_the_released_models_holds_576_numbers_a_token():
     for config in (deepseek_v2.config, deepseek_v2_lite.config):
-        cache = jax.eval_shape(functools.partial(allocate_cache, config, 1, 64))
+        cache = jax.eval_shape(functools.partial(allocate_cache, config, 1, 64, jnp.bfloat16))
         sizes = [leaf.size for leaf in jax.tree.leaves(cache.pages)]
         assert sum(sizes) == config.num_layers * 64 * 576
 
 
 def test_the_cache_for_the_tpu_kernel_has_rotary_keys_of_whole_lanes():
-    allocate = functools.partial(allocate_cache, deepseek_v2_lite.config, 1, 64)
+    allocate = functools.partial(allocate_cache, deepseek_v2_lite.config, 1, 64, jnp.bfloat16)
     for kernel, lanes in (("tpu", 128), ("hopper", 64)):
         pages = jax.eval_shape(functools.partial(allocate, decode_kernel=kernel)).pages
         assert pages.rope.shape == (deepseek_v2_lite.config.num_layers, 64, lanes)
@@ -299,16 +320,9 @@ def test_create_model_draws_every_weight_alike():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(
-    ("config", "parameters"),
-    [
-        (deepseek_v2.config, 235_741_434_880),
-        (deepseek_v2_5.config, 235_741_434_880),
-        (deepseek_v2_lite.config, 15_706_484_224),
-    ],
-    ids=["v2", "v2_5", "v2_lite"],
-)
-def test_the_released_models_have_their_size(config: ModelConfig, parameters):
+@pytest.mark.parametrize("name", SIZES)
+def test_the_released_models_have_their_size(name: str):
+    config = importlib.import_module(f"dsjax.configs.models.{name}").config
     _, state = abstract_model(config)
     leaves = [variable for _, variable in nnx.to_flat_state(state)]
-    assert sum(int(np.prod(v.shape, dtype=np.int64)) for v in leaves) == parameters
+    assert sum(int(np.prod(v.shape, dtype=np.int64)) for v in leaves) == SIZES[name].parameters

@@ -153,7 +153,7 @@ def test_generation_through_the_latent_cache_equals_transformers(repository, tmp
     tokens = rng.integers(0, fields["vocab_size"], (2, 612))
     prompts = [600, 341]
     want = torch_logits(hf_model, tokens, [612, 612])
-    cache = allocate_cache(model.config, 2, 640)
+    cache = allocate_cache(model.config, 2, 640, jnp.float32)
     prefill = jax.jit(lambda model, *args: model.prefill(*args))
     decode = jax.jit(lambda model, *args: model.decode(*args))
     logits, cache = prefill(model, tokens[:, :600].astype(np.int32), jnp.array(prompts), cache)

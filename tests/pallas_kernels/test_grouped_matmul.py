@@ -255,11 +255,13 @@ def swap(**changes):
         ),
     ],
 )
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         grouped_matmul(**swap(**changes))
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_refuses_weights_that_do_not_fit():
     lhs, sizes = jnp.ones((4, 8)), jnp.array([1, 2])
     gate = jnp.ones((2, 8, 16))

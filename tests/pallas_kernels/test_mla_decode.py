@@ -214,6 +214,7 @@ def test_merged_shards_equal_the_whole(implementation):
     assert relative_error(lse, want[1]) < 1e-5
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_merge_of_nothing():
     outs, lses = jnp.zeros((2, 3, 4)), jnp.full((2, 3), -jnp.inf)
     out, lse = merge_partial_attention(outs, lses)
@@ -289,6 +290,7 @@ def replace(arguments, index, change):
         (4, lambda lengths: lengths.astype(jnp.float32), "lengths_B: dtype"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_errors_name_the_argument(index, change, message):
     arguments = Case("bad", (20, 3), num_heads=4, page_size=16).draw(seed=15, dims=(16, 8))
     with pytest.raises(ValueError, match=message):
@@ -301,6 +303,7 @@ def test_unknown_implementation():
         mla_decode(*arguments, scale=1.0, implementation="fast")
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_append_errors_name_the_argument():
     pages, table, zero = pool(jnp.float32), jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, jnp.int32)
     latent, rope = jnp.zeros((2, 4, 8)), jnp.zeros((2, 4, 6))

@@ -159,6 +159,7 @@ def name_of(value):
 
 
 @pytest.mark.parametrize(("op", "implementation"), PAIRS, ids=name_of)
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_takes_what_it_says(op, implementation, rng):
     """Random sizes trace forward and backward, or raise what `supported` says."""
     outcomes = set()
@@ -217,6 +218,7 @@ def test_names_the_size_to_blame():
 
 
 @pytest.mark.parametrize("op", OPS, ids=name_of)
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_chips(op, rng):
     """Kernels are for their chips; the other implementations run on all."""
     while True:

@@ -19,6 +19,7 @@ from dsjax.weights.hf_table import (
     params_to_hf,
 )
 from dsjax.weights.strided_copy import copy_strided
+from tests.released_models import SIZES
 from tests.small_models import SMALL, SMALL_LITE
 
 DENSE = replace(SMALL, moe=None, num_dense_layers=SMALL.num_layers)
@@ -44,20 +45,13 @@ def assert_fits_the_model(config: ModelConfig) -> None:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(
-    ("name", "num_tensors", "num_parameters"),
-    [
-        ("deepseek_v2", 29_102, 235_741_434_880),
-        ("deepseek_v2_5", 29_102, 235_741_434_880),
-        ("deepseek_v2_lite", 5_291, 15_706_484_224),
-    ],
-)
-def test_released_models_are_covered_completely(repository, name, num_tensors, num_parameters):
+@pytest.mark.parametrize("name", SIZES)
+def test_released_models_are_covered_completely(repository, name):
     text = (repository / "tests" / "hf_configs" / f"{name}.json").read_text()
     config = from_hf_config(json.loads(text))
     shapes = hf_tensor_shapes(config)
-    assert len(shapes) == num_tensors
-    assert sum(map(math.prod, shapes.values())) == num_parameters
+    assert len(shapes) == SIZES[name].hf_tensors
+    assert sum(map(math.prod, shapes.values())) == SIZES[name].parameters
     assert_fits_the_model(config)
 
 

@@ -20,7 +20,7 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
     for path, variable in nnx.to_flat_state(state):
         size = math.prod(variable.shape)
         total += size
-        if path[0] == "moe_layers" and path[-2] == "feed_forward":
+        if path[0] == "moe_layers" and path[-3] == "feed_forward":
             routed += size  # the experts' own matrices; router and shared lie a level deeper
     if config.moe is None:
         return total, total

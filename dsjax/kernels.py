@@ -37,6 +37,7 @@ class Kernels:
             computed while the next is under way.
         exchange_room: tokens that one pass over a device's experts has room for, over an even
             share of them; where there are more, it takes more passes.
+        pass_step: room of a pass comes in multiples of so many tokens or rows.
     """
 
     mla_attention: str = "xla"
@@ -47,6 +48,7 @@ class Kernels:
     expert_exchange: str = "fixed"
     exchange_chunks: int = 1
     exchange_room: float = 1.5
+    pass_step: int = 128
 
 
 def choose_kernels(

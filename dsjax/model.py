@@ -1,25 +1,25 @@
-"""DeepSeek-V2 as one module: blocks, the scanned stacks, prefill and decode (§2)."""
+"""DeepSeek-V2 as one module: blocks, the scanned stacks, forward and extend (§2)."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.cache import LatentCache
+from dsjax.cache import LatentPool, View
 from dsjax.config import ModelConfig, RuntimeConfig, TokenDropping
 from dsjax.kernels import Kernels
-from dsjax.layers.basic import MLP, LayerOptions, RMSNorm, float32_matmul
-from dsjax.layers.expert_passes import Experts, Weights
-from dsjax.layers.mla import MLA
-from dsjax.layers.moe import MoE
-from dsjax.layers.router import RouterStats
+from dsjax.layers.attention import MLA
+from dsjax.layers.head import Embedding, Head
+from dsjax.layers.mlp import MLP
+from dsjax.layers.moe import ExpertWeights, MoE, RouterStats
+from dsjax.layers.norm import RMSNorm
+from dsjax.layers.options import LayerOptions
 from dsjax.mesh import ShardingRules, check_divisible
-from pallas_kernels.grouped_matmul import LayerOfStack
 
 
 class Block(nnx.Module):
@@ -43,52 +43,46 @@ class Block(nnx.Module):
         segment_ids_BT: jax.Array | None,
         dropping: TokenDropping | None,
     ) -> tuple[jax.Array, RouterStats | None]:
-        """Returns the residual stream behind the layer, and its router's statistics if sparse."""
-        x_BTD += self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT)
+        """Returns the residual stream after the layer, and its router's statistics if sparse."""
+        with jax.named_scope("attention"):
+            normed_BTD = self.attention_norm(x_BTD)
+            x_BTD += self.attention(normed_BTD, positions_BT, segment_ids_BT)
         mask_BT = None if segment_ids_BT is None else segment_ids_BT > 0
-        return self._feed_forward(x_BTD, mask_BT, dropping)
+        return self._feed_forward(x_BTD, mask_BT, dropping, None)
 
-    def prefill(
+    def extend(
         self,
         x_BTD: jax.Array,
-        num_tokens_B: jax.Array,
-        cache: LatentCache,
+        pool: LatentPool,
+        view: View,
         layer: jax.Array,
-        experts: Experts | None = None,
-    ) -> tuple[jax.Array, LatentCache]:
-        """Runs over prompts from their first token and writes their latents to the cache."""
-        positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
-        attended = self.attention.prefill(self.attention_norm(x_BTD), positions_BT, None)
-        out_BTD, latent_BTC, k_rope_BTR = attended
-        cache = cache.write(layer, latent_BTC, k_rope_BTR, num_tokens_B)
-        mask_BT = positions_BT < num_tokens_B[:, None]
-        x_BTD, _ = self._feed_forward(x_BTD + out_BTD, mask_BT, None, experts)
-        return x_BTD, cache
+        experts: ExpertWeights | None,
+    ) -> tuple[jax.Array, LatentPool]:
+        """Runs over a row of new tokens; see `DeepSeekV2.extend`.
 
-    def decode(
-        self,
-        x_BTD: jax.Array,
-        cache: LatentCache,
-        layer: jax.Array,
-        experts: Experts | None = None,
-    ) -> tuple[jax.Array, LatentCache]:
-        """Runs over the next tokens of sequences whose earlier ones are in the cache."""
-        positions_BT = cache.lengths_B[:, None] + jnp.arange(x_BTD.shape[1])
-        normed_BTD = self.attention_norm(x_BTD)
-        out_BTD, cache = self.attention.decode(normed_BTD, positions_BT, cache, layer)
-        x_BTD, _ = self._feed_forward(x_BTD + out_BTD, None, None, experts)
-        return x_BTD, cache
+        Args:
+            x_BTD: residual stream of one row.
+            pool: the latents so far.
+            view: the row's parts.
+            layer: int32 scalar, this layer's number.
+            experts: this layer's, where they lie in those of all layers; None for its own.
+        """
+        with jax.named_scope("attention"):
+            out_BTD, pool = self.attention.extend(self.attention_norm(x_BTD), pool, view, layer)
+        x_BTD, _ = self._feed_forward(x_BTD + out_BTD, view.mask()[None], None, experts)
+        return x_BTD, pool
 
     def _feed_forward(
         self,
         x_BTD: jax.Array,
         mask_BT: jax.Array | None,
         dropping: TokenDropping | None,
-        experts: Experts | None = None,
+        experts: ExpertWeights | None,
     ) -> tuple[jax.Array, RouterStats | None]:
         normed_BTD = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MLP):
-            return x_BTD + self.feed_forward(normed_BTD), None
+            with jax.named_scope("mlp"):
+                return x_BTD + self.feed_forward(normed_BTD), None
         out_BTD, stats = self.feed_forward(normed_BTD, mask_BT, dropping, experts)
         return x_BTD + out_BTD, stats
 
@@ -98,11 +92,11 @@ class DeepSeekV2(nnx.Module):
 
     Attributes:
         config: what it is.
-        embed: [vocab, hidden] embedding.
+        embed: the embedding.
         dense_layers: the first layers, stacked along a leading layer dim, or None.
         moe_layers: the layers with experts, likewise.
         norm: the final norm.
-        lm_head: [hidden, vocab] output projection.
+        lm_head: the output projection.
     """
 
     def __init__(
@@ -117,15 +111,11 @@ class DeepSeekV2(nnx.Module):
         options = LayerOptions.of(
             config, runtime or RuntimeConfig(), rules or ShardingRules(), kernels or Kernels()
         )
-        self.embed = options.weight(
-            rngs, (config.vocab_size, config.hidden_dim), ("vocab", "param_embed")
-        )
+        self.embed = Embedding(config.vocab_size, config.hidden_dim, options, rngs)
         self.dense_layers = _stack(config.num_dense_layers, config, False, options, rngs)
         self.moe_layers = _stack(config.num_moe_layers, config, True, options, rngs)
         self.norm = RMSNorm(config.hidden_dim, options)
-        self.lm_head = options.weight(
-            rngs, (config.hidden_dim, config.vocab_size), ("param_embed", "vocab")
-        )
+        self.lm_head = Head(config.hidden_dim, config.vocab_size, options, rngs)
         self.config = config
         self.options = options
 
@@ -146,7 +136,7 @@ class DeepSeekV2(nnx.Module):
             logits_BTW: float32.
         """
         hidden_BTD, _ = self.hidden(tokens_BT, positions, segment_ids)
-        return self.unembed(hidden_BTD)
+        return self.lm_head.logits(hidden_BTD)
 
     def hidden(
         self,
@@ -155,7 +145,7 @@ class DeepSeekV2(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         dropping: TokenDropping | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
-        """Computes what `unembed` takes, so that a loss need not hold all logits at once.
+        """Computes what `lm_head.logits` takes, so that a loss need not hold all logits at once.
 
         Returns:
             hidden_BTD in the compute dtype, and the routers' statistics stacked over the sparse
@@ -168,105 +158,80 @@ class DeepSeekV2(nnx.Module):
             return block(x_BTD, positions_BT, segment_ids_BT, dropping)
 
         run_block = _with_remat(run, self.options.runtime.remat)
-        x_BTD = self._embed(tokens_BT)
-        stats = None
-        for layers in (self.dense_layers, self.moe_layers):
-            if layers is not None:
-                x_BTD, stats = jax.lax.scan(run_block, x_BTD, layers)
+        x_BTD, stats = self.embed(tokens_BT), None
+        for stack in self.stacks():
+            x_BTD, stats = jax.lax.scan(run_block, x_BTD, stack.layers)
         return self.norm(x_BTD), stats
 
-    def unembed(self, hidden_BTD: jax.Array, head: jax.Array | None = None) -> jax.Array:
-        """Projects to the vocabulary.
+    def extend(
+        self, tokens_T: jax.Array, pool: LatentPool, view: View, wanted_M: jax.Array
+    ) -> tuple[jax.Array, LatentPool]:
+        """Reads the next tokens of many sequences, each after what the pool holds of it.
+
+        One row holds them all: sequences that decode with one to a few tokens each, and chunks of
+        prompts. Projections and experts see the row's T tokens, attention alone sees its parts.
 
         Args:
-            hidden_BTD: what `hidden` gave.
-            head: [D, W] stands in for `lm_head`, so that its gradient may have another dtype.
+            tokens_T: int32, the row; padding may hold any token.
+            pool: the latents so far; donate it, and it is updated in place.
+            view: the row's parts, and where their sequences lie in the pool.
+            wanted_M: int32, places of the row whose logits are wanted.
 
         Returns:
-            logits_BTW: float32.
-        """
-        logits_BTW = float32_matmul(hidden_BTD, self.lm_head[...] if head is None else head)
-        return self.options.rules.constrain(logits_BTW, "batch", "length", "vocab")
-
-    def prefill(
-        self, tokens_BT: jax.Array, num_tokens_B: jax.Array, cache: LatentCache
-    ) -> tuple[jax.Array, LatentCache]:
-        """Reads prompts into an empty cache, in the expanded form.
-
-        Args:
-            tokens_BT: int32 prompts, padded at the end.
-            num_tokens_B: int32 tokens of each prompt.
-            cache: an empty cache.
-
-        Returns:
-            logits_BW of the token after each prompt, float32, and the filled cache.
+            logits_MW of the token after each place wanted, float32, and the pool with the row's
+            tokens. The view is still the one given: `Part.advanced` moves it on.
         """
 
         def run(
-            carry: tuple[jax.Array, LatentCache], xs: tuple[Block, jax.Array]
-        ) -> tuple[tuple[jax.Array, LatentCache], None]:
+            carry: tuple[jax.Array, LatentPool], xs: tuple[Block, jax.Array]
+        ) -> tuple[tuple[jax.Array, LatentPool], None]:
+            # The pool is carried through the layers, so that it is updated in place.
             block, layer = xs
             experts = self._experts_in_place(layer)
-            return block.prefill(carry[0], num_tokens_B, carry[1], layer, experts), None
+            return block.extend(carry[0], carry[1], view, layer, experts), None
 
-        x_BTD, cache = self._through_layers(run, self._embed(tokens_BT), cache)
-        last_B1D = jnp.take_along_axis(x_BTD, (num_tokens_B - 1)[:, None, None], axis=1)
-        return self.unembed(self.norm(last_B1D))[:, 0], cache.advance(num_tokens_B)
+        carry = self.embed(tokens_T[None]), pool
+        for stack in self.stacks():
+            numbers = stack.first + jnp.arange(stack.num_layers, dtype=jnp.int32)
+            carry, _ = jax.lax.scan(run, carry, (stack.layers, numbers))
+        x_BTD, pool = carry
+        return self.lm_head.logits(self.norm(x_BTD[:, wanted_M]))[0], pool
 
-    def decode(self, tokens_BT: jax.Array, cache: LatentCache) -> tuple[jax.Array, LatentCache]:
-        """Reads the next tokens of every sequence, in the absorbed form.
+    def stacks(self) -> list[Stack]:
+        """Returns the model's layers as stacks of equal ones, from the first to the last."""
+        dense, sparse = self.config.num_dense_layers, self.config.num_moe_layers
+        stacks = ((0, dense, self.dense_layers), (dense, sparse, self.moe_layers))
+        return [
+            Stack(first, count, layers) for first, count, layers in stacks if layers is not None
+        ]
 
-        Args:
-            tokens_BT: int32, the newest tokens; T is 1 but for speculative decoding.
-            cache: what came before them.
-
-        Returns:
-            logits_BTW, float32, and the longer cache.
-        """
-
-        def run(
-            carry: tuple[jax.Array, LatentCache], xs: tuple[Block, jax.Array]
-        ) -> tuple[tuple[jax.Array, LatentCache], None]:
-            block, layer = xs
-            return block.decode(*carry, layer, self._experts_in_place(layer)), None
-
-        x_BTD, cache = self._through_layers(run, self._embed(tokens_BT), cache)
-        return self.unembed(self.norm(x_BTD)), cache.advance(tokens_BT.shape[1])
-
-    def _through_layers(
-        self, run: Any, x_BTD: jax.Array, cache: LatentCache
-    ) -> tuple[jax.Array, LatentCache]:
-        """Carries the cache through the layers, so that it is updated in place."""
-        first = 0
-        for layers, count in (
-            (self.dense_layers, self.config.num_dense_layers),
-            (self.moe_layers, self.config.num_moe_layers),
-        ):
-            if layers is not None:
-                numbers = jnp.arange(first, first + count, dtype=jnp.int32)
-                (x_BTD, cache), _ = jax.lax.scan(run, (x_BTD, cache), (layers, numbers))
-            first += count
-        return x_BTD, cache
-
-    def _experts_in_place(self, layer: jax.Array) -> Experts | None:
+    def _experts_in_place(self, layer: jax.Array) -> ExpertWeights | None:
         """Returns a layer's experts within those of all, for kernels that read them there.
 
         The scan's own slice of them would be written out before every call of a TPU's kernel.
         """
-        layers, dtype = self.moe_layers, self.options.dtype
+        layers, rules = self.moe_layers, self.options.rules
         if not self.options.kernels.experts_in_place or layers is None:
             return None
         moe = layers.feed_forward
         assert isinstance(moe, MoE)
-        stacks = (moe.w_gate[...], moe.w_up[...], moe.w_down[...])
-        if self.options.rules.dividing_axes("expert_embed") or moe.w_gate.dtype != dtype:
+        if rules.dividing_axes("expert_embed") or moe.w_gate.stored().dtype != self.options.dtype:
             return None  # they are gathered or cast first, which is a copy anyway
-        number = layer - self.config.num_dense_layers
-        return Weights(*(LayerOfStack(stack, number) for stack in stacks))
+        return moe.stacked_weights(layer - self.config.num_dense_layers)
 
-    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        x_BTD = self.embed[...][tokens_BT].astype(self.options.dtype)
-        return self.options.rules.constrain(x_BTD, "batch", "length", "embed")
+
+class Stack(NamedTuple):
+    """Layers of one kind, stacked along a leading dim of their parameters.
+
+    Attributes:
+        first: number of the first of them among all layers of the model.
+        num_layers: how many there are.
+        layers: their modules as one.
+    """
+
+    first: int
+    num_layers: int
+    layers: Block
 
 
 def _stack(

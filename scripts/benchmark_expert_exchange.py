@@ -28,10 +28,10 @@ from dsjax.config import MeshConfig, ModelConfig, RuntimeConfig
 from dsjax.config.load import override
 from dsjax.configs.models import deepseek_v2
 from dsjax.kernels import choose_kernels
-from dsjax.layers.basic import LayerOptions
-from dsjax.layers.expert_parallel import max_shards
 from dsjax.layers.moe import MoE
-from dsjax.layers.router import choose_experts
+from dsjax.layers.moe.dispatch import max_shards
+from dsjax.layers.moe.router import choose_experts
+from dsjax.layers.options import LayerOptions
 from dsjax.mesh import ShardingRules, make_mesh, train_rules
 from pallas_kernels.expert_exchange import (
     TRANSPORTS,

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.cache import LatentCache, allocate_cache
+from dsjax.cache import LatentPool, Part, View, allocate_pool
 from dsjax.chips import peak_flops
 from dsjax.config import (
     GuardConfig,
@@ -129,37 +129,39 @@ def measure_generation(
     model = create_model(config, 0, runtime, kernels=kernels)
     graphdef, state = nnx.split(model)
     prompts = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
-    lengths = jnp.full(batch, length, jnp.int32)
-
-    @functools.partial(jax.jit, donate_argnums=3)
-    def prefill(state: nnx.State, tokens: jax.Array, lengths: jax.Array, cache: Any) -> Any:
-        model: DeepSeekV2 = nnx.merge(graphdef, state)
-        return model.prefill(tokens, lengths, cache)
+    pages = -(-(length + 256) // 64)
+    prompt = Part(
+        page_table_BP=jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages),
+        lengths_B=jnp.zeros(batch, jnp.int32),
+        num_new_B=jnp.full(batch, length, jnp.int32),
+        num_tokens=length,
+        is_first=True,
+    )
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def decode(state: nnx.State, tokens: jax.Array, cache: Any) -> Any:
+    def extend(state: nnx.State, tokens: jax.Array, pool: LatentPool, part: Part) -> Any:
+        """Reads a part; returns each sequence's best next token, the pool, and the part after."""
         model: DeepSeekV2 = nnx.merge(graphdef, state)
-        logits, cache = model.decode(tokens, cache)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+        last = jnp.arange(1, batch + 1) * part.num_tokens - 1
+        logits, pool = model.extend(tokens, pool, View((part,)), last)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), pool, part.advanced()
 
-    def new_cache() -> LatentCache:
-        return allocate_cache(
-            config,
-            batch,
-            length + 256,
-            jnp.dtype(runtime.dtype),
-            decode_kernel=kernels.mla_decode,
-        )
+    def prefill() -> Any:
+        dtype, kernel = jnp.dtype(runtime.dtype), kernels.mla_decode
+        pool = allocate_pool(config, batch * pages, dtype, decode_kernel=kernel)
+        return extend(state, prompts.reshape(-1), pool, prompt)
 
-    seconds = median_seconds(lambda: prefill(state, prompts, lengths, new_cache()), 2)
+    seconds = median_seconds(prefill, 2)
     figures = {"batch": batch, "length": length, "seconds": seconds}
     report("prefill", model, figures | {"tokens_per_second": batch * length / seconds})
 
-    _, cache = prefill(state, prompts, lengths, new_cache())
-    held = [prompts[:, :1], cache]
+    tokens, pool, part = prefill()
+    one = jnp.ones(batch, jnp.int32)
+    part = dataclasses.replace(part, num_new_B=one, num_tokens=1, is_first=False)
+    held = [tokens, pool, part]
 
     def step() -> Any:
-        held[0], held[1] = decode(state, *held)
+        held[:] = extend(state, *held)
         return held[0]
 
     seconds = median_seconds(step, max(20, arguments.steps))

@@ -28,8 +28,8 @@ from flax import nnx
 from dsjax.config import ModelConfig, RuntimeConfig
 from dsjax.config.load import load_model_config
 from dsjax.kernels import Kernels
-from dsjax.layers.basic import LayerOptions
 from dsjax.layers.moe import MoE
+from dsjax.layers.options import LayerOptions
 from dsjax.mesh import train_rules
 
 PROFILED_CALLS = 3

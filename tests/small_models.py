@@ -70,7 +70,7 @@ def random_model(
         if dims == ("norm",):
             values = rng.uniform(0.5, 1.5, variable.shape)
         else:
-            fan_in = 1 if path == ("embed",) else _fan_in(dims, variable.shape)
+            fan_in = 1 if path[0] == "embed" else _fan_in(dims, variable.shape)
             gain = 2.0 if "router" in path else 1.3
             values = rng.standard_normal(variable.shape) * gain / np.sqrt(fan_in)
         sharding = shardings[path].get_value() if on_mesh else None
@@ -102,25 +102,26 @@ def oracle_weights(model: DeepSeekV2) -> dict:
             "attention_norm": stack.attention_norm.weight,
             "feed_forward_norm": stack.feed_forward_norm.weight,
             "kv_norm": attention.kv_norm.weight,
-            "w_gate": feed_forward.w_gate,
-            "w_up": feed_forward.w_up,
-            "w_down": feed_forward.w_down,
+            "w_gate": feed_forward.w_gate.weight,
+            "w_up": feed_forward.w_up.weight,
+            "w_down": feed_forward.w_down.weight,
         }
         for name in ("wq_nope", "wq_rope", "wkv_a", "wk_b", "wv_b", "wo"):
-            stacked[name] = getattr(attention, name)
+            stacked[name] = getattr(attention, name).weight
         if attention.wq_a is not None:
-            stacked |= {"wq_a": attention.wq_a, "q_norm": attention.q_norm.weight}
+            stacked |= {"wq_a": attention.wq_a.weight, "q_norm": attention.q_norm.weight}
         if stack is model.moe_layers:
-            stacked["router"] = feed_forward.router.weight
+            stacked["router"] = feed_forward.router.gate.weight
             if feed_forward.shared is not None:
                 for name in ("gate", "up", "down"):
-                    stacked[f"shared_{name}"] = getattr(feed_forward.shared, f"w_{name}")
+                    matrix = getattr(feed_forward.shared, f"w_{name}")
+                    stacked[f"shared_{name}"] = matrix.weight
         arrays = {name: array(variable) for name, variable in stacked.items()}
         count = len(arrays["attention_norm"])
         layers += [{name: values[i] for name, values in arrays.items()} for i in range(count)]
     return {
-        "embed": array(model.embed),
+        "embed": array(model.embed.weight),
         "norm": array(model.norm.weight),
-        "lm_head": array(model.lm_head),
+        "lm_head": array(model.lm_head.weight),
         "layers": layers,
     }

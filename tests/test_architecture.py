@@ -106,7 +106,7 @@ def test_the_rule_finds_what_it_should():
     assert upward_imports("model", [(3, "dsjax.load")])
     assert upward_imports("config", [(3, "dsjax.data.tokenizer.load_tokenizer")])
     assert not upward_imports(
-        "model", [(3, "dsjax.layers.mla.MLA"), (4, "dsjax.model"), (5, "jax")]
+        "model", [(3, "dsjax.layers.attention.MLA"), (4, "dsjax.model"), (5, "jax")]
     )
 
 

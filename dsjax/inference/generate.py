@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsjax.cache import LatentCache, allocate_cache
+from dsjax.cache import LatentPool, Part, View, allocate_pool
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.inference.sampler import Sampling, SamplingArrays, sample
 from dsjax.inference.text import TextStream
 from dsjax.model import DeepSeekV2
+
+_PAGE_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -67,24 +70,29 @@ def generate(
     padded_BT, lengths_B = _pad(prompts)
     # A sequence that has ended goes on being decoded with the others, so all need this much.
     longest = int(lengths_B.max()) + max(limits)
-    cache = allocate_cache(
-        model.config,
-        len(prompts),
-        _round_up(longest, 256),
-        model.options.dtype,
-        decode_kernel=model.options.kernels.mla_decode,
+    pool, table_BP = _room_for(model, len(prompts), _round_up(longest, 256))
+    prompt = Part(
+        table_BP,
+        jnp.zeros(len(prompts), jnp.int32),
+        jnp.asarray(lengths_B),
+        num_tokens=padded_BT.shape[1],
+        is_first=True,
     )
     arrays = SamplingArrays.of(samplings)
-    newest_B, cache = _prefill(
-        graphdef, state, jnp.asarray(padded_BT), jnp.asarray(lengths_B), cache, arrays
+    newest_B, pool = _step(
+        graphdef, state, jnp.asarray(padded_BT.reshape(-1)), pool, prompt, arrays, jnp.int32(0)
+    )
+    one = dataclasses.replace(
+        prompt.advanced(), num_new_B=jnp.ones_like(prompt.num_new_B), num_tokens=1, is_first=False
     )
     for index in range(max(limits)):
         following_B = newest_B
         if index + 1 < max(limits):
             # The next step is under way before this step's tokens are looked at.
-            following_B, cache = _decode(
-                graphdef, state, newest_B, cache, arrays, jnp.int32(index + 1)
+            following_B, pool = _step(
+                graphdef, state, newest_B, pool, one, arrays, jnp.int32(index + 1)
             )
+            one = one.advanced()
         for i, token in enumerate(np.asarray(newest_B)):
             if streams[i].finish is None:
                 tokens[i].append(int(token))
@@ -132,27 +140,33 @@ def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _prefill(
-    graphdef: nnx.GraphDef[DeepSeekV2],
-    state: nnx.State,
-    tokens_BT: jax.Array,
-    lengths_B: jax.Array,
-    cache: LatentCache,
-    sampling: SamplingArrays,
-) -> tuple[jax.Array, LatentCache]:
-    logits_BW, cache = nnx.merge(graphdef, state).prefill(tokens_BT, lengths_B, cache)
-    return sample(logits_BW, sampling, jnp.int32(0)), cache
+def _room_for(model: DeepSeekV2, batch_size: int, length: int) -> tuple[LatentPool, jax.Array]:
+    """Allocates a pool for sequences of a length, and gives each its pages of it."""
+    options = model.options
+    pages = -(-length // _PAGE_SIZE)
+    pool = allocate_pool(
+        model.config,
+        batch_size * pages,
+        options.dtype,
+        page_size=_PAGE_SIZE,
+        decode_kernel=options.kernels.mla_decode,
+    )
+    return pool, jnp.arange(batch_size * pages, dtype=jnp.int32).reshape(batch_size, pages)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _decode(
+def _step(
     graphdef: nnx.GraphDef[DeepSeekV2],
     state: nnx.State,
-    tokens_B: jax.Array,
-    cache: LatentCache,
+    tokens_T: jax.Array,
+    pool: LatentPool,
+    part: Part,
     sampling: SamplingArrays,
     index: jax.Array,
-) -> tuple[jax.Array, LatentCache]:
-    logits_BTW, cache = nnx.merge(graphdef, state).decode(tokens_B[:, None], cache)
-    return sample(logits_BTW[:, -1], sampling, index), cache
+) -> tuple[jax.Array, LatentPool]:
+    """Reads a part's tokens and chooses the next one of every sequence."""
+    first_B = jnp.arange(part.num_sequences) * part.num_tokens
+    last_B = first_B + part.num_new_B - 1
+    model = nnx.merge(graphdef, state)
+    logits_BW, pool = model.extend(tokens_T, pool, View((part,)), last_B)
+    return sample(logits_BW, sampling, index), pool

@@ -113,37 +113,54 @@ class ShardingRules:
 
     def dividing_axes(self, dim: str) -> tuple[str, ...]:
         """Returns the mesh axes of more than one device that divide a logical dim."""
-        return tuple(axis for axis in dict(self.table)[dim] if self.axis_size(axis) > 1)
+        return tuple(axis for axis in self.axes(dim) if self.axis_size(axis) > 1)
+
+    def axes(self, dim: str) -> tuple[str, ...]:
+        """Returns the mesh axes that the table gives a logical dim."""
+        return dict(self.table)[dim]
 
     def shard_map(
-        self, f: Callable[..., Any], in_dims: tuple[Dims | None, ...], out_dims: Any
+        self, f: Callable[..., Any], in_dims: tuple[Any, ...], out_dims: Any
     ) -> Callable[..., Any]:
         """Returns f run once per device on its shards; f itself off a mesh.
 
         Args:
-            f: a function of arrays.
-            in_dims: of each argument, its logical dims; () or None for one that is not divided.
-            out_dims: logical dims of the result, or a tuple of them for a tuple of results.
+            f: a function of arrays, or of pytrees of them.
+            in_dims: of each argument, a pytree of logical dims; () for an array, or a whole
+                pytree, that is not divided, and None for an argument that is None.
+            out_dims: the same of the result.
         """
         if self.mesh is None:
             return f
-        in_specs = tuple(self.spec(*(dims or ())) for dims in in_dims)
-        if any(isinstance(dims, tuple) for dims in out_dims):
-            out_specs: Any = tuple(self.spec(*dims) for dims in out_dims)
-        else:
-            out_specs = self.spec(*out_dims)
+
+        def spec(dims: Dims | None) -> PartitionSpec:
+            return self.spec(*(dims or ()))
+
         # Pallas calls do not say how their results vary over the mesh, so this is not checked.
         return jax.shard_map(
-            f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+            f,
+            mesh=self.mesh,
+            in_specs=jax.tree.map(spec, in_dims, is_leaf=_is_dims),
+            out_specs=jax.tree.map(spec, out_dims, is_leaf=_is_dims),
+            check_vma=False,
         )
 
     def axis_size(self, axis: str) -> int:
         """Returns the number of devices along a mesh axis, 1 off a mesh."""
         return 1 if self.mesh is None else self.mesh.shape[axis]
 
+    def num_shards(self, dim: str) -> int:
+        """Returns the number of parts that the rules divide a logical dim into."""
+        return math.prod(self.axis_size(axis) for axis in self.axes(dim))
+
     def num_batch_shards(self) -> int:
         """Returns the number of parts that the rules divide a batch into."""
-        return math.prod(self.axis_size(axis) for axis in dict(self.table)["batch"])
+        return self.num_shards("batch")
+
+
+def _is_dims(node: Any) -> bool:
+    """Whether a node of a pytree is the logical dims of one array."""
+    return isinstance(node, tuple) and all(dim is None or isinstance(dim, str) for dim in node)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dsjax.config import BalanceConfig, LossConfig, MoEConfig
-from dsjax.layers.router import RouterStats
+from dsjax.layers.moe import RouterStats
 from dsjax.model import DeepSeekV2
 
 Batch = dict[str, jax.Array]
@@ -112,14 +112,14 @@ def sum_cross_entropy(
     while length % num_chunks:
         num_chunks += 1
     # The chunks' gradients of the output head are added up in its dtype.
-    head = model.lm_head[...].astype(jnp.float32)
+    head = model.lm_head.stored().astype(jnp.float32)
 
     @jax.checkpoint
     def add_chunk(
         sums: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         hidden_BtD, targets_Bt, weights_Bt = xs
-        logits_BtW = model.unembed(hidden_BtD, head)
+        logits_BtW = model.lm_head.logits(hidden_BtD, head)
         log_partition_Bt = jax.nn.logsumexp(logits_BtW, axis=-1)
         target_Bt = jnp.take_along_axis(logits_BtW, targets_Bt[..., None], axis=-1)[..., 0]
         nats = jnp.sum((log_partition_Bt - target_Bt) * weights_Bt)

@@ -6,7 +6,7 @@ the file keeps as one, and a sum such as `N+R` is a dim that holds one part afte
 a parameter may take a single part of. So
 
     Row("self_attn.q_b_proj.weight", "(H N+R) Q",
-        "attention.wq_nope: Q H N", "attention.wq_rope: Q H R")
+        "attention.wq_nope.weight: Q H N", "attention.wq_rope.weight: Q H R")
 
 says that the file holds [H * (N + R), Q] and that `wq_nope` is its first N rows of every head,
 transposed to [Q, H, N]. Everything else here only executes the table: `HFTable.params` is the way
@@ -47,56 +47,56 @@ class Row:
 
 
 _TOP = (
-    Row("model.embed_tokens.weight", "W D", "embed: W D"),
+    Row("model.embed_tokens.weight", "W D", "embed.weight: W D"),
     Row("model.norm.weight", "D", "norm.weight: D"),
-    Row("lm_head.weight", "W D", "lm_head: D W"),
+    Row("lm_head.weight", "W D", "lm_head.weight: D W"),
 )
 _EVERY_LAYER = (
     Row("input_layernorm.weight", "D", "attention_norm.weight: D"),
-    Row("self_attn.kv_a_proj_with_mqa.weight", "C+R D", "attention.wkv_a: D C+R"),
+    Row("self_attn.kv_a_proj_with_mqa.weight", "C+R D", "attention.wkv_a.weight: D C+R"),
     Row("self_attn.kv_a_layernorm.weight", "C", "attention.kv_norm.weight: C"),
     Row(
         "self_attn.kv_b_proj.weight",
         "(H N+V) C",
-        "attention.wk_b: C H N",
-        "attention.wv_b: C H V",
+        "attention.wk_b.weight: C H N",
+        "attention.wv_b.weight: C H V",
     ),
-    Row("self_attn.o_proj.weight", "D (H V)", "attention.wo: H V D"),
+    Row("self_attn.o_proj.weight", "D (H V)", "attention.wo.weight: H V D"),
     Row("post_attention_layernorm.weight", "D", "feed_forward_norm.weight: D"),
 )
 _COMPRESSED_QUERIES = (
-    Row("self_attn.q_a_proj.weight", "Q D", "attention.wq_a: D Q"),
+    Row("self_attn.q_a_proj.weight", "Q D", "attention.wq_a.weight: D Q"),
     Row("self_attn.q_a_layernorm.weight", "Q", "attention.q_norm.weight: Q"),
     Row(
         "self_attn.q_b_proj.weight",
         "(H N+R) Q",
-        "attention.wq_nope: Q H N",
-        "attention.wq_rope: Q H R",
+        "attention.wq_nope.weight: Q H N",
+        "attention.wq_rope.weight: Q H R",
     ),
 )
 _PLAIN_QUERIES = (
     Row(
         "self_attn.q_proj.weight",
         "(H N+R) D",
-        "attention.wq_nope: D H N",
-        "attention.wq_rope: D H R",
+        "attention.wq_nope.weight: D H N",
+        "attention.wq_rope.weight: D H R",
     ),
 )
 _DENSE_MLP = (
-    Row("mlp.gate_proj.weight", "F D", "feed_forward.w_gate: D F"),
-    Row("mlp.up_proj.weight", "F D", "feed_forward.w_up: D F"),
-    Row("mlp.down_proj.weight", "D F", "feed_forward.w_down: F D"),
+    Row("mlp.gate_proj.weight", "F D", "feed_forward.w_gate.weight: D F"),
+    Row("mlp.up_proj.weight", "F D", "feed_forward.w_up.weight: D F"),
+    Row("mlp.down_proj.weight", "D F", "feed_forward.w_down.weight: F D"),
 )
-_ROUTER = (Row("mlp.gate.weight", "E D", "feed_forward.router.weight: D E"),)
+_ROUTER = (Row("mlp.gate.weight", "E D", "feed_forward.router.gate.weight: D E"),)
 _EXPERT = (
-    Row("mlp.experts.{expert}.gate_proj.weight", "F D", "feed_forward.w_gate: D F"),
-    Row("mlp.experts.{expert}.up_proj.weight", "F D", "feed_forward.w_up: D F"),
-    Row("mlp.experts.{expert}.down_proj.weight", "D F", "feed_forward.w_down: F D"),
+    Row("mlp.experts.{expert}.gate_proj.weight", "F D", "feed_forward.w_gate.weight: D F"),
+    Row("mlp.experts.{expert}.up_proj.weight", "F D", "feed_forward.w_up.weight: D F"),
+    Row("mlp.experts.{expert}.down_proj.weight", "D F", "feed_forward.w_down.weight: F D"),
 )
 _SHARED_EXPERTS = (
-    Row("mlp.shared_experts.gate_proj.weight", "F D", "feed_forward.shared.w_gate: D F"),
-    Row("mlp.shared_experts.up_proj.weight", "F D", "feed_forward.shared.w_up: D F"),
-    Row("mlp.shared_experts.down_proj.weight", "D F", "feed_forward.shared.w_down: F D"),
+    Row("mlp.shared_experts.gate_proj.weight", "F D", "feed_forward.shared.w_gate.weight: D F"),
+    Row("mlp.shared_experts.up_proj.weight", "F D", "feed_forward.shared.w_up.weight: D F"),
+    Row("mlp.shared_experts.down_proj.weight", "D F", "feed_forward.shared.w_down.weight: F D"),
 )
 # Tensors that old checkpoints carry and that follow from the config.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")

@@ -20,7 +20,7 @@ def main(topology: str) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
-    from dsjax.cache import allocate_cache
+    from dsjax.cache import Part, View, allocate_pool
     from dsjax.config import MeshConfig, RuntimeConfig
     from dsjax.configs.models import deepseek_v2_lite
     from dsjax.kernels import choose_kernels
@@ -34,8 +34,14 @@ def main(topology: str) -> None:
     kernels = choose_kernels(device, config, runtime)
     rules = inference_rules(make_mesh(MeshConfig(), [device]))
     graphdef, params = abstract_model(config, runtime, rules, kernels)
-    cache = jax.eval_shape(
-        lambda: allocate_cache(config, 16, 1024, jnp.bfloat16, decode_kernel="tpu")
+    pool = jax.eval_shape(lambda: allocate_pool(config, 256, jnp.bfloat16, decode_kernel="tpu"))
+    part = jax.eval_shape(
+        lambda: Part(
+            page_table_BP=jnp.zeros((16, 16), jnp.int32),
+            lengths_B=jnp.zeros(16, jnp.int32),
+            num_new_B=jnp.ones(16, jnp.int32),
+            num_tokens=1,
+        )
     )
     place = rules.sharding()
 
@@ -44,11 +50,12 @@ def main(topology: str) -> None:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
         )
 
-    def step(params, tokens_BT, cache):
-        return nnx.merge(graphdef, params).decode(tokens_BT, cache)
+    def step(params, tokens_T, pool, part):
+        model = nnx.merge(graphdef, params)
+        return model.extend(tokens_T, pool, View((part,)), jnp.arange(16))
 
-    tokens = jax.ShapeDtypeStruct((16, 1), jnp.int32)
-    arguments = on_device((params, tokens, cache))
+    tokens = jax.ShapeDtypeStruct((16,), jnp.int32)
+    arguments = on_device((params, tokens, pool, part))
     lowered = jax.jit(step, donate_argnums=2).lower(*arguments)
     experts = 3 * config.moe.num_experts * config.hidden_dim * config.moe.intermediate_dim * 2
     describe = tpu_facts.kernels_and_memory

@@ -32,8 +32,8 @@ def lower_layer(model: str, topology: str, axes: str, tokens: int, room: float, 
 
     from dsjax.config import MeshConfig, RuntimeConfig
     from dsjax.kernels import choose_kernels
-    from dsjax.layers.basic import LayerOptions
     from dsjax.layers.moe import MoE
+    from dsjax.layers.options import LayerOptions
     from dsjax.mesh import make_mesh, train_rules
     from dsjax.plan import tpu_devices
 

@@ -39,7 +39,7 @@ def test_a_run_loads_as_a_model(model, trained_run: TrainConfig):
 
 def test_bfloat16_is_near(model, trained_run: TrainConfig):
     narrow = dsjax.load(trained_run.directory)
-    assert narrow.embed.dtype == jnp.bfloat16
+    assert narrow.embed.weight.dtype == jnp.bfloat16
     logits_BTW = narrow(TOKENS_BT)
     assert logits_BTW.dtype == jnp.float32
     np.testing.assert_allclose(logits_BTW, model(TOKENS_BT), atol=0.15)

@@ -1,6 +1,5 @@
 """The whole model: forward, decode, gradients, remat and types, against the oracle and itself."""
 
-import functools
 import importlib
 from dataclasses import replace
 
@@ -10,9 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsjax.cache import allocate_cache
-from dsjax.config import RuntimeConfig, TokenDropping
-from dsjax.configs.models import deepseek_v2, deepseek_v2_lite, tiny
+from dsjax.config import ModelConfig, RuntimeConfig, TokenDropping
+from dsjax.configs.models import deepseek_v2, deepseek_v2_5, deepseek_v2_lite, tiny
 from dsjax.kernels import Kernels
 from dsjax.model import abstract_model, create_model
 from tests import oracle
@@ -49,14 +47,14 @@ def make_batch():
 @jax.jit
 def forward(model, tokens, positions, segments):
     hidden, stats = model.hidden(tokens, positions, segments)
-    return model.unembed(hidden), stats
+    return model.lm_head.logits(hidden), stats
 
 
 @jax.jit
 def loss_and_gradients(model, tokens, positions, segments, targets):
     def loss_of(model):
         hidden, stats = model.hidden(tokens, positions, segments)
-        log_probs = jax.nn.log_softmax(model.unembed(hidden))
+        log_probs = jax.nn.log_softmax(model.lm_head.logits(hidden))
         nll = -jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
         mask = segments > 0
         loss = jnp.sum(nll * mask) / jnp.sum(mask)
@@ -171,102 +169,6 @@ def test_recomputation_changes_nothing(policy):
         np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
 
 
-prefill = jax.jit(lambda model, *args: model.prefill(*args))
-decode = jax.jit(lambda model, *args: model.decode(*args))
-
-
-@pytest.mark.parametrize("name", ["v2", "v2_lite"])
-def test_decoding_token_by_token_equals_the_forward_pass(name):
-    """From an empty cache, over page borders."""
-    config = VARIANTS[name]
-    model = random_model(config)
-    tokens = make_batch()[0]
-    want = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
-    cache = allocate_cache(config, 3, LENGTH, jnp.float32, page_size=8)
-    for step in range(LENGTH):
-        logits, cache = decode(model, tokens[:, step : step + 1], cache)
-        np.testing.assert_allclose(logits[:, 0], want[:, step], atol=1e-4)
-    np.testing.assert_array_equal(cache.lengths_B, LENGTH)
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("in_place", [False, True])
-def test_prefill_and_decode_of_a_batch_equal_each_sequence_alone(in_place):
-    """With each layer's experts cut out of those of all layers by the scan, or read there."""
-    model = random_model(SMALL, kernels=Kernels(experts_in_place=in_place))
-    tokens = make_batch()[0]
-    prompts = np.array([13, 5, 8], np.int32)
-    want = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
-    cache = allocate_cache(SMALL, 3, LENGTH, jnp.float32, page_size=8)
-    padded = np.where(np.arange(13) < prompts[:, None], tokens[:, :13], 7)  # any padding token
-    logits, cache = prefill(model, padded, prompts, cache)
-    rows = np.arange(3)
-    np.testing.assert_allclose(logits, want[rows, prompts - 1], atol=1e-4)
-    for step in range(LENGTH - 13):
-        newest = tokens[rows, prompts + step][:, None]
-        logits, cache = decode(model, newest, cache)
-        np.testing.assert_allclose(logits[:, 0], want[rows, prompts + step], atol=1e-4)
-    np.testing.assert_array_equal(cache.lengths_B, prompts + LENGTH - 13)
-
-
-def test_several_tokens_decode_at_once():
-    model = random_model(SMALL)
-    tokens = make_batch()[0]
-    want = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
-    cache = allocate_cache(SMALL, 3, LENGTH, jnp.float32, page_size=8)
-    _, cache = prefill(model, tokens[:, :11], np.full(3, 11, np.int32), cache)
-    logits, _ = decode(model, tokens[:, 11:14], cache)
-    np.testing.assert_allclose(logits, want[:, 11:14], atol=1e-4)
-
-
-@pytest.mark.core
-def test_decode_expands_nothing():
-    """Trap: decode that re-expands the cache. Per-head keys and values of it would be seen."""
-    config = replace(SMALL, num_layers=1, moe=None)
-    model = random_model(config)
-    cache = allocate_cache(config, 2, 640, jnp.float32, page_size=64)
-    weights = {
-        config.attention.qk_nope_head_dim: "wk_b",
-        config.attention.v_head_dim: "wv_b",
-    }
-
-    def expands(run):
-        """Whether it makes something with a number a head of every position, or of a page's."""
-        jaxpr = str(jax.make_jaxpr(run)(jnp.zeros((2, 1), int), cache))
-        return any(f"{at},2,{width}]" in jaxpr for at in (640, 64) for width in weights)
-
-    def expanding(name, positions):
-        """Decodes, and projects what is cached to the heads."""
-
-        def run(tokens, cache):
-            cached_SPC = cache.pages.latent.reshape(-1, positions, cache.pages.latent.shape[-1])
-            weight_CHN = getattr(model.dense_layers.attention, name)[...][0]
-            return model.decode(tokens, cache), jnp.einsum("SPC,CHN->SPHN", cached_SPC, weight_CHN)
-
-        return run
-
-    assert not expands(lambda *arguments: model.decode(*arguments))
-    for name in weights.values():
-        for positions in (640, 64):
-            assert expands(expanding(name, positions))
-    assert cache.pages.latent.shape == (20, 64, 16)
-    assert cache.pages.rope.shape == (20, 64, 8)
-
-
-def test_the_cache_of_the_released_models_holds_576_numbers_a_token():
-    for config in (deepseek_v2.config, deepseek_v2_lite.config):
-        cache = jax.eval_shape(functools.partial(allocate_cache, config, 1, 64, jnp.bfloat16))
-        sizes = [leaf.size for leaf in jax.tree.leaves(cache.pages)]
-        assert sum(sizes) == config.num_layers * 64 * 576
-
-
-def test_the_cache_for_the_tpu_kernel_has_rotary_keys_of_whole_lanes():
-    allocate = functools.partial(allocate_cache, deepseek_v2_lite.config, 1, 64, jnp.bfloat16)
-    for kernel, lanes in (("tpu", 128), ("hopper", 64)):
-        pages = jax.eval_shape(functools.partial(allocate, decode_kernel=kernel)).pages
-        assert pages.rope.shape == (deepseek_v2_lite.config.num_layers, 64, lanes)
-
-
 def test_bfloat16_is_close_to_float32():
     tokens, positions, segments, _ = make_batch()
     exact, _ = forward(random_model(SMALL_LITE), tokens, positions, segments)
@@ -316,7 +218,7 @@ def test_create_model_draws_every_weight_alike():
             assert values.std() == pytest.approx(config.init_std, rel=0.06), path
             assert abs(values.mean()) < 5 * config.init_std / np.sqrt(values.size), path
     feed_forward = model.moe_layers.feed_forward
-    assert not np.array_equal(feed_forward.w_gate[...], feed_forward.w_up[...])
+    assert not np.array_equal(feed_forward.w_gate.stored(), feed_forward.w_up.stored())
 
 
 @pytest.mark.core

@@ -19,6 +19,7 @@ from dsjax.config.huggingface import from_hf_config
 from dsjax.model import abstract_model
 from dsjax.weights.hf_table import params_from_hf
 from tests.conftest import require_module
+from tests.dsjax.sequences import Sequences
 from tests.small_models import RUNTIME
 
 # Shapes of the three released models with narrow layers, on their own YaRN factors.
@@ -146,22 +147,18 @@ def test_a_prompt_that_crosses_the_released_length(repository, tmp_path, rng):
 @pytest.mark.slow
 def test_generation_through_the_latent_cache_equals_transformers(repository, tmp_path, rng):
     """Prefill of 600 tokens, then decoding, against the one long pass of transformers."""
-    from dsjax.cache import allocate_cache
-
     hf_model, fields = torch_model("v2", repository)
     model = our_model(hf_model, fields, tmp_path)
     tokens = rng.integers(0, fields["vocab_size"], (2, 612))
     prompts = [600, 341]
     want = torch_logits(hf_model, tokens, [612, 612])
-    cache = allocate_cache(model.config, 2, 640, jnp.float32)
-    prefill = jax.jit(lambda model, *args: model.prefill(*args))
-    decode = jax.jit(lambda model, *args: model.decode(*args))
-    logits, cache = prefill(model, tokens[:, :600].astype(np.int32), jnp.array(prompts), cache)
+    sequences = Sequences(model, 2, 640, page_size=64)
+    logits = sequences.step(tokens, prompts, is_first=True)
     rows = np.arange(2)
+    logits = logits[rows, np.array(prompts) - 1]
     worst = np.abs(logits - want[rows, np.array(prompts) - 1]).max()
     for step in range(12):
         at = np.array(prompts) + step
-        newest = jnp.asarray(tokens[rows, at][:, None], jnp.int32)
-        logits, cache = decode(model, newest, cache)
+        logits = sequences.step(tokens, [1, 1])
         worst = max(worst, np.abs(logits[:, 0] - want[rows, at]).max())
     assert worst <= 1e-4

@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 from dsjax.kernels import Kernels
-from dsjax.layers.basic import MLP, LayerOptions, RMSNorm
+from dsjax.layers.mlp import MLP
+from dsjax.layers.norm import RMSNorm
+from dsjax.layers.options import LayerOptions
 from dsjax.mesh import ShardingRules
 from tests import oracle
 from tests.small_models import RUNTIME, SMALL
@@ -46,7 +48,7 @@ def test_mlp_is_swiglu(rng):
     for name in ("w_gate", "w_up", "w_down"):
         param = getattr(mlp, name)
         param[...] = jnp.asarray(rng.standard_normal(param.shape) / 5, jnp.float32)
-    weights = [np.asarray(w[...], np.float64) for w in (mlp.w_gate, mlp.w_up, mlp.w_down)]
+    weights = [np.asarray(w.stored(), np.float64) for w in (mlp.w_gate, mlp.w_up, mlp.w_down)]
     got = jax.jit(lambda mlp, x: mlp(x))(mlp, jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(got, oracle.swiglu(x, *weights), rtol=1e-4, atol=1e-5)
 
@@ -54,7 +56,7 @@ def test_mlp_is_swiglu(rng):
 def test_bfloat16_parameters_start_where_float32_ones_do():
     exact = OPTIONS.weight(nnx.Rngs(3), (64, 64), ("param_embed", "mlp"))
     options = replace(OPTIONS, runtime=replace(RUNTIME, param_dtype="bfloat16"))
-    rounded = options.weight(nnx.Rngs(3), (64, 64), ("param_embed", "mlp"))
+    rounded = options.new_weight(nnx.Rngs(3), (64, 64), ("param_embed", "mlp"))
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(exact[...].astype(jnp.bfloat16), rounded[...])
     assert float(jnp.std(exact[...])) == pytest.approx(SMALL.init_std, rel=0.05)

@@ -10,14 +10,13 @@ import pytest
 from dsjax.config import MeshConfig, MoEConfig
 from dsjax.configs.models import deepseek_v2, deepseek_v2_lite
 from dsjax.kernels import Kernels
-from dsjax.layers import expert_parallel
-from dsjax.layers.basic import LayerOptions
-from dsjax.layers.expert_parallel import apply_experts, max_shards
-from dsjax.layers.expert_passes import PassSize, Weights, apply_local_experts
-from dsjax.layers.router import Routing, choose_experts
+from dsjax.layers.moe.dispatch import max_shards
+from dsjax.layers.moe.experts import ExpertWeights, PassSize, apply_local_experts
+from dsjax.layers.moe.layer import apply_experts
+from dsjax.layers.moe.router import Routing, choose_experts
+from dsjax.layers.options import LayerOptions
 from dsjax.mesh import ShardingRules, inference_rules, make_mesh, train_rules
 from dsjax.plan import count_collectives
-from pallas_kernels.grouped_matmul import LayerOfStack
 from tests.small_models import RUNTIME, SMALL
 
 TOKENS, TOP_K, EXPERTS, WIDTH, HIDDEN = 24, 3, 4, 16, 8
@@ -45,7 +44,7 @@ def draw_choices(rng, share_here, num_tokens=TOKENS):
 def run_passes(arguments, experts_NK, num_tokens, probe_ND, size):
     def run(x_ND, gates_NK, *weights):
         return apply_local_experts(
-            x_ND, experts_NK, gates_NK, num_tokens, Weights(*weights), size, "xla"
+            x_ND, experts_NK, gates_NK, num_tokens, ExpertWeights(*weights), size, "xla"
         )
 
     out_ND, pull = jax.vjp(run, *arguments)
@@ -111,7 +110,7 @@ BATCH, LENGTH = 8, 6
 def run_layer(x_BTD, gates_BTK, indices_BTK, weights, probe_BTD, config, options):
     def run(x_BTD, gates_BTK, *weights):
         routing = Routing(gates_BTK, indices_BTK)
-        experts, shared = Weights(*weights[:3]), Weights(*weights[3:])
+        experts, shared = ExpertWeights(*weights[:3]), ExpertWeights(*weights[3:])
         return apply_experts(x_BTD, routing, experts, shared, config, options)
 
     out_BTD, pull = jax.vjp(run, x_BTD, gates_BTK, *weights)
@@ -143,12 +142,10 @@ def options_of(rules, **kernels):
         (MeshConfig(data=2, fsdp=1, expert=4), {"exchange_room": 0.2, "exchange_chunks": 2}),
     ],
 )
-def test_chunks_and_room_change_nothing(mesh, kernels, rng, monkeypatch):
-    monkeypatch.setattr(expert_parallel, "_ROUND", 1)
-    monkeypatch.setattr(expert_parallel, "_MIN_PASS", 3)
+def test_chunks_and_room_change_nothing(mesh, kernels, rng):
     batch = draw_routed_layer(rng, MOE, skew=4.0)
     want = run_layer(*batch, MOE, options_of(ShardingRules()))
-    got = run_layer(*batch, MOE, options_of(train_rules(make_mesh(mesh)), **kernels))
+    got = run_layer(*batch, MOE, options_of(train_rules(make_mesh(mesh)), pass_step=1, **kernels))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
@@ -172,25 +169,21 @@ def test_tokens_that_move_would_be_seen(rng):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("min_pass", [256, 3])
-def test_decoding_sums_over_the_devices_once_and_moves_no_token(
-    stacked, min_pass, rng, monkeypatch
-):
+@pytest.mark.parametrize("pass_step", [128, 1])
+def test_decoding_sums_over_the_devices_once_and_moves_no_token(stacked, pass_step, rng):
     """Few tokens, not divided: each device reads its experts once; one sum is all they exchange."""
-    monkeypatch.setattr(expert_parallel, "_ROUND", 1)
-    monkeypatch.setattr(expert_parallel, "_MIN_PASS", min_pass)
     rules = inference_rules(make_mesh(MeshConfig(fsdp=1, expert=4, tensor=2)))
-    options = options_of(rules)
+    options = options_of(rules, pass_step=pass_step)
     x, gates, indices, weights, _ = draw_routed_layer(rng, MOE)
 
     @functools.partial(jax.jit, static_argnames="options")
     def run(x_BTD, gates_BTK, indices_BTK, weights, options):
         routing = Routing(gates_BTK, indices_BTK)
-        experts, shared = Weights(*weights[:3]), Weights(*weights[3:])
+        experts, shared = ExpertWeights(*weights[:3]), ExpertWeights(*weights[3:])
         if stacked:  # the second of two layers
             layer = indices_BTK[0, 0, 0] * 0 + 1
-            stacks = (jnp.stack([jnp.full_like(w, jnp.nan), w]) for w in experts)
-            experts = Weights(*(LayerOfStack(stack, layer) for stack in stacks))
+            stacks = (jnp.stack([jnp.full_like(w, jnp.nan), w]) for w in weights[:3])
+            experts = ExpertWeights(*stacks, layer)
         return apply_experts(x_BTD, routing, experts, shared, MOE, options)
 
     def shard(array, *dims):

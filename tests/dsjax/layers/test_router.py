@@ -11,14 +11,14 @@ from flax import nnx
 
 from dsjax.config import MoEConfig, TokenDropping
 from dsjax.kernels import Kernels
-from dsjax.layers.basic import LayerOptions
-from dsjax.layers.router import (
+from dsjax.layers.moe.router import (
     Router,
     balance_losses,
     choose_experts,
     keep_within_capacity,
     router_logits,
 )
+from dsjax.layers.options import LayerOptions
 from dsjax.mesh import ShardingRules
 from tests import oracle
 from tests.small_models import RUNTIME, SMALL
@@ -67,6 +67,10 @@ def padding_mask(batch, length):
     return np.arange(length) < lengths[:, None]
 
 
+def set_gate(router, values):
+    router.gate.weight[...] = jnp.asarray(values, jnp.float32)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("name", CASES)
 def test_router_is_the_oracles(name, rng):
@@ -77,13 +81,13 @@ def test_router_is_the_oracles(name, rng):
         rng.standard_normal((2, 13, hidden)),
         rng.standard_normal((hidden, config.num_experts)),
     )
-    router.weight[...] = jnp.asarray(weight, jnp.float32)
+    set_gate(router, weight)
     routing, stats = run_router(router, jnp.asarray(x, jnp.float32), None, dropping=None)
     everything = np.ones((2, 13), bool)
     routed = [oracle.route(sequence, weight, config) for sequence in x]
     scores, indices, gates = map(np.stack, zip(*routed, strict=True))
     np.testing.assert_array_equal(routing.indices_BTK, indices)
-    np.testing.assert_allclose(routing.weights_BTK, gates, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(routing.gates_BTK, gates, rtol=1e-4, atol=1e-7)
     losses = oracle.balance_losses(scores, indices, everything, config)
     np.testing.assert_allclose([stats.expert, stats.device, stats.communication], losses, rtol=1e-5)
     np.testing.assert_array_equal(
@@ -168,10 +172,12 @@ def test_affinities_are_a_single_softmax(rng):
     config = CASES["v2_lite"]
     options = LayerOptions.of(SMALL, RUNTIME, ShardingRules(), Kernels())
     router = Router(config, 16, options, nnx.Rngs(0))
-    router.weight[...] = 8 * jnp.asarray(rng.standard_normal(router.weight.shape), jnp.float32)
+    router.gate.weight[...] = 8 * jnp.asarray(
+        rng.standard_normal(router.gate.weight.shape), jnp.float32
+    )
     x = jnp.asarray(rng.standard_normal((1, 9, 16)), jnp.float32)
-    weights = run_router(router, x, None, dropping=None)[0].weights_BTK
-    scores = oracle.softmax(np.asarray(x[0] @ router.weight[...], np.float64))
+    weights = run_router(router, x, None, dropping=None)[0].gates_BTK
+    scores = oracle.softmax(np.asarray(x[0] @ router.gate.weight[...], np.float64))
     np.testing.assert_allclose(weights[0, :, 0], scores.max(-1), rtol=1e-4)
     assert scores.max(-1).min() > 0.3
 
@@ -218,7 +224,9 @@ def test_dropped_assignments_go_nowhere(rng):
     config = CASES["greedy_in_groups"]
     options = LayerOptions.of(SMALL, RUNTIME, ShardingRules(), Kernels())
     router = Router(config, 16, options, nnx.Rngs(0))
-    router.weight[...] = jnp.asarray(rng.standard_normal(router.weight.shape), jnp.float32)
+    router.gate.weight[...] = jnp.asarray(
+        rng.standard_normal(router.gate.weight.shape), jnp.float32
+    )
     x = jnp.asarray(rng.standard_normal((4, 12, 16)), jnp.float32)
     mask = jnp.asarray(padding_mask(4, 12))
     free, stats_free = run_router(router, x, mask, dropping=None)
@@ -226,9 +234,9 @@ def test_dropped_assignments_go_nowhere(rng):
     lost = np.asarray(routing.indices_BTK) == config.num_experts
     assert lost[np.asarray(mask)].any()
     assert not lost[0][np.asarray(mask[0])].any()  # a quarter of 4 sequences is exempt
-    np.testing.assert_array_equal(np.asarray(routing.weights_BTK)[lost], 0)
+    np.testing.assert_array_equal(np.asarray(routing.gates_BTK)[lost], 0)
     np.testing.assert_array_equal(
-        np.asarray(routing.weights_BTK)[~lost], np.asarray(free.weights_BTK)[~lost]
+        np.asarray(routing.gates_BTK)[~lost], np.asarray(free.gates_BTK)[~lost]
     )
     share = lost[np.asarray(mask)].mean()
     assert float(stats.dropped) == pytest.approx(share, rel=1e-6)
@@ -241,15 +249,17 @@ def test_router_computes_in_float32_under_bfloat16(rng):
     config = CASES["v2"]
     options = LayerOptions.of(SMALL, replace(RUNTIME, dtype="bfloat16"), ShardingRules(), Kernels())
     router = Router(config, 64, options, nnx.Rngs(0))
-    router.weight[...] = jnp.asarray(rng.standard_normal(router.weight.shape), jnp.float32) / 8
+    router.gate.weight[...] = (
+        jnp.asarray(rng.standard_normal(router.gate.weight.shape), jnp.float32) / 8
+    )
     x = jnp.asarray(rng.standard_normal((1, 50, 64)), jnp.bfloat16)
     routing, _ = run_router(router, x, None, dropping=None)
-    assert routing.weights_BTK.dtype == jnp.float32
+    assert routing.gates_BTK.dtype == jnp.float32
     _, indices, gates = oracle.route(
-        np.asarray(x[0], np.float64), np.asarray(router.weight[...], np.float64), config
+        np.asarray(x[0], np.float64), np.asarray(router.gate.weight[...], np.float64), config
     )
     np.testing.assert_array_equal(routing.indices_BTK[0], indices)
-    np.testing.assert_allclose(routing.weights_BTK[0], gates, rtol=1e-5)
+    np.testing.assert_allclose(routing.gates_BTK[0], gates, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weight_dtype", [jnp.bfloat16, jnp.float32])

@@ -66,7 +66,7 @@ def step(model, batch, dropping):
         hidden, stats = model.hidden(
             batch["tokens"], batch["positions"], batch["segments"], dropping
         )
-        log_probs = jax.nn.log_softmax(model.unembed(hidden))
+        log_probs = jax.nn.log_softmax(model.lm_head.logits(hidden))
         nll = -jnp.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
         mask = batch["segments"] > 0
         loss = jnp.sum(nll * mask) / jnp.sum(mask)
@@ -152,10 +152,10 @@ def test_initial_weights_do_not_depend_on_the_mesh():
     for path, variable in nnx.to_flat_state(nnx.state(one)):
         np.testing.assert_allclose(flat[path][...], variable[...], atol=1e-7)
         assert flat[path][...].sharding.is_equivalent_to(shardings[path].get_value(), variable.ndim)
-    std = np.std(np.asarray(one.moe_layers.feed_forward.w_gate[...]))
+    std = np.std(np.asarray(one.moe_layers.feed_forward.w_gate.stored()))
     assert std == pytest.approx(CONFIG.init_std, rel=0.1)
     # Layers and experts are drawn apart from one another.
-    assert len(np.unique(np.asarray(one.moe_layers.feed_forward.w_up[..., 0, 0]))) == 8
+    assert len(np.unique(np.asarray(one.moe_layers.feed_forward.w_up.stored()[..., 0, 0]))) == 8
 
 
 def test_every_parameter_is_divided_as_its_dims_say():
@@ -165,7 +165,7 @@ def test_every_parameter_is_divided_as_its_dims_say():
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         spec = rules.spec(*dims[path])
         assert variable[...].sharding.spec == spec, path
-    experts = model.moe_layers.feed_forward.w_gate[...]
+    experts = model.moe_layers.feed_forward.w_gate.stored()
     assert experts.sharding.spec == PartitionSpec(None, ("expert",), ("fsdp",), ("tensor",))
     assert experts.addressable_shards[0].data.size == experts.size // 8
     # Behind the norms, nothing is kept whole on every device.

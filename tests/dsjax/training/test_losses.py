@@ -9,22 +9,17 @@ import numpy as np
 import pytest
 
 from dsjax.config import BalanceConfig, LossConfig
-from dsjax.layers.basic import float32_matmul
-from dsjax.layers.router import RouterStats
+from dsjax.layers.linear import float32_matmul
+from dsjax.layers.moe import RouterStats
 from dsjax.mesh import ShardingRules
 from dsjax.training.losses import balance_terms, sum_cross_entropy, training_loss
 from tests.small_models import SMALL, random_model
 
 
-class Head:
+def with_head(weight_DW: jax.Array):
     """What the loss needs of a model: an output head over a vocabulary of any size."""
-
-    def __init__(self, weight_DW: jax.Array):
-        self.lm_head = weight_DW
-        self.options = SimpleNamespace(rules=ShardingRules())
-
-    def unembed(self, hidden_BTD: jax.Array, head: jax.Array) -> jax.Array:
-        return float32_matmul(hidden_BTD, head)
+    head = SimpleNamespace(stored=lambda: weight_DW, logits=float32_matmul)
+    return SimpleNamespace(lm_head=head, options=SimpleNamespace(rules=ShardingRules()))
 
 
 def direct(weight_DW, hidden_BTD, targets_BT, weights_BT):
@@ -44,7 +39,7 @@ def test_chunks_give_the_direct_value_and_gradient(rng, length: int, chunk: int)
     weights = jnp.asarray(rng.integers(0, 2, (3, length)), jnp.float32)
 
     def chunked(weight, hidden):
-        nats, z = sum_cross_entropy(Head(weight), hidden, targets, weights, chunk)
+        nats, z = sum_cross_entropy(with_head(weight), hidden, targets, weights, chunk)
         return nats + 0.3 * z, (nats, z)
 
     def whole(weight, hidden):
@@ -65,7 +60,7 @@ def test_bfloat16_multiplies_in_bfloat16_and_adds_up_in_float32(rng):
     weights = jnp.ones((2, 64))
 
     def nats(weight, hidden):
-        return sum_cross_entropy(Head(weight), hidden, targets, weights, 16)[0]
+        return sum_cross_entropy(with_head(weight), hidden, targets, weights, 16)[0]
 
     def whole(weight, hidden):
         return direct(weight, hidden, targets, weights)[0]
@@ -99,7 +94,7 @@ def test_memory_is_bounded_by_a_chunk(rng):
         return compiled.memory_analysis().temp_size_in_bytes
 
     chunked = temporary_bytes(
-        lambda w, h: sum_cross_entropy(Head(w), h, targets, weights, chunk)[0]
+        lambda w, h: sum_cross_entropy(with_head(w), h, targets, weights, chunk)[0]
     )
     whole = temporary_bytes(lambda w, h: direct(w, h, targets, weights)[0])
     all_logits, chunk_logits = 4 * batch * length * vocab, 4 * chunk * vocab
@@ -134,7 +129,7 @@ def test_training_loss_adds_its_terms_up(rng):
     total_weight = jnp.sum(batch["weights"])
     total, terms = training_loss(model, batch, config, total_weight, 1.0)
     hidden, stats = model.hidden(tokens, batch["positions"], batch["segment_ids"])
-    nats, z = direct(model.lm_head[...], hidden, batch["targets"], batch["weights"])
+    nats, z = direct(model.lm_head.stored(), hidden, batch["targets"], batch["weights"])
     expected = [
         nats / 14,
         0.01 * z / 14,

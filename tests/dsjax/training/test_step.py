@@ -165,7 +165,7 @@ def test_a_bad_step_changes_nothing(batches, reason: str, damage: dict, remember
         # A tiny last norm and huge head: the loss is finite, the head's gradient squared is not.
         norm = state.params["norm"]["weight"]
         norm[...] = norm[...] * 1e-30
-        embed = state.params["lm_head"]
+        embed = state.params["lm_head"]["weight"]
         embed[...] = embed[...] * 1e30
     if remembered:
         values = {"mean_loss": 0.0, "mean_norm": 0.0, "applied": 0} | remembered
@@ -238,7 +238,7 @@ def test_balance_losses_lower_the_load_imbalance(batches):
     ):
         graphdef, state = begin()
         # A router that prefers few experts from the start.
-        router = state.params["moe_layers"]["feed_forward"]["router"]["weight"]
+        router = state.params["moe_layers"]["feed_forward"]["router"]["gate"]["weight"]
         router[...] = router[...] * 8
         found = []
         for count in range(60):

@@ -270,7 +270,7 @@ def test_damaged_input_is_named_in_one_line_before_anything_is_written(
 
 def test_a_lost_chunk_of_ours_is_named_and_not_read_as_zeros(tmp_path, sound_folder):
     convert_quietly(sound_folder, tmp_path / "ours")
-    chunk = tmp_path / "ours" / "params" / "moe_layers.feed_forward.w_up" / "c" / "1" / "4"
+    chunk = tmp_path / "ours" / "params" / "moe_layers.feed_forward.w_up.weight" / "c" / "1" / "4"
     shutil.rmtree(chunk)
     for use in (
         lambda: convert_quietly(tmp_path / "ours", tmp_path / "hf"),

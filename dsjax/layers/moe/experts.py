@@ -9,6 +9,7 @@ more than an even share, and there are as many passes as it takes: as a rule one
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,16 +19,39 @@ from pallas_kernels.expert_permute import combine_rows, gather_rows, sort_by_exp
 from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
 
 
-class Weights[W](NamedTuple):
-    """SwiGLU's, compute dtype: gate and up [..., D, F], down [..., F, D]."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ExpertWeights:
+    """SwiGLU's three matrices for every expert of a layer, compute dtype.
 
-    gate: W
-    up: W
-    down: W
+    Attributes:
+        gate: [E, D, F]; with `layer`, those of all layers, [L, E, D, F].
+        up: likewise.
+        down: [E, F, D], or [L, E, F, D].
+        layer: int32 scalar, the layer, for kernels that read its experts where they lie among
+            those of all layers; None where the matrices are the layer's own.
+    """
+
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+    layer: jax.Array | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E: all of a layer, or those of one device."""
+        return self.gate.shape[-3]
+
+    def matrices(self) -> tuple[GroupedWeights, GroupedWeights, GroupedWeights]:
+        """Returns gate, up and down as the grouped matmul takes them."""
+        if self.layer is None:
+            return self.gate, self.up, self.down
+        layer = self.layer  # one object, by which gate and up are known to be of one layer
+        gate, up, down = (LayerOfStack(stack, layer) for stack in (self.gate, self.up, self.down))
+        return gate, up, down
 
 
-# A layer's routed experts, all of them or one device's, [E, ...] each.
-Experts = Weights[jax.Array] | Weights[LayerOfStack]
+GroupedWeights = jax.Array | LayerOfStack
 
 
 class PassSize(NamedTuple):
@@ -42,7 +66,7 @@ def apply_local_experts(
     experts_NK: jax.Array,
     gates_NK: jax.Array,
     num_tokens: jax.Array | int,
-    weights: Experts,
+    weights: ExpertWeights,
     size: PassSize,
     implementation: str,
 ) -> jax.Array:
@@ -63,7 +87,7 @@ def apply_local_experts(
     Raises:
         ValueError: a pass without room for the experts of one token.
     """
-    most = min(experts_NK.shape[1], weights.gate.shape[0])  # a token's experts here
+    most = min(experts_NK.shape[1], weights.num_experts)  # a token's experts here
     whole = PassSize(x_ND.shape[0], x_ND.shape[0] * most)
     size = PassSize(min(size.tokens, whole.tokens), min(size.rows, whole.rows))
     if size == whole:
@@ -77,22 +101,18 @@ def _one_pass(
     x_ND: jax.Array,
     experts_NK: jax.Array,
     gates_NK: jax.Array,
-    weights: Experts,
+    weights: ExpertWeights,
     rows: int,
     implementation: str,
 ) -> jax.Array:
-    order = sort_by_expert(experts_NK, weights.gate.shape[0], rows)
-    gate, up = weights.gate, weights.up
-    if isinstance(gate, LayerOfStack) and isinstance(up, LayerOfStack):
-        up = LayerOfStack(up.stack, gate.layer)  # jax has made two values of the one layer number
+    order = sort_by_expert(experts_NK, weights.num_experts, rows)
+    gate, up, down = weights.matrices()
     permute = "hopper" if implementation == "hopper" else "xla"
     rows_MD = gather_rows(x_ND, order, implementation=permute)
     hidden_MF = grouped_swiglu(
         rows_MD, gate, up, order.group_sizes_E, implementation=implementation
     )
-    rows_MD = grouped_matmul(
-        hidden_MF, weights.down, order.group_sizes_E, implementation=implementation
-    )
+    rows_MD = grouped_matmul(hidden_MF, down, order.group_sizes_E, implementation=implementation)
     return combine_rows(rows_MD, gates_NK, order, implementation=permute)
 
 
@@ -124,19 +144,19 @@ def _run_window(
     experts_NK: jax.Array,
     x_ND: jax.Array,
     gates_NK: jax.Array,
-    weights: Experts,
+    weights: ExpertWeights,
 ) -> jax.Array:
     """Runs one pass; 0 for tokens that are not its own."""
     cut_NK = _cut(experts_NK, window, size.tokens)
     index_N1 = (window.start + jnp.arange(size.tokens))[:, None]
     own_N1 = (index_N1 >= window.first) & (index_N1 < window.end)
-    cut_NK = jnp.where(own_N1, cut_NK, weights.gate.shape[0])
+    cut_NK = jnp.where(own_N1, cut_NK, weights.num_experts)
     x_ND, gates_NK = _cut(x_ND, window, size.tokens), _cut(gates_NK, window, size.tokens)
     return _one_pass(x_ND, cut_NK, gates_NK, weights, size.rows, implementation)
 
 
-def _running_rows(experts_NK: jax.Array, weights: Experts) -> jax.Array:
-    return jnp.cumsum(jnp.sum(experts_NK < weights.gate.shape[0], axis=1, dtype=jnp.int32))
+def _running_rows(experts_NK: jax.Array, weights: ExpertWeights) -> jax.Array:
+    return jnp.cumsum(jnp.sum(experts_NK < weights.num_experts, axis=1, dtype=jnp.int32))
 
 
 def _add_cut(total_N: jax.Array, part_N: jax.Array, window: _Window) -> jax.Array:
@@ -158,7 +178,7 @@ def _passes(
     experts_NK: jax.Array,
     gates_NK: jax.Array,
     num_tokens: jax.Array,
-    weights: Experts,
+    weights: ExpertWeights,
 ) -> jax.Array:
     arguments = (x_ND, experts_NK, gates_NK, num_tokens, weights)
     return _run_passes(size, implementation, *arguments, differentiate=False)[0]
@@ -171,7 +191,7 @@ def _run_passes(
     experts_NK: jax.Array,
     gates_NK: jax.Array,
     num_tokens: jax.Array,
-    weights: Experts,
+    weights: ExpertWeights,
     *,
     differentiate: bool = True,
 ) -> tuple[jax.Array, Any]:

@@ -1,4 +1,4 @@
-"""Routing tokens to experts (§2.2), its balance losses and the token-dropping option."""
+"""Routing tokens to experts: affinities, and the choice of the best (§2.2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config import MoEConfig, TokenDropping
-from dsjax.layers.basic import LayerOptions
+from dsjax.layers.linear import Linear
+from dsjax.layers.moe.balance import balance_losses, by_group, keep_within_capacity
+from dsjax.layers.options import LayerOptions
 
 
 @jax.tree_util.register_dataclass
@@ -18,11 +20,11 @@ class Routing:
     """Where each token goes.
 
     Attributes:
-        weights_BTK: float32 gate of each chosen expert; 0 where dropped.
+        gates_BTK: float32 weight of each chosen expert; 0 where dropped.
         indices_BTK: int32 chosen experts; `num_experts` where dropped.
     """
 
-    weights_BTK: jax.Array
+    gates_BTK: jax.Array
     indices_BTK: jax.Array
 
 
@@ -146,7 +148,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: MoEConfig, hidden_dim: int, options: LayerOptions, rngs: nnx.Rngs):
         shape, dims = (hidden_dim, config.num_experts), ("param_embed", "router_experts")
-        self.weight = options.weight(rngs, shape, dims)
+        self.gate = Linear(shape, dims, options, rngs)
         self.config = config
         self.implementation = options.kernels.router
 
@@ -160,9 +162,9 @@ class Router(nnx.Module):
             mask_BT: bool, False for padding, which counts in no loss and load; None for none.
             dropping: the token-dropping option, or None to keep all.
         """
-        logits_BTE = router_logits(x_BTD, self.weight[...], implementation=self.implementation)
+        logits_BTE = router_logits(x_BTD, self.gate.stored(), implementation=self.implementation)
         scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-        weights_BTK, indices_BTK = choose_experts(scores_BTE, self.config)
+        gates_BTK, indices_BTK = choose_experts(scores_BTE, self.config)
         if mask_BT is None:
             mask_BT = jnp.ones(x_BTD.shape[:2], bool)
         expert, device, communication, load_E = balance_losses(
@@ -171,11 +173,11 @@ class Router(nnx.Module):
         dropped = jnp.zeros((), jnp.float32)
         if dropping is not None:
             keep_BTK = keep_within_capacity(scores_BTE, indices_BTK, mask_BT, self.config, dropping)
-            weights_BTK = jnp.where(keep_BTK, weights_BTK, 0)
+            gates_BTK = jnp.where(keep_BTK, gates_BTK, 0)
             indices_BTK = jnp.where(keep_BTK, indices_BTK, self.config.num_experts)
             lost = jnp.sum(~keep_BTK & mask_BT[..., None], dtype=jnp.float32)
             dropped = lost / (jnp.sum(mask_BT, dtype=jnp.float32) * self.config.top_k)
-        routing = Routing(weights_BTK, indices_BTK)
+        routing = Routing(gates_BTK, indices_BTK)
         return routing, RouterStats(expert, device, communication, load_E, dropped)
 
 
@@ -187,99 +189,20 @@ def choose_experts(scores_BTE: jax.Array, config: MoEConfig) -> tuple[jax.Array,
         config: says how many and from which groups.
 
     Returns:
-        weights_BTK float32 and indices_BTK int32, best first.
+        gates_BTK float32 and indices_BTK int32, best first.
     """
     selectable_BTE = scores_BTE
     if config.routing == "group_limited_greedy":
-        group_BTG = jnp.max(_by_group(scores_BTE, config), axis=-1)
+        group_BTG = jnp.max(by_group(scores_BTE, config), axis=-1)
         _, best_BTM = jax.lax.top_k(group_BTG, config.top_groups)
         kept_BTG = jnp.any(jax.nn.one_hot(best_BTM, config.num_groups, dtype=bool), axis=-2)
         kept_BTE = jnp.repeat(kept_BTG, config.num_experts // config.num_groups, axis=-1)
         # -inf rather than 0: a masked expert must lose to every other, whatever its affinity.
         selectable_BTE = jnp.where(kept_BTE, scores_BTE, -jnp.inf)
     _, indices_BTK = jax.lax.top_k(selectable_BTE, config.top_k)
-    weights_BTK = jnp.take_along_axis(scores_BTE, indices_BTK, axis=-1)
+    gates_BTK = jnp.take_along_axis(scores_BTE, indices_BTK, axis=-1)
     if config.normalize_weights:
-        weights_BTK /= jnp.sum(weights_BTK, axis=-1, keepdims=True) + 1e-20
+        gates_BTK /= jnp.sum(gates_BTK, axis=-1, keepdims=True) + 1e-20
     else:
-        weights_BTK *= config.routed_scale
-    return weights_BTK, indices_BTK
-
-
-def balance_losses(
-    scores_BTE: jax.Array, indices_BTK: jax.Array, mask_BT: jax.Array, config: MoEConfig
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Computes the three balance losses of the paper, each before its weight alpha.
-
-    Every sequence has its own loss over its T tokens, and the batch takes their mean; a device
-    is a group of experts.
-
-    Args:
-        scores_BTE: float32 affinities before any mask.
-        indices_BTK: int32 experts chosen.
-        mask_BT: bool, False for padding.
-        config: K, D (num_groups) and M (top_groups).
-
-    Returns:
-        The expert-level (eq. 23), device-level (eq. 26) and communication (eq. 29) losses,
-        float32 scalars, and load_E, the assignments of each expert over the whole batch.
-    """
-    counted_BT = mask_BT.astype(jnp.float32)
-    tokens_B = jnp.maximum(jnp.sum(counted_BT, axis=-1), 1)
-    chosen_BTE = jnp.sum(jax.nn.one_hot(indices_BTK, config.num_experts), axis=-2)
-    chosen_BTE *= counted_BT[..., None]
-    load_BE = jnp.sum(chosen_BTE, axis=1)
-    mean_score_BE = jnp.einsum("BTE,BT->BE", scores_BTE, counted_BT) / tokens_B[:, None]
-
-    f_BE = load_BE * config.num_experts / (config.top_k * tokens_B[:, None])
-    f_device_BG = jnp.mean(_by_group(f_BE, config), axis=-1)
-    mean_score_BG = jnp.sum(_by_group(mean_score_BE, config), axis=-1)
-    sent_BTG = jnp.max(_by_group(chosen_BTE, config), axis=-1)  # 1 where the token goes there
-    f_sent_BG = jnp.sum(sent_BTG, axis=1) * config.num_groups
-    f_sent_BG /= config.top_groups * tokens_B[:, None]
-
-    expert = jnp.mean(jnp.sum(f_BE * mean_score_BE, axis=-1))
-    device = jnp.mean(jnp.sum(f_device_BG * mean_score_BG, axis=-1))
-    communication = jnp.mean(jnp.sum(f_sent_BG * mean_score_BG, axis=-1))
-    return expert, device, communication, jnp.sum(load_BE, axis=0)
-
-
-def keep_within_capacity(
-    scores_BTE: jax.Array,
-    indices_BTK: jax.Array,
-    mask_BT: jax.Array,
-    config: MoEConfig,
-    dropping: TokenDropping,
-) -> jax.Array:
-    """Decides which assignments fit the devices' budgets (§2.2.4).
-
-    A device, that is a group of experts, takes its assignments in order of affinity until it has
-    `capacity_factor` times an even share of the batch's; sequences exempt from dropping come
-    first. The whole batch is one budget, so the choice does not depend on the mesh.
-
-    Returns:
-        keep_BTK: bool.
-    """
-    batch = indices_BTK.shape[0]
-    per_group = config.num_experts // config.num_groups
-    group_M = (indices_BTK // per_group).reshape(-1)
-    score_BTK = jnp.take_along_axis(scores_BTE, indices_BTK, axis=-1)
-    exempt_B = jnp.arange(batch) < round(dropping.undropped_fraction * batch)
-    # Affinities are at most 1, so an exempt assignment outranks every other; padding comes last.
-    rank_BTK = jnp.where(exempt_B[:, None, None], score_BTK + 2, score_BTK)
-    rank_M = jnp.where(mask_BT[..., None], rank_BTK, -1.0).reshape(-1)
-    real = jnp.sum(mask_BT) * config.top_k
-    capacity = jnp.floor(dropping.capacity_factor * real / config.num_groups)
-
-    order_M = jnp.lexsort((-rank_M, group_M))
-    starts_G = jnp.cumulative_sum(
-        jnp.bincount(group_M, length=config.num_groups), include_initial=True
-    )
-    place_M = jnp.arange(group_M.size) - starts_G[group_M[order_M]]
-    place_M = jnp.zeros_like(place_M).at[order_M].set(place_M)
-    return ((place_M < capacity) | (rank_M >= 2)).reshape(indices_BTK.shape)
-
-
-def _by_group(x: jax.Array, config: MoEConfig) -> jax.Array:
-    """Splits the last dim, experts, into groups and the experts of each."""
-    return x.reshape(*x.shape[:-1], config.num_groups, -1)
+        gates_BTK *= config.routed_scale
+    return gates_BTK, indices_BTK

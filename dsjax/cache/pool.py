@@ -1,0 +1,134 @@
+"""The pool: pages of latents of all sequences and layers, on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from dsjax.cache.view import Part
+from dsjax.config import ModelConfig
+from pallas_kernels.mla_decode import LatentPages, append_latents
+
+# Lanes of a TPU's registers and of the rows in its memory.
+TPU_LANES = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LatentPool:
+    """Paged latents of all layers.
+
+    Layer l keeps page p at `l * pages_per_layer + p`, so that no layer's part is ever sliced out.
+
+    Attributes:
+        pages: latent [num_layers * pages_per_layer, page_size, C] and rope [..., R], where R may
+            be padded.
+        num_layers: layers that share the pool.
+    """
+
+    pages: LatentPages
+    num_layers: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.pages.page_size
+
+    @property
+    def pages_per_layer(self) -> int:
+        """Pages that each layer has."""
+        return self.pages.latent.shape[0] // self.num_layers
+
+    def layer_table(self, layer: jax.Array, table_BP: jax.Array) -> jax.Array:
+        """Returns pages of a layer as pages of the whole pool, int32."""
+        return table_BP + layer * self.pages_per_layer
+
+    def write(
+        self, layer: jax.Array, part: Part, latent_BTC: jax.Array, k_rope_BTR: jax.Array
+    ) -> LatentPool:
+        """Writes a layer's latents of a part's new tokens after what its sequences have.
+
+        Args:
+            layer: int32 scalar.
+            part: where they go; its padding is not written.
+            latent_BTC: latents after their norm.
+            k_rope_BTR: rotated shared keys.
+        """
+        pages = append_latents(
+            self.pages,
+            latent_BTC,
+            k_rope_BTR,
+            self.layer_table(layer, part.page_table_BP),
+            part.lengths_B,
+            part.num_new_B,
+        )
+        return dataclasses.replace(self, pages=pages)
+
+    def read(
+        self, layer: jax.Array, table_BP: jax.Array, rope_dim: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns whole pages of a layer: latent_BSC and k_rope_BSR, S tokens of P pages.
+
+        Args:
+            layer: int32 scalar.
+            table_BP: int32 pages.
+            rope_dim: R, without what the pool is padded by.
+        """
+        table_BP = self.layer_table(layer, table_BP)
+        shape = (table_BP.shape[0], table_BP.shape[1] * self.page_size)
+        latent_BSC = self.pages.latent[table_BP].reshape(*shape, -1)
+        k_rope_BSR = self.pages.rope[table_BP].reshape(*shape, -1)[..., :rope_dim]
+        if self.pages.scale is not None:
+            scale_BS = self.pages.scale[table_BP].reshape(*shape)
+            latent_BSC = latent_BSC.astype(jnp.float32) * scale_BS[..., None]
+        return latent_BSC.astype(k_rope_BSR.dtype), k_rope_BSR
+
+
+def allocate_pool(
+    config: ModelConfig,
+    num_pages: int,
+    dtype: jnp.dtype,
+    *,
+    page_size: int = 64,
+    decode_kernel: str = "xla",
+) -> LatentPool:
+    """Allocates an empty pool.
+
+    Args:
+        config: sizes.
+        num_pages: pages that each layer has.
+        dtype: of the latents.
+        page_size: tokens a page holds.
+        decode_kernel: implementation of `mla_decode` that will read it. For "tpu" the rotary keys
+            are padded to whole lanes: they take no more of a TPU's memory so, and XLA does not
+            copy the pool before each call.
+    """
+    rope_dim = config.attention.qk_rope_head_dim
+    if decode_kernel == "tpu":
+        rope_dim = -(-rope_dim // TPU_LANES) * TPU_LANES
+    pages = LatentPages.zeros(
+        config.num_layers * num_pages,
+        page_size,
+        config.attention.kv_lora_rank,
+        rope_dim,
+        dtype=dtype,
+    )
+    return LatentPool(pages, config.num_layers)
+
+
+def latent_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
+    """Returns the bytes that the latent cache holds per token, over all layers."""
+    attention = config.attention
+    numbers = attention.kv_lora_rank + attention.qk_rope_head_dim
+    return config.num_layers * numbers * bytes_per_number
+
+
+def full_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
+    """Returns the bytes that a cache of per-head keys and values would hold per token."""
+    attention = config.attention
+    key = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+    numbers = attention.num_heads * (key + attention.v_head_dim)
+    return config.num_layers * numbers * bytes_per_number

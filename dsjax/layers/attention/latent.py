@@ -1,0 +1,318 @@
+"""Multi-head latent attention as a layer: projections, and the two forms of attending (§2.1)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.cache import LatentPool, Part, View
+from dsjax.config import AttentionConfig
+from dsjax.layers.linear import Linear
+from dsjax.layers.norm import RMSNorm
+from dsjax.layers.options import LayerOptions
+from dsjax.layers.rope import apply_rope, rope_angles, softmax_scale
+from pallas_kernels.mla_attention import mla_attention, mla_attention_with_lse
+from pallas_kernels.mla_decode import LatentPages, merge_partial_attention, mla_decode
+from pallas_kernels.mla_decode import supported as mla_decode_supported
+
+# The released code builds the latents' norms with this epsilon whatever `rms_norm_eps` says.
+_LATENT_NORM_EPS = 1e-6
+
+# Tokens of a sequence that decode together at most: a few, for speculation.
+MAX_DECODE_TOKENS = 4
+
+# Keys of a cached prefix that are expanded at a time, of each sequence.
+_EXPANDED_KEYS = 1024
+
+_HEADS = ("batch", "length", "heads", "head_dim")
+
+
+class MLA(nnx.Module):
+    """Latent attention with DeepSeek's parameter names.
+
+    `wkv_b` is stored as `wk_b` and `wv_b`, and each query projection as its nope and rope parts,
+    so that neither form slices a weight or an activation. Where queries are not compressed
+    (V2-Lite), `wq_nope` and `wq_rope` read the residual stream itself.
+    """
+
+    def __init__(
+        self, config: AttentionConfig, hidden_dim: int, options: LayerOptions, rngs: nnx.Rngs
+    ):
+        heads, latent = config.num_heads, config.kv_lora_rank
+        nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+
+        def linear(shape: tuple[int, ...], *dims: str) -> Linear:
+            return Linear(shape, dims, options, rngs)
+
+        if config.q_lora_rank is None:
+            self.wq_a = self.q_norm = None
+            size, dim = hidden_dim, "param_embed"
+        else:
+            self.wq_a = linear((hidden_dim, config.q_lora_rank), "param_embed", "q_latent")
+            self.q_norm = RMSNorm(config.q_lora_rank, options, _LATENT_NORM_EPS)
+            size, dim = config.q_lora_rank, "q_latent_in"
+        self.wq_nope = linear((size, heads, nope), dim, "heads", "head_dim")
+        self.wq_rope = linear((size, heads, rope), dim, "heads", "head_dim")
+        self.wkv_a = linear((hidden_dim, latent + rope), "param_embed", "kv_latent")
+        self.kv_norm = RMSNorm(latent, options, _LATENT_NORM_EPS)
+        self.wk_b = linear((latent, heads, nope), "kv_latent_in", "heads", "head_dim")
+        self.wv_b = linear((latent, heads, value), "kv_latent_in", "heads", "head_dim")
+        self.wo = linear((heads, value, hidden_dim), "heads", "head_dim", "param_embed")
+        self.config = config
+        self.options = options
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None
+    ) -> jax.Array:
+        """Attends causally within each segment, in the expanded form (eq. 9 to 19).
+
+        Args:
+            x_BTD: normalised residual stream, compute dtype.
+            positions_BT: int32, counted from the start of each document.
+            segment_ids_BT: int32 document of each token, or None for one document a row.
+
+        Returns:
+            out_BTD in the compute dtype.
+        """
+        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, positions_BT)
+        latent_BTC, k_rope_BTR = self._latents(x_BTD, positions_BT)
+        k_nope_BTHN, v_BTHV = self._expand(latent_BTC)
+        ids = None if segment_ids_BT is None else ("batch", "length")
+
+        def attend(
+            q_nope_BTHN: jax.Array,
+            q_rope_BTHR: jax.Array,
+            k_nope_BTHN: jax.Array,
+            k_rope_BTR: jax.Array,
+            v_BTHV: jax.Array,
+            segment_ids_BT: jax.Array | None,
+        ) -> jax.Array:
+            return mla_attention(
+                q_nope_BTHN,
+                q_rope_BTHR,
+                k_nope_BTHN,
+                k_rope_BTR,
+                v_BTHV,
+                scale=softmax_scale(self.config),
+                q_segment_ids_BT=segment_ids_BT,
+                kv_segment_ids_BS=segment_ids_BT,
+                implementation=self.options.kernels.mla_attention,
+            )
+
+        shared = ("batch", "length", "head_dim")
+        run = self.options.rules.shard_map(
+            attend, in_dims=(_HEADS, _HEADS, _HEADS, shared, _HEADS, ids), out_dims=_HEADS
+        )
+        out_BTHV = run(q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHV, segment_ids_BT)
+        # Named, so that the "save_attention" remat policy keeps it.
+        return self._output(jax.ad_checkpoint.checkpoint_name(out_BTHV, "attention"))
+
+    def extend(
+        self, x_BTD: jax.Array, pool: LatentPool, view: View, layer: jax.Array
+    ) -> tuple[jax.Array, LatentPool]:
+        """Attends from new tokens to themselves and to what the pool holds of their sequences.
+
+        Args:
+            x_BTD: normalised residual stream of one row of tokens (B is 1).
+            pool: the latents so far.
+            view: the row's parts, and where their sequences lie in the pool.
+            layer: int32 scalar, the layer whose part of the pool this is.
+
+        Returns:
+            out_BTD, and the pool with the new tokens' latents written.
+        """
+        positions_BT = view.positions()[None]
+        row = (*self._queries(x_BTD, positions_BT), *self._latents(x_BTD, positions_BT))
+        outs = []
+        for part, first in view.places():
+            tokens = _Tokens(*(_cut(array, part, first) for array in row))
+            pool = pool.write(layer, part, tokens.latent_BTC, tokens.k_rope_BTR)
+            attend = self._absorbed if self._prefers_absorbed(part, pool) else self._expanded
+            out_BTHV = attend(tokens, pool, part, layer)
+            outs.append(out_BTHV.reshape(1, part.row_tokens, *out_BTHV.shape[2:]))
+        out_BTHV = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+        return self._output(out_BTHV), pool
+
+    def _prefers_absorbed(self, part: Part, pool: LatentPool) -> bool:
+        """Chooses the form that costs less, from sizes that are known while tracing.
+
+        Absorbed, a query multiplies 2 C + R numbers with each key; expanded, N + R + V, but every
+        cached key is expanded first, which is C (N + V) for all queries together. So the costs
+        cross at C (N + V) / (2 C - N - V) tokens a sequence: 171 for DeepSeek-V2.
+        """
+        if part.is_first:
+            return False  # no cached key has to be expanded
+        config = self.config
+        expanded = config.qk_nope_head_dim + config.v_head_dim
+        absorbed = 2 * config.kv_lora_rank
+        if part.num_tokens * (absorbed - expanded) >= config.kv_lora_rank * expanded:
+            return False
+        refused = mla_decode_supported(
+            self.options.kernels.mla_decode,
+            kv_rank=config.kv_lora_rank,
+            rope_dim=pool.pages.rope.shape[-1],
+            num_heads=config.num_heads // self.options.rules.num_shards("heads"),
+            num_tokens=part.num_tokens,
+            page_size=pool.page_size,
+            table_entries=part.page_table_BP.size,
+            dtype=self.options.dtype,
+            pages_dtype=pool.pages.latent.dtype,
+            rope_dtype=pool.pages.rope.dtype,
+        )
+        return refused is None or part.num_tokens <= MAX_DECODE_TOKENS
+
+    def _absorbed(
+        self, tokens: _Tokens, pool: LatentPool, part: Part, layer: jax.Array
+    ) -> jax.Array:
+        """Attends in the latent space, which expands nothing (App. C)."""
+        q_latent_BTHC = self.wk_b("BTHN,CHN->BTHC", tokens.q_nope_BTHN)
+
+        def attend(
+            q_latent_BTHC: jax.Array,
+            q_rope_BTHR: jax.Array,
+            pages: LatentPages,
+            table_BP: jax.Array,
+            lengths_B: jax.Array,
+        ) -> jax.Array:
+            return mla_decode(
+                q_latent_BTHC,
+                q_rope_BTHR,
+                pages,
+                table_BP,
+                lengths_B,
+                scale=softmax_scale(self.config),
+                implementation=self.options.kernels.mla_decode,
+            )[0]
+
+        run = self.options.rules.shard_map(
+            attend, in_dims=(_HEADS, _HEADS, (), ("batch", None), ("batch",)), out_dims=_HEADS
+        )
+        table_BP = pool.layer_table(layer, part.page_table_BP)
+        lengths_B = part.lengths_B + part.num_tokens
+        out_BTHC = run(q_latent_BTHC, tokens.q_rope_BTHR, pool.pages, table_BP, lengths_B)
+        return self.wv_b("BTHC,CHV->BTHV", out_BTHC)
+
+    def _expanded(
+        self, tokens: _Tokens, pool: LatentPool, part: Part, layer: jax.Array
+    ) -> jax.Array:
+        """Attends to the new tokens, then to blocks of the cached ones, each expanded in turn."""
+        out_BTHV, lse_BHT = self._attend_expanded(
+            tokens, tokens.latent_BTC, tokens.k_rope_BTR, visible_BS=None
+        )
+        if part.is_first:
+            return out_BTHV
+        pages = max(1, _EXPANDED_KEYS // pool.page_size)
+        table_BP = part.page_table_BP
+        table_BP = jnp.pad(table_BP, ((0, 0), (0, -table_BP.shape[1] % pages)))
+        keys = pages * pool.page_size
+
+        def add_block(
+            index: jax.Array, sums: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
+            block_BP = jax.lax.dynamic_slice_in_dim(table_BP, index * pages, pages, axis=1)
+            latent_BSC, k_rope_BSR = pool.read(layer, block_BP, self.config.qk_rope_head_dim)
+            visible_BS = index * keys + jnp.arange(keys) < part.lengths_B[:, None]
+            block = self._attend_expanded(tokens, latent_BSC, k_rope_BSR, visible_BS)
+            return _merge(sums, block)
+
+        # As many blocks as the longest sequence has, not as many as there is room for.
+        num_blocks = (jnp.max(part.lengths_B) + keys - 1) // keys
+        sums = (out_BTHV.astype(jnp.float32), lse_BHT)
+        sums = jax.lax.fori_loop(0, num_blocks, add_block, sums)
+        return sums[0].astype(out_BTHV.dtype)
+
+    def _attend_expanded(
+        self,
+        tokens: _Tokens,
+        latent_BSC: jax.Array,
+        k_rope_BSR: jax.Array,
+        visible_BS: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns out_BTHV and lse_BHT over the visible keys, or causally where that is None."""
+        causal = visible_BS is None
+        k_nope_BSHN, v_BSHV = self._expand(latent_BSC)
+
+        def attend(
+            q_nope_BTHN: jax.Array,
+            q_rope_BTHR: jax.Array,
+            k_nope_BSHN: jax.Array,
+            k_rope_BSR: jax.Array,
+            v_BSHV: jax.Array,
+            visible_BS: jax.Array | None,
+        ) -> tuple[jax.Array, jax.Array]:
+            return mla_attention_with_lse(
+                q_nope_BTHN,
+                q_rope_BTHR,
+                k_nope_BSHN,
+                k_rope_BSR,
+                v_BSHV,
+                scale=softmax_scale(self.config),
+                causal=causal,
+                # Queries are of document 1, visible keys too, others of document 0.
+                q_segment_ids_BT=None if causal else jnp.ones(q_nope_BTHN.shape[:2], jnp.int32),
+                kv_segment_ids_BS=None if visible_BS is None else visible_BS.astype(jnp.int32),
+                implementation=self.options.kernels.mla_attention,
+            )
+
+        shared, ids = ("batch", "length", "head_dim"), None if causal else ("batch", "length")
+        run = self.options.rules.shard_map(
+            attend,
+            in_dims=(_HEADS, _HEADS, _HEADS, shared, _HEADS, ids),
+            out_dims=(_HEADS, ("batch", "heads", "length")),
+        )
+        return run(
+            tokens.q_nope_BTHN, tokens.q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV, visible_BS
+        )
+
+    def _expand(self, latent_BTC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns every head's keys without position, and its values."""
+        return self.wk_b("BTC,CHN->BTHN", latent_BTC), self.wv_b("BTC,CHV->BTHV", latent_BTC)
+
+    def _queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # `Q` stands for D as well: of V2-Lite, the queries' input is the residual stream itself.
+        q_BTQ = x_BTD
+        if self.wq_a is not None and self.q_norm is not None:
+            q_BTQ = self.q_norm(self.wq_a("BTD,DQ->BTQ", x_BTD))
+        q_nope_BTHN, q_rope_BTHR = (
+            self.wq_nope("BTQ,QHN->BTHN", q_BTQ),
+            self.wq_rope("BTQ,QHR->BTHR", q_BTQ),
+        )
+        return q_nope_BTHN, apply_rope(q_rope_BTHR, *rope_angles(positions_BT, self.config))
+
+    def _latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        joint_BTC = self.wkv_a("BTD,DC->BTC", x_BTD)
+        latent_BTC, k_rope_BTR = jnp.split(joint_BTC, [self.config.kv_lora_rank], axis=-1)
+        k_rope_BTR = apply_rope(k_rope_BTR, *rope_angles(positions_BT, self.config))
+        return self.kv_norm(latent_BTC), k_rope_BTR
+
+    def _output(self, out_BTHV: jax.Array) -> jax.Array:
+        out_BTD = self.wo("BTHV,HVD->BTD", out_BTHV)
+        return self.options.rules.constrain(out_BTD, "batch", "length", "embed")
+
+
+class _Tokens(NamedTuple):
+    """What attention needs of a part's new tokens, [B, T, ...] each."""
+
+    q_nope_BTHN: jax.Array
+    q_rope_BTHR: jax.Array
+    latent_BTC: jax.Array
+    k_rope_BTR: jax.Array
+
+
+def _cut(row_BTX: jax.Array, part: Part, first: int) -> jax.Array:
+    """Cuts a part out of a row of tokens and puts its sequences one under the other."""
+    tokens_BTX = row_BTX[:, first : first + part.row_tokens]
+    return tokens_BTX.reshape(part.num_sequences, part.num_tokens, *row_BTX.shape[2:])
+
+
+def _merge(
+    one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Joins attention to two sets of keys: out_BTHV float32, and lse_BHT."""
+    outs = jnp.stack([one[0], other[0].astype(jnp.float32)])
+    lses = jnp.stack([jnp.swapaxes(lse_BHT, 1, 2) for lse_BHT in (one[1], other[1])])
+    out_BTHV, lse_BTH = merge_partial_attention(outs, lses)
+    return out_BTHV, jnp.swapaxes(lse_BTH, 1, 2)

@@ -1,0 +1,181 @@
+"""Reading tokens part by part into the latent pool, against one forward pass over all of them."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.configs.models import deepseek_v2, deepseek_v2_lite
+from dsjax.cache import Part, View, allocate_pool
+from dsjax.kernels import Kernels
+from dsjax.layers.attention import latent
+from tests.dsjax.sequences import Sequences
+from tests.small_models import SMALL, SMALL_LITE, random_model
+
+LENGTH = 60
+# Sizes for which the forms cross at 12 tokens, so that short parts are absorbed and long ones not.
+CROSSING = replace(
+    SMALL,
+    max_length=LENGTH,
+    attention=replace(SMALL.attention, kv_lora_rank=24, qk_nope_head_dim=6, v_head_dim=6),
+)
+MODELS = {
+    "v2": CROSSING,
+    "v2_lite": replace(SMALL_LITE, attention=replace(CROSSING.attention, q_lora_rank=None)),
+}
+forward = jax.jit(lambda model, tokens: model(tokens))
+
+
+@functools.cache
+def model_and_logits(name: str):
+    """A model, tokens of five sequences, and their logits by the forward pass."""
+    model = random_model(MODELS[name])
+    tokens = np.random.default_rng(5).integers(0, SMALL.vocab_size, (5, LENGTH)).astype(np.int32)
+    return model, tokens, np.asarray(forward(model, tokens))
+
+
+def assert_close(got, want):
+    """To 1e-4 of the standard deviation of the logits."""
+    assert np.abs(np.asarray(got) - want).max() <= 1e-4 * want.std()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", MODELS)
+def test_any_split_into_parts_equals_the_forward_pass(name, seed):
+    """Prompts from nothing, chunks after a prefix, and 1 to 4 tokens at a time, mixed in a row."""
+    model, tokens, want = model_and_logits(name)
+    rng = np.random.default_rng(seed)
+    sequences = Sequences(model, 5, LENGTH)
+    ends = rng.integers(20, LENGTH + 1, 5)
+    kinds = set()
+    while (left := ends - sequences.lengths).any():
+        decoding, chunks, first, spare = [], [], [], []
+        for row in rng.permutation(np.flatnonzero(left)):
+            groups = [decoding, chunks] if sequences.lengths[row] else [first, chunks, decoding]
+            groups[rng.integers(len(groups))].append(row)
+        parts, rows = [], []
+        for group, sizes, is_first in (
+            (decoding, (1, 2, 4), False),
+            (chunks, (5, 16), False),  # one on either side of where the forms cross
+            (first, (16,), True),
+        ):
+            if group:
+                size = int(rng.choice(sizes))
+                counts = np.minimum(rng.integers(1, size + 1, len(group)), left[group])
+                parts.append(sequences.part(group, counts, size, is_first=is_first))
+                rows.append(group)
+                kinds.add((size, is_first))
+        starts = sequences.lengths.copy()
+        for part, index, logits in zip(
+            parts, rows, sequences.extend(parts, rows, tokens), strict=True
+        ):
+            for place, row in enumerate(index):
+                count = int(part.num_new_B[place])
+                assert_close(logits[place, :count], want[row, starts[row] : starts[row] + count])
+        assert not spare
+    np.testing.assert_array_equal(sequences.lengths, ends)
+    assert len(kinds) > 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_token_by_token_equals_the_forward_pass(name):
+    """From an empty pool, over page borders."""
+    model, tokens, want = model_and_logits(name)
+    sequences = Sequences(model, 5, LENGTH)
+    for step in range(24):
+        assert_close(sequences.step(tokens, [1] * 5)[:, 0], want[:, step])
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_layers_experts_may_be_read_where_they_lie(in_place):
+    """Cut out of those of all layers by the scan, or read there."""
+    _, tokens, want = model_and_logits("v2")
+    model = random_model(CROSSING, kernels=Kernels(experts_in_place=in_place))
+    sequences = Sequences(model, 5, LENGTH)
+    counts = [13, 5, 8, 1, 20]
+    logits = sequences.step(tokens, counts, is_first=True)
+    for row, count in enumerate(counts):
+        assert_close(logits[row, :count], want[row, :count])
+    assert_close(sequences.step(tokens, [1] * 5)[:, 0], want[np.arange(5), counts])
+
+
+@pytest.mark.core
+def test_a_long_prefix_is_expanded_block_by_block(monkeypatch):
+    """With blocks of two pages: a prefix of none, of less than one, and of several."""
+    monkeypatch.setattr(latent, "_EXPANDED_KEYS", 16)
+    model, tokens, want = model_and_logits("v2")
+    sequences = Sequences(model, 5, LENGTH)
+    counts = [1, 7, 16, 33, 40]
+    sequences.step(tokens, counts, is_first=True)
+    logits = sequences.step(tokens, [16] * 5)
+    for row, start in enumerate(counts):
+        assert_close(logits[row], want[row, start : start + 16])
+
+
+def test_only_the_wanted_places_have_logits():
+    model, tokens, want = model_and_logits("v2")
+    pool = allocate_pool(CROSSING, 3, jnp.float32, page_size=8)
+    part = Part(jnp.arange(3)[None], jnp.zeros(1, jnp.int32), jnp.array([20]), 20, is_first=True)
+    wanted = jnp.array([19, 3])
+    logits, _ = jax.jit(lambda *arguments: model.extend(*arguments))(
+        jnp.asarray(tokens[0, :20]), pool, View((part,)), wanted
+    )
+    assert logits.shape == (2, SMALL.vocab_size)
+    assert_close(logits, want[0, [19, 3]])
+
+
+def program_of(config, num_tokens, **attributes):
+    """The jaxpr of one part of two sequences behind up to 640 cached tokens."""
+    model = random_model(config)
+    pool = allocate_pool(config, 20, jnp.float32)
+    part = Part(
+        jnp.arange(20).reshape(2, 10),
+        jnp.full(2, 100),
+        jnp.full(2, num_tokens),
+        num_tokens,
+        **attributes,
+    )
+    tokens = jnp.zeros(part.row_tokens, int)
+    run = jax.make_jaxpr(lambda *arguments: model.extend(*arguments))
+    return str(run(tokens, pool, View((part,)), jnp.arange(2)))
+
+
+def expands(jaxpr, config):
+    """Whether per-head keys or values of cached tokens stand in a program."""
+    attention = config.attention
+    widths = (attention.qk_nope_head_dim, attention.v_head_dim)
+    return any(
+        f"{tokens},{attention.num_heads},{width}]" in jaxpr
+        for tokens in (64, 640)  # of a page, and of all a table's pages in one block
+        for width in widths
+    )
+
+
+@pytest.mark.core
+def test_decoding_expands_nothing(monkeypatch):
+    """Trap: decoding that expands the whole cache again at each step."""
+    config = replace(SMALL, num_layers=1, moe=None)
+    for num_tokens in (1, 4):
+        assert not expands(program_of(config, num_tokens), config)
+    # A long chunk does expand what is cached, which shows that it would have been seen.
+    monkeypatch.setattr(latent, "_EXPANDED_KEYS", 640)
+    assert expands(program_of(config, 64), config)
+
+
+def test_the_pool_of_the_released_models_holds_576_numbers_a_token():
+    for config in (deepseek_v2.config, deepseek_v2_lite.config):
+        pool = jax.eval_shape(functools.partial(allocate_pool, config, 1, jnp.bfloat16))
+        sizes = [leaf.size for leaf in jax.tree.leaves(pool.pages)]
+        assert sum(sizes) == config.num_layers * 64 * 576
+
+
+def test_the_pool_for_the_tpu_kernel_has_rotary_keys_of_whole_lanes():
+    allocate = functools.partial(allocate_pool, deepseek_v2_lite.config, 1, jnp.bfloat16)
+    for kernel, lanes in (("tpu", 128), ("hopper", 64)):
+        pages = jax.eval_shape(functools.partial(allocate, decode_kernel=kernel)).pages
+        assert pages.rope.shape == (deepseek_v2_lite.config.num_layers, 64, lanes)

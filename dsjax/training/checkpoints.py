@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from orbax.checkpoint import v1 as ocp
 
 from dsjax.config import CheckpointConfig
 from dsjax.training.step import Guard, TrainState
-from dsjax.weights.param_store import saving_context
+from dsjax.weights.layouts import current_path, format_1_path, is_format_1, renamed
+from dsjax.weights.param_store import saving_context, stored_paths
 from dsjax.weights.sources import STEPS_FOLDER
 
 
@@ -104,7 +106,12 @@ class RunCheckpoints:
         """
         abstract = {"params": nnx.to_pure_dict(params), "optimizer": optimizer}
         try:
+            old = is_format_1(stored_paths(self._folder / str(step)))
+            if old:
+                abstract = _renamed(abstract, format_1_path)
             loaded = self._checkpointer.load_checkpointables(step, abstract)
+            if old:
+                loaded = _renamed(loaded, current_path)
         except (ValueError, KeyError) as error:
             # Orbax names the handlers it tried, which is no help.
             raise ValueError(
@@ -152,6 +159,17 @@ def state_from_dict(
         moments=optax.tree_utils.tree_set(abstract.moments, **moments),
         guard=Guard(**optimizer["guard"]),
     )
+
+
+def _renamed(
+    items: Mapping[str, Any], rename: Callable[[tuple[str, ...]], tuple[str, ...]]
+) -> dict[str, Any]:
+    """Moves the parameters, and the moments beside them, to other paths."""
+    moments = {name: renamed(items["optimizer"][name], rename) for name in ("mu", "nu")}
+    return {
+        "params": renamed(items["params"], rename),
+        "optimizer": {**items["optimizer"], **moments},
+    }
 
 
 def _gather_json(value: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ too, writes the arrays. orbax loads the result like any other.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -22,10 +21,11 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-ITEM = "params"
-METADATA_FILE = "_METADATA"  # in it, what orbax says of the arrays
+from dsjax.files import read_json
+from dsjax.weights.layouts import Path, current_path
 
-Path = tuple[str, ...]
+ITEM = "params"
+METADATA_FILE = "_METADATA"  # orbax's description of an item
 
 # A chunk holds one tensor, or rows of it where it is larger than this.
 _MAX_CHUNK_BYTES = 64 << 20
@@ -37,7 +37,7 @@ class ParamStore:
 
     Attributes:
         directory: the checkpoint, which holds the folder "params".
-        arrays: a tensorstore of each parameter, by path.
+        arrays: a tensorstore of each parameter, by the path that it has today.
     """
 
     def __init__(self, directory: FilePath, arrays: Mapping[Path, ts.TensorStore]):
@@ -52,14 +52,8 @@ class ParamStore:
             ValueError: the folder holds no such parameters, or one of them cannot be opened.
         """
         folder = (directory / ITEM).absolute()
-        try:
-            metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
-            keys = [
-                tuple(str(part["key"]) for part in entry["key_metadata"])
-                for entry in metadata["tree_metadata"].values()
-            ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / METADATA_FILE}: no orbax parameters: {error!r}") from None
+        metadata = _read_metadata(directory)
+        keys = _paths(metadata)
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         # Where zeros are stored like any other value, a chunk that is absent was lost.
         complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
@@ -77,7 +71,7 @@ class ParamStore:
                 "fill_missing_data_reads": not complete,
             }
             try:
-                arrays[path] = ts.open(spec, open=True).result()
+                arrays[current_path(path)] = ts.open(spec, open=True).result()
             except ValueError as error:
                 raise ValueError(f"{folder}: parameter {name}: {one_line(error)}") from None
         return cls(directory, _with_cache(arrays))
@@ -146,6 +140,32 @@ class ParamStore:
     def write(self, path: Path, window: tuple[slice | int, ...], values: np.ndarray) -> ts.Future:
         """Begins to write a window; the future is done when it is on the disk."""
         return self.arrays[path][window].write(values).commit
+
+
+def stored_paths(directory: FilePath) -> list[Path]:
+    """Returns the paths of a checkpoint's parameters as they are stored.
+
+    Raises:
+        ValueError: the folder holds no such parameters.
+    """
+    return _paths(_read_metadata(directory))
+
+
+def _read_metadata(directory: FilePath) -> dict[str, Any]:
+    file = directory.absolute() / ITEM / METADATA_FILE
+    try:
+        metadata = read_json(file)
+        _paths(metadata)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: no orbax parameters: {error!r}") from None
+    return metadata
+
+
+def _paths(metadata: Mapping[str, Any]) -> list[Path]:
+    return [
+        tuple(str(part["key"]) for part in entry["key_metadata"])
+        for entry in metadata["tree_metadata"].values()
+    ]
 
 
 def chunk_shape(shape: tuple[int, ...], dtype: np.dtype, num_stacked: int) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ class Sequences:
         flat = jnp.asarray(np.concatenate(row), jnp.int32)
         logits, self.pool = _extend(*self._split, flat, self.pool, view, jnp.arange(flat.size))
         for part, index in zip(parts, rows, strict=True):
-            self.lengths[np.asarray(index)] += np.asarray(part.num_new_B)
+            np.add.at(self.lengths, np.asarray(index), np.asarray(part.num_new_B))
         return [
             logits[first : first + part.row_tokens].reshape(part.num_sequences, part.num_tokens, -1)
             for part, first in view.places()

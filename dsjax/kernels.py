@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
-from dsjax.config import KernelConfig, ModelConfig, RuntimeConfig
+from dsjax.config import ModelConfig, RuntimeConfig
+from pallas_kernels import expert_permute, grouped_matmul, mla_attention, mla_decode
+from pallas_kernels.chips import TPU_LANES, chip_of
 
 _LOG = logging.getLogger(__name__)
 
-# Head dims that the Pallas attention kernels are written for: nope, rope, value, latent.
-_KERNEL_HEAD_DIMS = (128, 64, 128, 512)
-# The experts' kernels of a chip take multiples of these: of hidden and of intermediate widths.
-_EXPERT_WIDTHS = {"tpu": (128, 128), "hopper": (128, 64), "xla": (1, 1)}
+# Tokens of a page of the latent pool.
+PAGE_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -27,22 +28,21 @@ class Kernels:
         mla_attention: of attention in training and prefill.
         mla_decode: of absorbed decode.
         grouped_matmul: of the experts' products.
-        experts_in_place: whether generation lets it read one layer's experts within those of all
-            layers, for kernels that fetch weights themselves: else they may be copied first.
-        router: of the experts' affinities: "float32" multiplies in full precision; for bfloat16
-            tokens "bfloat16_terms" comes to as much by products that matrix units take.
-        expert_exchange: how tokens move between devices that divide the experts: "ragged" (TPUs)
-            and "ragged_parts" (GPUs) send what there is, "fixed" as much as there might be.
-        exchange_chunks: parts of a device's tokens that are exchanged one by one, so that one is
-            computed while the next is under way.
-        exchange_room: tokens that one pass over a device's experts has room for, over an even
-            share of them; where there are more, it takes more passes.
+        expert_permute: of copying tokens to their experts' rows.
+        experts_in_place: whether generation lets `grouped_matmul` read one layer's experts within
+            those of all layers, for kernels that fetch weights themselves: else they may be copied
+            first.
+        router: of the experts' affinities; see `KernelConfig`, as for the next three.
+        expert_exchange: how tokens move between devices that divide the experts.
+        exchange_chunks: parts of a device's tokens that are exchanged one by one.
+        exchange_room: room of a pass over a device's experts, over an even share.
         pass_step: room of a pass comes in multiples of so many tokens or rows.
     """
 
     mla_attention: str = "xla"
     mla_decode: str = "xla"
     grouped_matmul: str = "xla"
+    expert_permute: str = "xla"
     experts_in_place: bool = False
     router: str = "float32"
     expert_exchange: str = "fixed"
@@ -56,13 +56,18 @@ def choose_kernels(
 ) -> Kernels:
     """Chooses the implementations for a model on a device, and says so once in the log.
 
+    Each op says what it takes. Where an accelerator's own kernel does not take a size, the portable
+    implementation runs, and a warning says which size is to blame.
+
     Args:
         device: one device of the mesh; a compile-only device of a TPU topology counts as a TPU,
             so a CPU host that compiles for a pod gets the pod's kernels.
-        config: the model; sizes and types that the Pallas kernels are not written for take the
-            portable implementation.
+        config: the model.
         runtime: the compute type, and kernels that the user names.
-        tensor: devices that divide the experts' hidden width; what is left must fit the kernel.
+        tensor: devices that divide the heads and the experts' hidden width.
+
+    Raises:
+        ValueError: a kernel that the user names does not take the model's sizes.
     """
     return _choose(device.platform, device.device_kind, config, runtime, tensor)
 
@@ -71,39 +76,87 @@ def choose_kernels(
 def _choose(
     platform: str, kind: str, config: ModelConfig, runtime: RuntimeConfig, tensor: int
 ) -> Kernels:
-    tpu = platform == "tpu"
-    gpu = platform in ("gpu", "cuda", "rocm")
-    hopper = gpu and ("H100" in kind or "H200" in kind)
-    attention = config.attention
-    head_dims = (
-        attention.qk_nope_head_dim,
-        attention.qk_rope_head_dim,
-        attention.v_head_dim,
-        attention.kv_lora_rank,
+    chip = chip_of(platform, kind)
+    gpu, tpu = chip in ("hopper", "gpu"), platform == "tpu"
+    native = "tpu" if tpu else "hopper" if chip == "hopper" else "xla"
+    named, attention, dtype = runtime.kernels, config.attention, jnp.dtype(runtime.dtype)
+
+    def choose(op: str, name: str, refusal: Callable[[str], str | None]) -> str:
+        """Returns the implementation named, or else the chip's own where it takes the sizes."""
+        if name != "auto":
+            reason = refusal(name)
+            if reason is not None:
+                raise ValueError(f"runtime.kernels.{op}={name!r}: {reason}")
+            return name
+        reason = refusal(native)
+        if reason is None:
+            return native
+        _LOG.warning("%s on %s: the portable implementation runs, as %s", op, kind, reason)
+        return "xla"
+
+    def attention_refusal(name: str) -> str | None:
+        return mla_attention.supported(
+            name,
+            nope_dim=attention.qk_nope_head_dim,
+            rope_dim=attention.qk_rope_head_dim,
+            value_dim=attention.v_head_dim,
+            dtype=dtype,
+            chip=chip,
+        )
+
+    def decode_refusal(name: str) -> str | None:
+        return mla_decode.supported(
+            name,
+            kv_rank=attention.kv_lora_rank,
+            rope_dim=pool_rope_dim(attention.qk_rope_head_dim, name),
+            num_heads=attention.num_heads // tensor,
+            page_size=PAGE_SIZE,
+            dtype=dtype,
+            chip=chip,
+        )
+
+    def experts_refusal(name: str) -> str | None:
+        if config.moe is None:
+            return None
+        return grouped_matmul.supported(
+            name,
+            width_in=config.hidden_dim,
+            width_out=config.moe.intermediate_dim // tensor,
+            dtype=dtype,
+            chip=chip,
+        )
+
+    products = choose("grouped_matmul", named.grouped_matmul, experts_refusal)
+    permute_refusal = expert_permute.supported(
+        "hopper", width=config.hidden_dim, dtype=dtype, chip=chip
     )
-    bf16 = runtime.dtype == "bfloat16"  # what all the kernels compute in
-    heads_fit = bf16 and head_dims == _KERNEL_HEAD_DIMS
-    width = 0 if config.moe is None else config.moe.intermediate_dim // tensor
-    ours = "tpu" if tpu else "hopper" if hopper else "xla"
-    hidden_step, step = _EXPERT_WIDTHS[ours]
-    widths_fit = bf16 and config.hidden_dim % hidden_step == width % step == 0
+    router = named.router
+    if router == "auto":  # a TPU's compiler splits float32 by itself
+        router = "bfloat16_terms" if gpu and dtype == jnp.bfloat16 else "float32"
+    transport = named.expert_exchange
+    if transport == "auto":
+        # XLA's CPU backend has neither of the ragged ones; "ragged" is some 70 times slower than
+        # "ragged_parts" on two H200s.
+        transport = "ragged" if tpu else "ragged_parts" if gpu else "fixed"
     chosen = Kernels(
-        mla_attention=ours if heads_fit else "xla",
-        mla_decode=ours if heads_fit else "xla",
-        grouped_matmul=ours if widths_fit else "xla",
-        experts_in_place=tpu and widths_fit,
-        # A TPU's compiler splits float32 by itself.
-        router="bfloat16_terms" if gpu and bf16 else "float32",
-        # XLA's CPU backend has neither of the ragged ones; "ragged" is some 70
-        # times slower than "ragged_parts" on two H200s.
-        expert_exchange="ragged" if tpu else "ragged_parts" if gpu else "fixed",
+        mla_attention=choose("mla_attention", named.mla_attention, attention_refusal),
+        mla_decode=choose("mla_decode", named.mla_decode, decode_refusal),
+        grouped_matmul=products,
+        expert_permute="hopper" if products == "hopper" and permute_refusal is None else "xla",
+        experts_in_place=products == "tpu",
+        router=router,
+        expert_exchange=transport,
+        exchange_chunks=named.exchange_chunks,
+        exchange_room=named.exchange_room,
     )
-    chosen = _with_named(chosen, runtime.kernels)
     _LOG.info("kernels on %s: %s", kind, chosen)
     return chosen
 
 
-def _with_named(chosen: Kernels, named: KernelConfig) -> Kernels:
-    """Puts what the user names in place of what was chosen."""
-    fields = {f.name: getattr(named, f.name) for f in dataclasses.fields(named)}
-    return dataclasses.replace(chosen, **{n: v for n, v in fields.items() if v != "auto"})
+def pool_rope_dim(rope_dim: int, decode_kernel: str) -> int:
+    """Returns the width that the latent pool keeps rotary keys at for an `mla_decode` kernel.
+
+    For "tpu" they are padded to whole lanes: they take no more of a TPU's memory so, and XLA does
+    not copy the pool before each call.
+    """
+    return -(-rope_dim // TPU_LANES) * TPU_LANES if decode_kernel == "tpu" else rope_dim

@@ -57,17 +57,21 @@ _KINDS = {
 _GPU_PLATFORMS = ("gpu", "cuda", "rocm")
 
 
-def chip_of(device: jax.Device | jax.sharding.AbstractDevice) -> str:
+def chip_of(platform: str, device_kind: str) -> str:
     """Names the chip of a device, which may be one that a host only compiles for.
+
+    Args:
+        platform: a jax device's, such as "tpu".
+        device_kind: a jax device's, such as "TPU v5 lite".
 
     Returns:
         "v4", "v5e", "v5p", "v6e" or "7x"; "tpu" for another TPU; "hopper" for H100 and H200; "gpu"
         for another GPU; else the platform, such as "cpu".
     """
-    found = [name for name in _KINDS if device.device_kind.startswith(name)]
+    found = [name for name in _KINDS if device_kind.startswith(name)]
     if found:
         return _KINDS[max(found, key=len)]
-    return "gpu" if device.platform in _GPU_PLATFORMS else device.platform
+    return "gpu" if platform in _GPU_PLATFORMS else platform
 
 
 def tpu_chip() -> TpuChip:
@@ -77,7 +81,8 @@ def tpu_chip() -> TpuChip:
     fit all.
     """
     target = jax.sharding.get_abstract_mesh().abstract_device
-    return TPU_CHIPS.get(chip_of(target or jax.devices()[0]), ANY_TPU)
+    kind = jax.devices()[0].device_kind if target is None else target.device_kind
+    return TPU_CHIPS.get(chip_of("", kind), ANY_TPU)
 
 
 def num_sms() -> int:

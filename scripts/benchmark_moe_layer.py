@@ -38,7 +38,8 @@ PROFILED_CALLS = 3
 def layer_step(config: ModelConfig, implementation: str) -> tuple[Callable, nnx.State]:
     """Returns a jitted forward and backward pass of one layer, and its parameters."""
     router = "bfloat16_terms" if implementation == "hopper" else "float32"
-    kernels = Kernels(grouped_matmul=implementation, router=router)
+    permute = "hopper" if implementation == "hopper" else "xla"
+    kernels = Kernels(grouped_matmul=implementation, expert_permute=permute, router=router)
     options = LayerOptions.of(
         config, RuntimeConfig(param_dtype="bfloat16"), train_rules(None), kernels
     )

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 
 from dsjax.cache.view import Part
 from dsjax.config import ModelConfig
+from dsjax.kernels import PAGE_SIZE, pool_rope_dim
 from pallas_kernels.mla_decode import LatentPages, append_latents
-
-# Lanes of a TPU's registers and of the rows in its memory.
-TPU_LANES = 128
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +90,7 @@ def allocate_pool(
     num_pages: int,
     dtype: jnp.dtype,
     *,
-    page_size: int = 64,
+    page_size: int = PAGE_SIZE,
     decode_kernel: str = "xla",
 ) -> LatentPool:
     """Allocates an empty pool.
@@ -102,18 +100,13 @@ def allocate_pool(
         num_pages: pages that each layer has.
         dtype: of the latents.
         page_size: tokens a page holds.
-        decode_kernel: implementation of `mla_decode` that will read it. For "tpu" the rotary keys
-            are padded to whole lanes: they take no more of a TPU's memory so, and XLA does not
-            copy the pool before each call.
+        decode_kernel: implementation of `mla_decode` that will read it.
     """
-    rope_dim = config.attention.qk_rope_head_dim
-    if decode_kernel == "tpu":
-        rope_dim = -(-rope_dim // TPU_LANES) * TPU_LANES
     pages = LatentPages.zeros(
         config.num_layers * num_pages,
         page_size,
         config.attention.kv_lora_rank,
-        rope_dim,
+        pool_rope_dim(config.attention.qk_rope_head_dim, decode_kernel),
         dtype=dtype,
     )
     return LatentPool(pages, config.num_layers)

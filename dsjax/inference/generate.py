@@ -16,9 +16,8 @@ from dsjax.cache import LatentPool, Part, View, allocate_pool
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.inference.sampler import Sampling, SamplingArrays, sample
 from dsjax.inference.text import TextStream
+from dsjax.kernels import PAGE_SIZE
 from dsjax.model import DeepSeekV2
-
-_PAGE_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -143,12 +142,12 @@ def _round_up(size: int, step: int) -> int:
 def _room_for(model: DeepSeekV2, batch_size: int, length: int) -> tuple[LatentPool, jax.Array]:
     """Allocates a pool for sequences of a length, and gives each its pages of it."""
     options = model.options
-    pages = -(-length // _PAGE_SIZE)
+    pages = -(-length // PAGE_SIZE)
     pool = allocate_pool(
         model.config,
         batch_size * pages,
         options.dtype,
-        page_size=_PAGE_SIZE,
+        page_size=PAGE_SIZE,
         decode_kernel=options.kernels.mla_decode,
     )
     return pool, jnp.arange(batch_size * pages, dtype=jnp.int32).reshape(batch_size, pages)

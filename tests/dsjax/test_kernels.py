@@ -88,3 +88,25 @@ def test_a_named_kernel_is_the_one_that_runs():
     assert kernels.exchange_chunks == 2
     all_xla = RuntimeConfig(kernels=KernelConfig.all_of("xla"))
     assert ops(V5P, deepseek_v2.config, all_xla) == PORTABLE
+
+
+@pytest.mark.core
+def test_a_fallback_on_an_accelerator_is_a_warning_that_names_the_size(caplog):
+    config = replace(deepseek_v2_lite.config, vocab_size=4321)  # chosen for nowhere else
+    with caplog.at_level("WARNING", logger="dsjax.kernels"):
+        choose_kernels(H200, config, BF16, tensor=4)
+    (message,) = [record.getMessage() for record in caplog.records if "grouped" in record.message]
+    assert message.startswith("grouped_matmul on NVIDIA H200: the portable implementation runs")
+    assert "352" in message  # 1,408 over four
+    caplog.clear()
+    choose_kernels(CPU, config, BF16, tensor=4)
+    assert not caplog.records
+
+
+@pytest.mark.core
+def test_a_named_kernel_never_falls_back():
+    named = RuntimeConfig(kernels=KernelConfig(grouped_matmul="hopper"))
+    with pytest.raises(ValueError, match=r"runtime.kernels.grouped_matmul='hopper': .*352"):
+        choose_kernels(H200, deepseek_v2_lite.config, named, tensor=4)
+    with pytest.raises(ValueError, match=r"runtime.kernels.grouped_matmul='hopper': .*chip"):
+        choose_kernels(CPU, deepseek_v2_lite.config, named)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsjax.kernels import Kernels
 from pallas_kernels.expert_permute import combine_rows, gather_rows, sort_by_expert
 from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
 
@@ -68,7 +69,7 @@ def apply_local_experts(
     num_tokens: jax.Array | int,
     weights: ExpertWeights,
     size: PassSize,
-    implementation: str,
+    kernels: Kernels,
 ) -> jax.Array:
     """Sums each token's experts among those given, weighted by its gates in float32.
 
@@ -79,7 +80,7 @@ def apply_local_experts(
         num_tokens: tokens behind this many have no experts.
         weights: the experts.
         size: room of a pass; nothing is lost where it is small, it only takes more passes.
-        implementation: of the grouped matmul.
+        kernels: that copy rows and multiply them.
 
     Returns:
         out_ND in x's dtype; 0 for a token without experts here.
@@ -91,10 +92,10 @@ def apply_local_experts(
     whole = PassSize(x_ND.shape[0], x_ND.shape[0] * most)
     size = PassSize(min(size.tokens, whole.tokens), min(size.rows, whole.rows))
     if size == whole:
-        return _one_pass(x_ND, experts_NK, gates_NK, weights, size.rows, implementation)
+        return _one_pass(x_ND, experts_NK, gates_NK, weights, size.rows, kernels)
     if size.tokens < 1 or size.rows < most:
         raise ValueError(f"size: {size} must be at least 1 token and the {most} rows of one")
-    return _passes(size, implementation, x_ND, experts_NK, gates_NK, num_tokens, weights)
+    return _passes(size, kernels, x_ND, experts_NK, gates_NK, num_tokens, weights)
 
 
 def _one_pass(
@@ -103,16 +104,14 @@ def _one_pass(
     gates_NK: jax.Array,
     weights: ExpertWeights,
     rows: int,
-    implementation: str,
+    kernels: Kernels,
 ) -> jax.Array:
     order = sort_by_expert(experts_NK, weights.num_experts, rows)
     gate, up, down = weights.matrices()
-    permute = "hopper" if implementation == "hopper" else "xla"
+    permute, products = kernels.expert_permute, kernels.grouped_matmul
     rows_MD = gather_rows(x_ND, order, implementation=permute)
-    hidden_MF = grouped_swiglu(
-        rows_MD, gate, up, order.group_sizes_E, implementation=implementation
-    )
-    rows_MD = grouped_matmul(hidden_MF, down, order.group_sizes_E, implementation=implementation)
+    hidden_MF = grouped_swiglu(rows_MD, gate, up, order.group_sizes_E, implementation=products)
+    rows_MD = grouped_matmul(hidden_MF, down, order.group_sizes_E, implementation=products)
     return combine_rows(rows_MD, gates_NK, order, implementation=permute)
 
 
@@ -139,7 +138,7 @@ def _cut(array_N: jax.Array, window: _Window, tokens: int) -> jax.Array:
 
 def _run_window(
     size: PassSize,
-    implementation: str,
+    kernels: Kernels,
     window: _Window,
     experts_NK: jax.Array,
     x_ND: jax.Array,
@@ -152,7 +151,7 @@ def _run_window(
     own_N1 = (index_N1 >= window.first) & (index_N1 < window.end)
     cut_NK = jnp.where(own_N1, cut_NK, weights.num_experts)
     x_ND, gates_NK = _cut(x_ND, window, size.tokens), _cut(gates_NK, window, size.tokens)
-    return _one_pass(x_ND, cut_NK, gates_NK, weights, size.rows, implementation)
+    return _one_pass(x_ND, cut_NK, gates_NK, weights, size.rows, kernels)
 
 
 def _running_rows(experts_NK: jax.Array, weights: ExpertWeights) -> jax.Array:
@@ -173,7 +172,7 @@ def _pad(part_N: jax.Array, total: int) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _passes(
     size: PassSize,
-    implementation: str,
+    kernels: Kernels,
     x_ND: jax.Array,
     experts_NK: jax.Array,
     gates_NK: jax.Array,
@@ -181,12 +180,12 @@ def _passes(
     weights: ExpertWeights,
 ) -> jax.Array:
     arguments = (x_ND, experts_NK, gates_NK, num_tokens, weights)
-    return _run_passes(size, implementation, *arguments, differentiate=False)[0]
+    return _run_passes(size, kernels, *arguments, differentiate=False)[0]
 
 
 def _run_passes(
     size: PassSize,
-    implementation: str,
+    kernels: Kernels,
     x_ND: jax.Array,
     experts_NK: jax.Array,
     gates_NK: jax.Array,
@@ -197,7 +196,7 @@ def _run_passes(
 ) -> tuple[jax.Array, Any]:
     """Returns the sum, and the residuals if it is to be differentiated."""
     ends_N = _running_rows(experts_NK, weights)
-    run = functools.partial(_run_window, size, implementation)
+    run = functools.partial(_run_window, size, kernels)
     # The first pass stands outside the loop, so that its intermediate results can be kept; the
     # rare later ones are computed again in the backward pass.
     first = _window(jnp.int32(0), ends_N, size)
@@ -220,10 +219,10 @@ def _run_passes(
 
 
 def _passes_backward(
-    size: PassSize, implementation: str, residuals: Any, d_out_ND: jax.Array
+    size: PassSize, kernels: Kernels, residuals: Any, d_out_ND: jax.Array
 ) -> tuple[Any, ...]:
     pull_first, done, x_ND, experts_NK, gates_NK, num_tokens, weights, ends_N = residuals
-    run = functools.partial(_run_window, size, implementation)
+    run = functools.partial(_run_window, size, kernels)
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         done, d_x_ND, d_gates_NK, d_weights = carry

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config import MoEConfig, TokenDropping
+from dsjax.kernels import Kernels
 from dsjax.layers.linear import Linear
 from dsjax.layers.mlp import MLP
 from dsjax.layers.moe.dispatch import Dispatch, choose_dispatch
@@ -102,7 +103,7 @@ def apply_experts(
     of_device = functools.partial(
         _experts_of_device,
         dispatch=dispatch,
-        implementation=kernels.grouped_matmul,
+        kernels=kernels,
         gather_axes=rules.dividing_axes("expert_embed"),
         gather_shared_axes=rules.dividing_axes("param_embed"),
         sum_axes=() if rules.mesh is None else (*dispatch.sum_axes, *rules.axes("mlp")),
@@ -125,7 +126,7 @@ def _experts_of_device(
     shared: ExpertWeights | None,
     *,
     dispatch: Dispatch,
-    implementation: str,
+    kernels: Kernels,
     gather_axes: tuple[str, ...],
     gather_shared_axes: tuple[str, ...],
     sum_axes: tuple[str, ...],
@@ -148,7 +149,7 @@ def _experts_of_device(
         experts=experts,
         shared=shared,
         dispatch=dispatch,
-        implementation=implementation,
+        kernels=kernels,
     )
     if chunks == 1:
         out_ND = run(x_ND, gates_NK, indices_NK)
@@ -168,7 +169,7 @@ def _one_chunk(
     experts: ExpertWeights,
     shared: ExpertWeights | None,
     dispatch: Dispatch,
-    implementation: str,
+    kernels: Kernels,
 ) -> jax.Array:
     """Sends tokens to their experts and sums what comes back, the shared experts beside it."""
     sent = dispatch.send(x_ND, gates_NK, indices_NK)
@@ -183,7 +184,7 @@ def _one_chunk(
         sent.num_tokens,
         experts,
         sent.size,
-        implementation,
+        kernels,
     )
     if shared is None:
         return dispatch.combine(out_RD, sent)

@@ -46,7 +46,7 @@ def test_mlp_is_swiglu(rng):
     mlp = MLP(32, 24, OPTIONS, nnx.Rngs(0))
     x = rng.standard_normal((2, 3, 32))
     for name in ("w_gate", "w_up", "w_down"):
-        param = getattr(mlp, name)
+        param = getattr(mlp, name).weight
         param[...] = jnp.asarray(rng.standard_normal(param.shape) / 5, jnp.float32)
     weights = [np.asarray(w.stored(), np.float64) for w in (mlp.w_gate, mlp.w_up, mlp.w_down)]
     got = jax.jit(lambda mlp, x: mlp(x))(mlp, jnp.asarray(x, jnp.float32))
@@ -54,7 +54,7 @@ def test_mlp_is_swiglu(rng):
 
 
 def test_bfloat16_parameters_start_where_float32_ones_do():
-    exact = OPTIONS.weight(nnx.Rngs(3), (64, 64), ("param_embed", "mlp"))
+    exact = OPTIONS.new_weight(nnx.Rngs(3), (64, 64), ("param_embed", "mlp"))
     options = replace(OPTIONS, runtime=replace(RUNTIME, param_dtype="bfloat16"))
     rounded = options.new_weight(nnx.Rngs(3), (64, 64), ("param_embed", "mlp"))
     assert rounded.dtype == jnp.bfloat16

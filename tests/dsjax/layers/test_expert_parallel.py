@@ -44,7 +44,7 @@ def draw_choices(rng, share_here, num_tokens=TOKENS):
 def run_passes(arguments, experts_NK, num_tokens, probe_ND, size):
     def run(x_ND, gates_NK, *weights):
         return apply_local_experts(
-            x_ND, experts_NK, gates_NK, num_tokens, ExpertWeights(*weights), size, "xla"
+            x_ND, experts_NK, gates_NK, num_tokens, ExpertWeights(*weights), size, Kernels()
         )
 
     out_ND, pull = jax.vjp(run, *arguments)

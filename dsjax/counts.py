@@ -9,8 +9,8 @@ from flax import nnx
 
 from dsjax.cache import full_bytes_per_token, latent_bytes_per_token
 from dsjax.config import ModelConfig
+from dsjax.families import hf_tensor_shapes
 from dsjax.model import abstract_model
-from dsjax.weights.hf_table import hf_tensor_shapes
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:

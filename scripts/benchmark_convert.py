@@ -24,10 +24,9 @@ import numpy as np
 import typer
 
 from dsjax.config import ModelConfig
-from dsjax.config.load import load_model_config
+from dsjax.families import find_model_config, hf_table
 from dsjax.progress import JobProgress
 from dsjax.weights.hf_export import config_json, create_file, plan_shards, write_tensor
-from dsjax.weights.hf_table import hf_table
 from dsjax.weights.safetensors import INDEX_NAME, SafetensorsFolder
 
 _ITEM_BYTES = 2  # bfloat16
@@ -105,7 +104,7 @@ def main(
     file_gb: Annotated[float, typer.Option(help="Size at which a file ends.")] = 8.6,
 ) -> None:
     """Makes, converts, converts back and compares."""
-    config = load_model_config(model, overrides or ())
+    config = find_model_config(model, overrides or ())
     source, ours, back = folder / "source", folder / "ours", folder / "back"
     try:
         size = write_checkpoint(config, source, int(file_gb * 1e9)) / 1e9

@@ -8,9 +8,8 @@ import numpy as np
 import safetensors.numpy
 
 from dsjax.config import ModelConfig
-from dsjax.config.huggingface import to_hf_config
+from dsjax.families import hf_tensor_shapes, to_hf_config
 from dsjax.weights.convert import convert
-from dsjax.weights.hf_table import hf_tensor_shapes
 from dsjax.weights.safetensors import INDEX_NAME
 
 INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from dsjax.cli.arguments import Overrides
-from dsjax.config.load import load_config, load_model_config
+from dsjax.config.load import load_config
+from dsjax.families import find_model_config
 
 
 def info(
@@ -22,7 +23,7 @@ def info(
     """Prints a model's size, cache and FLOPs."""
     from dsjax.counts import describe
 
-    figures = describe(load_model_config(config, overrides or ()), length)
+    figures = describe(find_model_config(config, overrides or ()), length)
     if as_json:
         print(json.dumps(figures, indent=2))
         return

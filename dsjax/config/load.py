@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.config.fitting import MISFIT, describe, fit
-from dsjax.config.huggingface import from_hf_config
 from dsjax.config.model import ModelConfig
 from dsjax.config.runtime import RuntimeConfig
 from dsjax.config.train import TrainConfig
-from dsjax.files import read_json
 
 # The models and runs that come with the package, as `models/NAME.py` and `runs/NAME.py`.
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -28,8 +26,8 @@ def load_config(
     """Loads the config of a name or a file and applies overrides to it.
 
     Args:
-        name_or_path: a model or run that comes with the package, such as "deepseek_v2"; a Python
-            file that binds `config`; or a Hugging Face `config.json` or its folder.
+        name_or_path: a model or run that comes with the package, such as "deepseek_v2", or a Python
+            file that binds `config`.
         overrides: strings such as "model.moe.top_k=2".
 
     Raises:
@@ -37,12 +35,11 @@ def load_config(
         FileNotFoundError: there is no such name or file; gives the nearest names.
     """
     path = find_config(name_or_path)
-    if path.suffix == ".json":
-        config: Any = from_hf_config(read_json(path))
-    else:
-        config = runpy.run_path(str(path)).get("config")
-        if not isinstance(config, ModelConfig | TrainConfig):
-            raise ValueError(f"{path}: must bind `config` to a ModelConfig or TrainConfig")
+    if path.suffix != ".py":
+        raise ValueError(f"{path}: no config file of ours, which is Python and binds `config`")
+    config: Any = runpy.run_path(str(path)).get("config")
+    if not isinstance(config, ModelConfig | TrainConfig):
+        raise ValueError(f"{path}: must bind `config` to a ModelConfig or TrainConfig")
     return override(config, overrides)
 
 

@@ -2,13 +2,11 @@
 
 load_save        a model from any of them, a model into either
 convert          one into the other, tensor by tensor, resumable
-hf_table         Hugging Face tensors and our parameters: the one table
 sources          what a path holds, and reading windows of its arrays
 hf_export        the files of a Hugging Face folder: shards, index, config.json
 safetensors      headers checked, ranges read
 param_store      the arrays of an orbax checkpoint, read and written in windows
 assets           tokenizer, config.json and other small files, as they came
-strided_copy     transposing copies that fit the cache
 """
 
 from typing import TYPE_CHECKING, Any

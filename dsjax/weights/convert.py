@@ -22,6 +22,8 @@ import numpy as np
 
 from dsjax.config.run_file import RUN_FILE
 from dsjax.config.stored import model_to_json
+from dsjax.families.strided_copy import copy_strided
+from dsjax.families.tensors import HFTensor, Path
 from dsjax.files import naming, sync, write_bytes, write_json, write_text
 from dsjax.progress import JobProgress
 from dsjax.weights.assets import ASSETS, copy_files
@@ -36,7 +38,6 @@ from dsjax.weights.hf_export import (
     unpack_headers,
     write_tensor,
 )
-from dsjax.weights.hf_table import HFTensor, Path
 from dsjax.weights.param_store import ITEM, METADATA_FILE, ParamStore, one_line
 from dsjax.weights.safetensors import INDEX_NAME
 from dsjax.weights.sources import (
@@ -47,7 +48,6 @@ from dsjax.weights.sources import (
     resolve,
     weight_dtype,
 )
-from dsjax.weights.strided_copy import copy_strided
 
 _WORKERS = 4
 # What is redone after a kill at most: so many bytes between two entries of the journal.

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from dsjax.config import ModelConfig
-from dsjax.config.huggingface import from_hf_config, to_hf_config
+from dsjax.families import from_hf_config, to_hf_config
+from dsjax.families.tensors import HFTable, HFTensor, Part, Path
 from dsjax.files import read_json
 from dsjax.weights.assets import Assets, special_ids
-from dsjax.weights.hf_table import HFTable, HFTensor, Part, Path
 from dsjax.weights.safetensors import Header, make_header, parse_header, stored_name
 
 MAX_FILE_BYTES = 5_000_000_000

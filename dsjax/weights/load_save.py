@@ -25,6 +25,8 @@ from dsjax.config import KernelConfig, ModelConfig, RuntimeConfig
 from dsjax.config.runtime import DType
 from dsjax.config.stored import model_to_json
 from dsjax.data.tokenizer import TOKENIZER_FILE
+from dsjax.families import hf_table
+from dsjax.families.tensors import Path
 from dsjax.files import write_json
 from dsjax.kernels import Kernels, choose_kernels
 from dsjax.mesh import ShardingRules
@@ -39,7 +41,6 @@ from dsjax.weights.hf_export import (
     read_tensor,
 )
 from dsjax.weights.hf_export import write_tensor as write_hf_tensor
-from dsjax.weights.hf_table import Path, hf_table
 from dsjax.weights.param_store import save_arrays
 from dsjax.weights.safetensors import INDEX_NAME
 from dsjax.weights.sources import (

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.config import ModelConfig
-from dsjax.config.huggingface import from_hf_config
 from dsjax.config.run_file import RUN_FILE, read_run_file
 from dsjax.config.runtime import DType
 from dsjax.config.stored import model_from_json
+from dsjax.families import from_hf_config, hf_table
+from dsjax.families.tensors import HFTable, Path
 from dsjax.files import read_json
 from dsjax.weights.assets import ASSETS, Assets, small_files
-from dsjax.weights.hf_table import HFTable, Path, hf_table, is_ignored
 from dsjax.weights.param_store import ITEM, METADATA_FILE, ParamStore
 from dsjax.weights.safetensors import SafetensorsFolder, float_dtype
 
@@ -75,7 +75,7 @@ class HFSource:
         self.table.check_names(self.folder.tensors, str(where))
         found: dict[Path, dict[np.dtype, list[str]]] = {}
         for name, (_, stored) in self.folder.tensors.items():
-            if is_ignored(name):
+            if self.table.is_ignored(name):
                 continue
             tensor, where_stored = self.table.tensors[name], self.folder.describe(name)
             dtype = float_dtype(stored.dtype, where_stored)

@@ -20,7 +20,6 @@ from dsjax.config import (
     from_json,
     to_json,
 )
-from dsjax.config.huggingface import from_hf_config, to_hf_config
 from dsjax.config.load import (
     CONFIGS,
     load_config,
@@ -30,6 +29,7 @@ from dsjax.config.load import (
     override,
 )
 from dsjax.configs.models import tiny
+from dsjax.families import find_model_config, from_hf_config, to_hf_config
 from tests.small_models import SMALL, SMALL_LITE
 
 pytestmark = pytest.mark.core
@@ -50,7 +50,7 @@ def hf_fields(repository, name="deepseek_v2"):
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v2_5", "deepseek_v2_lite"])
 def test_model_file_equals_its_config_json(name, repository):
     config = load_model_config(repository / "configs" / "models" / f"{name}.py")
-    assert config == load_model_config(repository / "tests" / "hf_configs" / f"{name}.json")
+    assert config == find_model_config(repository / "tests" / "hf_configs" / f"{name}.json")
 
 
 def test_tiny_has_every_feature_of_v2(repository):
@@ -275,9 +275,11 @@ def test_files(repository, tmp_path):
     broken = tmp_path / "config.json"
     broken.write_text("{")
     with pytest.raises(ValueError, match=r"config.json:1: not JSON"):
-        load_config(tmp_path)
+        find_model_config(tmp_path)
     broken.write_text("[]")
     with pytest.raises(ValueError, match="holds a list"):
+        find_model_config(tmp_path)
+    with pytest.raises(ValueError, match=r"config.json: no config file of ours"):
         load_config(tmp_path)
     (tmp_path / "run.py").write_text(
         "from dsjax.config import *\nfrom dsjax.configs.models.tiny import config as model\n"

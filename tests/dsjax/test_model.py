@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsjax.config import ModelConfig, RuntimeConfig, TokenDropping
-from dsjax.configs.models import deepseek_v2, deepseek_v2_5, deepseek_v2_lite, tiny
+from dsjax.config import RuntimeConfig, TokenDropping
+from dsjax.configs.models import tiny
 from dsjax.kernels import Kernels
 from dsjax.model import abstract_model, create_model
 from tests import oracle

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsjax.config.huggingface import from_hf_config
+from dsjax.families import from_hf_config, hf_table
+from dsjax.families.tensors import params_from_hf
 from dsjax.model import abstract_model
-from dsjax.weights.hf_table import params_from_hf
 from tests.conftest import require_module
 from tests.dsjax.sequences import Sequences
 from tests.small_models import RUNTIME
@@ -98,7 +98,7 @@ def our_model(hf_model, fields, folder):
     # Newer writers put rope_parameters where older files have rope_scaling: both are read alike.
     assert from_hf_config(written) == config
     graph, state = abstract_model(config, RUNTIME)
-    nnx.replace_by_pure_dict(state, params_from_hf(config, tensors.__getitem__))
+    nnx.replace_by_pure_dict(state, params_from_hf(hf_table(config), tensors.__getitem__))
     return nnx.merge(graph, state)
 
 

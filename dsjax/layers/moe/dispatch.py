@@ -51,12 +51,16 @@ class Dispatch(Protocol):
 
     Attributes:
         sum_axes: mesh axes over which every device has a part of each token's sum.
+        waits: whether `send` and `combine` take time that the shared experts can fill.
         num_chunks: parts of a device's tokens that are brought one by one, so that one is computed
             while the next is under way.
     """
 
     @property
     def sum_axes(self) -> tuple[str, ...]: ...
+
+    @property
+    def waits(self) -> bool: ...
 
     @property
     def num_chunks(self) -> int: ...
@@ -75,10 +79,6 @@ class Dispatch(Protocol):
         """Brings the experts' results back; returns out_ND, summed but for `sum_axes`."""
         ...
 
-    def beside[T](self, waiting: T, work_ND: jax.Array) -> tuple[T, jax.Array]:
-        """Says that `work_ND` shall be done by the time that `waiting` is used."""
-        ...
-
     def own(self, shared_ND: jax.Array) -> jax.Array:
         """Returns what this device adds to its tokens' sums of the shared experts' results."""
         ...
@@ -90,6 +90,7 @@ class OneDevice:
 
     config: MoEConfig
     sum_axes: tuple[str, ...] = ()
+    waits: bool = False
     num_chunks: int = 1
 
     def send(self, x_ND: jax.Array, gates_NK: jax.Array, indices_NK: jax.Array) -> Sent:
@@ -101,10 +102,6 @@ class OneDevice:
     def combine(self, out_RD: jax.Array, sent: Sent) -> jax.Array:
         """Returns the results as they are."""
         return out_RD
-
-    def beside[T](self, waiting: T, work_ND: jax.Array) -> tuple[T, jax.Array]:
-        """Returns both: nothing is waited for."""
-        return waiting, work_ND
 
     def own(self, shared_ND: jax.Array) -> jax.Array:
         """Returns all of it."""
@@ -119,6 +116,7 @@ class EverywhereAlready:
     kernels: Kernels
     num_shards: int
     sum_axes: tuple[str, ...] = ("expert",)
+    waits: bool = False
     num_chunks: int = 1
 
     def send(self, x_ND: jax.Array, gates_NK: jax.Array, indices_NK: jax.Array) -> Sent:
@@ -136,10 +134,6 @@ class EverywhereAlready:
         """Returns this device's part of the sum."""
         return out_RD
 
-    def beside[T](self, waiting: T, work_ND: jax.Array) -> tuple[T, jax.Array]:
-        """Returns both: nothing is waited for."""
-        return waiting, work_ND
-
     def own(self, shared_ND: jax.Array) -> jax.Array:
         """Returns all of it on the first device: every device has it, one may add it."""
         return jnp.where(jax.lax.axis_index("expert") == 0, shared_ND, 0)
@@ -147,17 +141,13 @@ class EverywhereAlready:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Devices have different tokens and different experts: tokens are sent, once to each device.
-
-    The shared experts wait for none of it. Barriers hold their two halves where a compiler that
-    runs exchanges beside products can hide one exchange behind each: hidden rows before what was
-    received is sorted, the products with `down` after the experts.
-    """
+    """Devices have different tokens and different experts: tokens are sent, once to each device."""
 
     config: MoEConfig
     kernels: Kernels
     num_shards: int
     sum_axes: tuple[str, ...] = ()
+    waits: bool = True
 
     @property
     def num_chunks(self) -> int:
@@ -187,10 +177,6 @@ class Exchange:
         """Sends results back, and sums each token's."""
         assert sent.plan is not None
         return return_tokens(out_RD, sent.plan)
-
-    def beside[T](self, waiting: T, work_ND: jax.Array) -> tuple[T, jax.Array]:
-        """Holds both by a barrier."""
-        return jax.lax.optimization_barrier((waiting, work_ND))
 
     def own(self, shared_ND: jax.Array) -> jax.Array:
         """Returns all of it; the barrier keeps the product out of the sum of what returns."""

@@ -171,11 +171,17 @@ def _one_chunk(
     dispatch: Dispatch,
     kernels: Kernels,
 ) -> jax.Array:
-    """Sends tokens to their experts and sums what comes back, the shared experts beside it."""
+    """Sends tokens to their experts and sums what comes back, the shared experts beside it.
+
+    The shared experts wait for no exchange. Barriers hold their two halves where a compiler that
+    runs exchanges beside products can hide one exchange by each: hidden rows before what was
+    received is sorted, the products with `down` after the experts.
+    """
     sent = dispatch.send(x_ND, gates_NK, indices_NK)
-    if shared is not None:
-        hidden_NF = jax.nn.silu(x_ND @ shared.gate) * (x_ND @ shared.up)
-        experts_RK, hidden_NF = dispatch.beside(sent.experts_RK, hidden_NF)
+    hidden_NF = None
+    if shared is not None and dispatch.waits:
+        hidden_NF = _hidden(x_ND, shared)
+        experts_RK, hidden_NF = jax.lax.optimization_barrier((sent.experts_RK, hidden_NF))
         sent = sent._replace(experts_RK=experts_RK)
     out_RD = apply_local_experts(
         sent.x_RD,
@@ -188,9 +194,17 @@ def _one_chunk(
     )
     if shared is None:
         return dispatch.combine(out_RD, sent)
-    out_RD, hidden_NF = dispatch.beside(out_RD, hidden_NF)
+    if hidden_NF is None:
+        hidden_NF = _hidden(x_ND, shared)
+    else:
+        out_RD, hidden_NF = jax.lax.optimization_barrier((out_RD, hidden_NF))
     shared_ND = dispatch.own(hidden_NF @ shared.down)
     return dispatch.combine(out_RD, sent) + shared_ND
+
+
+def _hidden(x_ND: jax.Array, shared: ExpertWeights) -> jax.Array:
+    """Hidden rows of the shared experts."""
+    return jax.nn.silu(x_ND @ shared.gate) * (x_ND @ shared.up)
 
 
 def _gather(weights: ExpertWeights, axes: tuple[str, ...]) -> ExpertWeights:

@@ -16,8 +16,9 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 import dsjax.weights.convert as convert_module
+from dsjax.families import hf_table, hf_tensor_shapes
+from dsjax.families.tensors import params_from_hf
 from dsjax.weights import load_weights, save_weights
-from dsjax.weights.hf_table import hf_table, hf_tensor_shapes, params_from_hf
 from dsjax.weights.safetensors import INDEX_NAME
 from tests.hf_folders import INV_FREQ, contents, convert_quietly, make_folder
 from tests.small_models import SMALL, SMALL_LITE, random_model
@@ -41,7 +42,7 @@ def test_there_and_back_gives_the_same_files(tmp_path, config, dtype, num_files)
 def test_plain_orbax_and_load_weights_read_the_result(tmp_path, dtype):
     tensors = make_folder(tmp_path / "hf", SMALL, dtype)
     convert_quietly(tmp_path / "hf", tmp_path / "ours")
-    expected = params_from_hf(SMALL, tensors.__getitem__)
+    expected = params_from_hf(hf_table(SMALL), tensors.__getitem__)
     plain = ocp.load_checkpointables(tmp_path / "ours", {"params": None})["params"]
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     abstract = jax.tree.map(

@@ -24,13 +24,13 @@ from dsjax.config import (
     from_json,
     to_json,
 )
-from dsjax.config.load import load_model_config
 from dsjax.config.stored import run_to_json
 from dsjax.data.tokenizer import load_tokenizer
+from dsjax.families import find_model_config, hf_table
+from dsjax.families.tensors import params_to_hf
 from dsjax.mesh import inference_rules, make_mesh, train_rules
 from dsjax.weights import load_weights, locate, save_assets, save_weights
 from dsjax.weights.convert import convert
-from dsjax.weights.hf_table import params_to_hf
 from tests.small_models import SMALL, SMALL_LITE, random_model
 
 TOKENIZER = {"tokenizer.json": '{"a": 1}', "tokenizer_config.json": "{}", "README.md": "# é"}
@@ -141,11 +141,11 @@ def test_other_software_reads_the_hugging_face_folder(places, model):
     with safetensors.safe_open(places / "hf" / "model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
     tensors = safetensors.numpy.load_file(places / "hf" / "model.safetensors")
-    expected = dict(params_to_hf(model.config, params_of(model)))
+    expected = dict(params_to_hf(hf_table(model.config), params_of(model)))
     assert tensors.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_array_equal(tensors[name], values)
-    assert load_model_config(places / "hf").moe == SMALL.moe
+    assert find_model_config(places / "hf").moe == SMALL.moe
 
 
 def test_plain_orbax_reads_the_checkpoint(places, model):

@@ -1,4 +1,4 @@
-"""Hugging Face tensors and our parameters: one table, read in both directions.
+"""Hugging Face tensors and our parameters: a table of rows, read in both directions.
 
 A row names a tensor, its dims as they lie in the file, and the parameters it becomes, each with
 its own order of the same dims. Dims are the letters of `dsjax.layers`; brackets join dims that
@@ -10,7 +10,8 @@ a parameter may take a single part of. So
 
 says that the file holds [H * (N + R), Q] and that `wq_nope` is its first N rows of every head,
 transposed to [Q, H, N]. Everything else here only executes the table: `HFTable.params` is the way
-in, `HFTable.tensors` the way out, and a name that neither knows is an error.
+in, `HFTable.tensors` the way out, and a name that neither knows is an error. The rows themselves
+are a family's.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from dsjax.config import ModelConfig
-from dsjax.weights.strided_copy import copy_strided
+from dsjax.families.strided_copy import copy_strided
 
 Path = tuple[str, ...]
 
@@ -44,62 +44,6 @@ class Row:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "parts", parts)
-
-
-_TOP = (
-    Row("model.embed_tokens.weight", "W D", "embed.weight: W D"),
-    Row("model.norm.weight", "D", "norm.weight: D"),
-    Row("lm_head.weight", "W D", "lm_head.weight: D W"),
-)
-_EVERY_LAYER = (
-    Row("input_layernorm.weight", "D", "attention_norm.weight: D"),
-    Row("self_attn.kv_a_proj_with_mqa.weight", "C+R D", "attention.wkv_a.weight: D C+R"),
-    Row("self_attn.kv_a_layernorm.weight", "C", "attention.kv_norm.weight: C"),
-    Row(
-        "self_attn.kv_b_proj.weight",
-        "(H N+V) C",
-        "attention.wk_b.weight: C H N",
-        "attention.wv_b.weight: C H V",
-    ),
-    Row("self_attn.o_proj.weight", "D (H V)", "attention.wo.weight: H V D"),
-    Row("post_attention_layernorm.weight", "D", "feed_forward_norm.weight: D"),
-)
-_COMPRESSED_QUERIES = (
-    Row("self_attn.q_a_proj.weight", "Q D", "attention.wq_a.weight: D Q"),
-    Row("self_attn.q_a_layernorm.weight", "Q", "attention.q_norm.weight: Q"),
-    Row(
-        "self_attn.q_b_proj.weight",
-        "(H N+R) Q",
-        "attention.wq_nope.weight: Q H N",
-        "attention.wq_rope.weight: Q H R",
-    ),
-)
-_PLAIN_QUERIES = (
-    Row(
-        "self_attn.q_proj.weight",
-        "(H N+R) D",
-        "attention.wq_nope.weight: D H N",
-        "attention.wq_rope.weight: D H R",
-    ),
-)
-_DENSE_MLP = (
-    Row("mlp.gate_proj.weight", "F D", "feed_forward.w_gate.weight: D F"),
-    Row("mlp.up_proj.weight", "F D", "feed_forward.w_up.weight: D F"),
-    Row("mlp.down_proj.weight", "D F", "feed_forward.w_down.weight: F D"),
-)
-_ROUTER = (Row("mlp.gate.weight", "E D", "feed_forward.router.gate.weight: D E"),)
-_EXPERT = (
-    Row("mlp.experts.{expert}.gate_proj.weight", "F D", "feed_forward.w_gate.weight: D F"),
-    Row("mlp.experts.{expert}.up_proj.weight", "F D", "feed_forward.w_up.weight: D F"),
-    Row("mlp.experts.{expert}.down_proj.weight", "D F", "feed_forward.w_down.weight: F D"),
-)
-_SHARED_EXPERTS = (
-    Row("mlp.shared_experts.gate_proj.weight", "F D", "feed_forward.shared.w_gate.weight: D F"),
-    Row("mlp.shared_experts.up_proj.weight", "F D", "feed_forward.shared.w_up.weight: D F"),
-    Row("mlp.shared_experts.down_proj.weight", "D F", "feed_forward.shared.w_down.weight: F D"),
-)
-# Tensors that old checkpoints carry and that follow from the config.
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -214,10 +158,21 @@ class HFTable:
     Attributes:
         tensors: every tensor of its checkpoint, by name, in the order of the layers.
         params: every parameter, by path.
+        ignored: names of tensors that old checkpoints carry and that follow from the config.
     """
 
     tensors: Mapping[str, HFTensor] = field(repr=False)
     params: Mapping[Path, Param] = field(repr=False)
+    ignored: re.Pattern[str]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, HFTensor], ignored: re.Pattern[str]) -> HFTable:
+        """Makes a table of tensors that `place` made."""
+        return cls(tensors, _collect_params(tensors), ignored)
+
+    def is_ignored(self, name: str) -> bool:
+        """Says whether a checkpoint may hold this tensor without the model needing it."""
+        return self.ignored.fullmatch(name) is not None
 
     def check_names(self, names: Iterable[str], where: str) -> None:
         """Checks that a checkpoint holds every tensor of the model and no other.
@@ -229,7 +184,7 @@ class HFTable:
         Raises:
             ValueError: names every tensor that is missing and every one that is unknown.
         """
-        found = {name for name in names if not is_ignored(name)}
+        found = {name for name in names if not self.is_ignored(name)}
         missing = [name for name in self.tensors if name not in found]
         unknown = sorted(found - self.tensors.keys())
         faults = []
@@ -241,45 +196,7 @@ class HFTable:
             raise ValueError(f"{where}: {'; '.join(faults)}")
 
 
-def is_ignored(name: str) -> bool:
-    """Says whether a checkpoint may hold this tensor without the model needing it."""
-    return _IGNORED.fullmatch(name) is not None
-
-
-def hf_table(config: ModelConfig) -> HFTable:
-    """Writes the table out for a model, one entry per layer and expert."""
-    tensors: dict[str, HFTensor] = {}
-    for row in _TOP:
-        _add(tensors, row, _sizes(config, config.intermediate_dim), "", (), ())
-    queries = _PLAIN_QUERIES if config.attention.q_lora_rank is None else _COMPRESSED_QUERIES
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        dense = _sizes(config, config.intermediate_dim)
-        sparse = layer >= config.num_dense_layers
-        stack = ("moe_layers",) if sparse else ("dense_layers",)
-        index = (layer - config.num_dense_layers if sparse else layer,)
-        for row in _EVERY_LAYER + queries + (_ROUTER if sparse else _DENSE_MLP):
-            _add(tensors, row, dense, prefix, stack, index)
-        if not sparse:
-            continue
-        assert config.moe is not None
-        expert = _sizes(config, config.moe.intermediate_dim)
-        for number in range(config.moe.num_experts):
-            for row in _EXPERT:
-                _add(tensors, row, expert, prefix, stack, (*index, number))
-        if config.moe.num_shared_experts:
-            shared = _sizes(config, config.moe.shared_intermediate_dim)
-            for row in _SHARED_EXPERTS:
-                _add(tensors, row, shared, prefix, stack, index)
-    return HFTable(tensors, _collect_params(tensors))
-
-
-def hf_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every tensor in a model's Hugging Face checkpoint, by name."""
-    return {name: tensor.shape for name, tensor in hf_table(config).tensors.items()}
-
-
-def params_from_hf(config: ModelConfig, read: Callable[[str], np.ndarray]) -> dict[str, Any]:
+def params_from_hf(table: HFTable, read: Callable[[str], np.ndarray]) -> dict[str, Any]:
     """Builds all parameters in memory from the tensors of a small checkpoint.
 
     The result is a nested dict that `nnx.replace_by_pure_dict(state, ...)` takes, with `state`
@@ -287,14 +204,13 @@ def params_from_hf(config: ModelConfig, read: Callable[[str], np.ndarray]) -> di
     which never holds the whole model on the host.
 
     Args:
-        config: the model.
+        table: the model's.
         read: returns the tensor of a name, in any float type; each parameter takes the type of
             its first tensor.
 
     Raises:
         ValueError: a tensor's shape is not the table's.
     """
-    table = hf_table(config)
     params: dict[str, Any] = {}
 
     def read_flat(name: str, start: int, stop: int) -> np.ndarray:
@@ -313,47 +229,37 @@ def params_from_hf(config: ModelConfig, read: Callable[[str], np.ndarray]) -> di
     return params
 
 
-def params_to_hf(
-    config: ModelConfig, params: Mapping[str, Any]
-) -> Iterable[tuple[str, np.ndarray]]:
+def params_to_hf(table: HFTable, params: Mapping[str, Any]) -> Iterable[tuple[str, np.ndarray]]:
     """Yields every tensor of the checkpoint from a nested dict of parameters, one at a time."""
 
     def read(part: Part) -> np.ndarray:
         stacked: Any = functools.reduce(operator.getitem, part.path, params)
         return np.asarray(stacked[part.index])
 
-    for name, tensor in hf_table(config).tensors.items():
+    for name, tensor in table.tensors.items():
         yield name, tensor.from_parts(read)
 
 
-def _sizes(config: ModelConfig, feed_forward: int) -> dict[str, int]:
-    attention = config.attention
-    return {
-        "W": config.vocab_size,
-        "D": config.hidden_dim,
-        "H": attention.num_heads,
-        "N": attention.qk_nope_head_dim,
-        "R": attention.qk_rope_head_dim,
-        "V": attention.v_head_dim,
-        "Q": attention.q_lora_rank or 0,
-        "C": attention.kv_lora_rank,
-        "E": config.moe.num_experts if config.moe else 0,
-        "F": feed_forward,
-    }
-
-
-def _add(
-    tensors: dict[str, HFTensor],
+def place(
     row: Row,
     sizes: Mapping[str, int],
-    prefix: str,
-    stack: Path,
-    index: tuple[int, ...],
-) -> None:
+    prefix: str = "",
+    stack: Path = (),
+    index: tuple[int, ...] = (),
+) -> HFTensor:
+    """Makes the tensor that a row describes at one place of a model.
+
+    Args:
+        row: the row.
+        sizes: of each letter.
+        prefix: what goes before the row's name, such as "model.layers.3.".
+        stack: the path that its parameters' paths continue.
+        index: of the layer within its stack, then of the expert.
+    """
     shape, view, parts = _parse(row, tuple(sizes.items()))
     name = prefix + row.name.format(expert=index[-1] if index else 0)
     placed = tuple(Part(stack + path, index, split, order) for path, split, order in parts)
-    tensors[name] = HFTensor(name, shape, view, placed)
+    return HFTensor(name, shape, view, placed)
 
 
 @functools.cache  # every expert has the same rows

@@ -9,16 +9,10 @@ import pytest
 from flax import nnx
 
 from dsjax.config import ModelConfig
-from dsjax.config.huggingface import from_hf_config
+from dsjax.families import from_hf_config, hf_table, hf_tensor_shapes
+from dsjax.families.strided_copy import copy_strided
+from dsjax.families.tensors import params_from_hf, params_to_hf
 from dsjax.model import abstract_model
-from dsjax.weights.hf_table import (
-    hf_table,
-    hf_tensor_shapes,
-    is_ignored,
-    params_from_hf,
-    params_to_hf,
-)
-from dsjax.weights.strided_copy import copy_strided
 from tests.released_models import SIZES
 from tests.small_models import SMALL, SMALL_LITE
 
@@ -60,7 +54,9 @@ def test_released_models_are_covered_completely(repository, name):
 def test_small_models_are_covered_and_come_back_bit_by_bit(config, rng):
     assert_fits_the_model(config)
     tensors = random_tensors(config, rng)
-    back = dict(params_to_hf(config, params_from_hf(config, tensors.__getitem__)))
+    back = dict(
+        params_to_hf(hf_table(config), params_from_hf(hf_table(config), tensors.__getitem__))
+    )
     assert back.keys() == tensors.keys()
     for name, values in tensors.items():
         np.testing.assert_array_equal(back[name], values, err_msg=name)
@@ -69,12 +65,12 @@ def test_small_models_are_covered_and_come_back_bit_by_bit(config, rng):
 @pytest.mark.core
 def test_every_kind_of_tensor_lands_where_the_attention_reads_it(rng):
     tensors = random_tensors(SMALL, rng)
-    params = params_from_hf(SMALL, tensors.__getitem__)
+    params = params_from_hf(hf_table(SMALL), tensors.__getitem__)
     size, heads = SMALL.attention, SMALL.attention.num_heads
     nope, rope, value = size.qk_nope_head_dim, size.qk_rope_head_dim, size.v_head_dim
     layer, stacked = 2, 1  # the third layer is the second with experts
     prefix = f"model.layers.{layer}."
-    attention = params["moe_layers"]["attention"]
+    attention = {name: part["weight"] for name, part in params["moe_layers"]["attention"].items()}
 
     q_b = tensors[f"{prefix}self_attn.q_b_proj.weight"]
     kv_b = tensors[f"{prefix}self_attn.kv_b_proj.weight"]
@@ -92,22 +88,24 @@ def test_every_kind_of_tensor_lands_where_the_attention_reads_it(rng):
     feed_forward = params["moe_layers"]["feed_forward"]
     for expert in (0, 5):
         down = tensors[f"{prefix}mlp.experts.{expert}.down_proj.weight"]
-        np.testing.assert_array_equal(feed_forward["w_down"][stacked, expert], down.T)
+        np.testing.assert_array_equal(feed_forward["w_down"]["weight"][stacked, expert], down.T)
     router = tensors[f"{prefix}mlp.gate.weight"]
-    np.testing.assert_array_equal(feed_forward["router"]["weight"][stacked], router.T)
+    np.testing.assert_array_equal(feed_forward["router"]["gate"]["weight"][stacked], router.T)
     shared = tensors[f"{prefix}mlp.shared_experts.up_proj.weight"]
-    np.testing.assert_array_equal(feed_forward["shared"]["w_up"][stacked], shared.T)
+    np.testing.assert_array_equal(feed_forward["shared"]["w_up"]["weight"][stacked], shared.T)
     dense = tensors["model.layers.0.mlp.gate_proj.weight"]
-    np.testing.assert_array_equal(params["dense_layers"]["feed_forward"]["w_gate"][0], dense.T)
+    np.testing.assert_array_equal(
+        params["dense_layers"]["feed_forward"]["w_gate"]["weight"][0], dense.T
+    )
     norm = tensors[f"{prefix}post_attention_layernorm.weight"]
     np.testing.assert_array_equal(params["moe_layers"]["feed_forward_norm"]["weight"][1], norm)
-    np.testing.assert_array_equal(params["embed"], tensors["model.embed_tokens.weight"])
-    np.testing.assert_array_equal(params["lm_head"], tensors["lm_head.weight"].T)
+    np.testing.assert_array_equal(params["embed"]["weight"], tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(params["lm_head"]["weight"], tensors["lm_head.weight"].T)
 
 
 def test_windows_read_only_the_rows_they_lie_in(rng):
     tensors = random_tensors(SMALL, rng)
-    whole = params_from_hf(SMALL, tensors.__getitem__)
+    whole = params_from_hf(hf_table(SMALL), tensors.__getitem__)
     read_numbers = 0
 
     def read(name: str, start: int, stop: int) -> np.ndarray:
@@ -125,7 +123,7 @@ def test_windows_read_only_the_rows_they_lie_in(rng):
         for key in path:
             node = node[key]
         np.testing.assert_array_equal(param.read(window, read), node[window], err_msg=str(path))
-    half = hf_table(SMALL).params["embed",]
+    half = hf_table(SMALL).params["embed", "weight"]
     read_numbers = 0
     half.read((slice(8, 16), slice(0, 4)), read)
     assert read_numbers == 8 * SMALL.hidden_dim
@@ -144,6 +142,7 @@ def test_all_unmatched_names_come_in_one_error():
 
 
 def test_only_what_follows_from_the_config_is_ignored():
+    is_ignored = hf_table(SMALL).is_ignored
     assert is_ignored("model.layers.11.self_attn.rotary_emb.inv_freq")
     assert not is_ignored("model.layers.11.self_attn.rotary_emb.inv_freq.weight")
     assert not is_ignored("model.layers.11.self_attn.q_proj.weight")
@@ -153,7 +152,7 @@ def test_a_misshapen_tensor_is_named(rng):
     tensors = random_tensors(SMALL, rng)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].T
     with pytest.raises(ValueError, match=r"lm_head.weight: shape \(32, 48\) must be \(48, 32\)"):
-        params_from_hf(SMALL, tensors.__getitem__)
+        params_from_hf(hf_table(SMALL), tensors.__getitem__)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])

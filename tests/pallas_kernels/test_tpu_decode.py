@@ -104,7 +104,7 @@ def test_compiles_for_every_chip():
     for result in results:
         assert result["kernels"] == ["mla_decode"], result
         # XLA copies a pool of rotary keys of 64 lanes before the kernel, but not one of 128. When
-        # it no longer does the first, `allocate_cache` need not pad.
+        # it no longer does the first, `allocate_pool` need not pad.
         copied = [shape for shape in result["copied"] if shape.startswith("4096,64,")]
         if result["program"] == "v2_lite_whole_lanes":
             assert copied == [], result

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cpu_compiler import xla_flags
 from tests.released_models import SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,7 +143,7 @@ def run_installed(python: Path, folder: Path, *arguments: str) -> str:
     result = subprocess.run(
         [python, *arguments],
         cwd=folder,
-        env=env | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"},
+        env=env | {"XLA_FLAGS": xla_flags(num_devices=1), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )

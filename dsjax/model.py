@@ -158,7 +158,8 @@ class DeepSeekV2(nnx.Module):
             return block(x_BTD, positions_BT, segment_ids_BT, dropping)
 
         run_block = _with_remat(run, self.options.runtime.remat)
-        x_BTD, stats = self.embed(tokens_BT), None
+        with jax.named_scope("embed"):
+            x_BTD, stats = self.embed(tokens_BT), None
         for stack in self.stacks():
             x_BTD, stats = jax.lax.scan(run_block, x_BTD, stack.layers)
         return self.norm(x_BTD), stats
@@ -190,12 +191,14 @@ class DeepSeekV2(nnx.Module):
             experts = self._experts_in_place(layer)
             return block.extend(carry[0], carry[1], view, layer, experts), None
 
-        carry = self.embed(tokens_T[None]), pool
+        with jax.named_scope("embed"):
+            carry = self.embed(tokens_T[None]), pool
         for stack in self.stacks():
             numbers = stack.first + jnp.arange(stack.num_layers, dtype=jnp.int32)
             carry, _ = jax.lax.scan(run, carry, (stack.layers, numbers))
         x_BTD, pool = carry
-        return self.lm_head.logits(self.norm(x_BTD[:, wanted_M]))[0], pool
+        with jax.named_scope("head"):
+            return self.lm_head.logits(self.norm(x_BTD[:, wanted_M]))[0], pool
 
     def stacks(self) -> list[Stack]:
         """Returns the model's layers as stacks of equal ones, from the first to the last."""

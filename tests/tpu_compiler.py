@@ -29,8 +29,9 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "tests" / "tpu_records"
 RENEW = "scripts/test --renew"
-# Who reads a compiled program: where one of these changes, records are of no use.
-READERS = ("tests/tpu_facts.py", "dsjax/plan/collectives.py")
+# Who reads a compiled program, and who lays devices out, which its text does not say: where one of
+# these changes, records are of no use.
+READERS = ("tests/tpu_facts.py", "dsjax/plan/collectives.py", "dsjax/mesh/axes.py")
 _compiled: list[str] = []
 
 
@@ -80,7 +81,9 @@ def facts(
     records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     key = {
         "lowered": _digest(canonical(lowered.as_text()), topology, json.dumps(options)),
-        "compiler": f"libtpu {importlib.metadata.version('libtpu')}",
+        "compiler": ", ".join(
+            f"{package} {importlib.metadata.version(package)}" for package in ("libtpu", "jaxlib")
+        ),
         "read_by": _digest(*map(_code, READERS), describe.__name__),
     }
     record = records.get(program, {})

@@ -6,6 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from dsjax.config import KernelConfig
+from dsjax.config.load import override
+
 
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="Model folder, training run or Hub name.")],
@@ -19,11 +22,15 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="String that ends a text.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    kernels: Annotated[
+        list[str] | None, typer.Option(help="OP=IMPLEMENTATION, such as mla_decode=xla.")
+    ] = None,
 ) -> None:
     """Continues prompts, streamed to the terminal."""
+    named = override(KernelConfig(), kernels or ())
     from dsjax.api import load
 
-    model = load(checkpoint, dtype=dtype)  # type: ignore[arg-type]
+    model = load(checkpoint, dtype=dtype, kernels=named)  # type: ignore[arg-type]
     prompts: list[Any] = list(prompt)
     if chat:
         before = [{"role": "system", "content": system}] if system else []

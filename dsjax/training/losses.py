@@ -56,9 +56,10 @@ def training_loss(
     hidden_BTD, stats = model.hidden(
         batch["tokens"], batch["positions"], batch["segment_ids"], config.dropping
     )
-    nats, squared_z = sum_cross_entropy(
-        model, hidden_BTD, batch["targets"], batch["weights"], config.chunk
-    )
+    with jax.named_scope("loss"):
+        nats, squared_z = sum_cross_entropy(
+            model, hidden_BTD, batch["targets"], batch["weights"], config.chunk
+        )
     # Each term is divided by the whole batch's weight, so that slices add up to it.
     cross_entropy = nats / total_weight
     z = config.z_loss * squared_z / total_weight

@@ -182,23 +182,24 @@ def train_step(
         The next state, and what there is to report.
     """
     gradients, terms = accumulate_gradients(graphdef, loss, state.params, batch)
-    norm = optax.tree.norm(gradients)
-    remembered, skip_reason = _judge(guard, state.guard, terms.total, norm)
-    updates, moments = make_optimizer(optimizer).update(
-        gradients, state.moments, jax.tree.map(lambda p: p.astype(jnp.float32), state.params)
-    )
-    params = jax.tree.map(
-        lambda p, u: (p.astype(jnp.float32) - learning_rate * u).astype(p.dtype),
-        state.params,
-        updates,
-    )
-    # Chosen leaf by leaf rather than with a conditional, which would keep both copies alive.
-    applied = skip_reason == 0
-    params, moments = jax.tree.map(
-        lambda new, old: jnp.where(applied, new, old),
-        (params, moments),
-        (state.params, state.moments),
-    )
+    with jax.named_scope("optimizer"):
+        norm = optax.tree.norm(gradients)
+        remembered, skip_reason = _judge(guard, state.guard, terms.total, norm)
+        updates, moments = make_optimizer(optimizer).update(
+            gradients, state.moments, jax.tree.map(lambda p: p.astype(jnp.float32), state.params)
+        )
+        params = jax.tree.map(
+            lambda p, u: (p.astype(jnp.float32) - learning_rate * u).astype(p.dtype),
+            state.params,
+            updates,
+        )
+        # Chosen leaf by leaf rather than with a conditional, which would keep both copies alive.
+        applied = skip_reason == 0
+        params, moments = jax.tree.map(
+            lambda new, old: jnp.where(applied, new, old),
+            (params, moments),
+            (state.params, state.moments),
+        )
     state = TrainState(state.step + 1, params, moments, remembered)
     return state, StepReport(terms, norm, skip_reason, remembered.skipped_in_a_row)
 

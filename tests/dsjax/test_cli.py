@@ -124,7 +124,7 @@ def test_impossible_fields_are_named(errors, override: str, message: str):
 def test_a_mesh_that_does_not_divide_the_model_names_every_parameter(errors, corpus, tmp_path):
     config = small_run(tmp_path / "run", corpus, mesh=MeshConfig(tensor=8, fsdp=1))
     line = errors(config)
-    assert "wq_nope: heads=2 is not divisible by mesh ('tensor',)=8" in line
+    assert "wq_nope.weight: heads=2 is not divisible by mesh ('tensor',)=8" in line
     assert "lm_head" not in line
 
 

@@ -77,7 +77,7 @@ def apply_local_experts(
         x_ND: compute dtype.
         experts_NK: int32; the number of experts given for one that is not among them.
         gates_NK: float32.
-        num_tokens: tokens behind this many have no experts.
+        num_tokens: tokens after this many have no experts.
         weights: the experts.
         size: room of a pass; nothing is lost where it is small, it only takes more passes.
         kernels: that copy rows and multiply them.
@@ -165,7 +165,7 @@ def _add_cut(total_N: jax.Array, part_N: jax.Array, window: _Window) -> jax.Arra
 
 
 def _pad(part_N: jax.Array, total: int) -> jax.Array:
-    """Zeros behind, up to `total` tokens."""
+    """Appends zeros, up to `total` tokens."""
     return jnp.pad(part_N, ((0, total - part_N.shape[0]), (0, 0)))
 
 

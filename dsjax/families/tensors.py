@@ -123,7 +123,7 @@ class HFTensor:
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter of ours: its shape, and the tensor behind each index of its stacked dims."""
+    """One parameter of ours: its shape, and the tensor of each index of its stacked dims."""
 
     shape: tuple[int, ...]
     pieces: Mapping[tuple[int, ...], tuple[HFTensor, Part]]

@@ -10,8 +10,8 @@ Local arrays carry their logical dims as a suffix, and einsum letters are the sa
     G  expert groups                 F  hidden width of an MLP or expert
     M  rows sorted by expert         P  pages of a sequence
 
-Among experts a device's tokens lie flat: x_ND are N of its own, x_RD are R that reached it. A row of
-tokens that `extend` reads is one sequence of the batch, x_BTD with B = 1; its parts have B sequences.
+Among experts a device's tokens lie flat: x_ND are N of its own, x_RD are R that reached it. A row
+of tokens that `extend` reads is x_BTD with B = 1; each of its parts has B sequences.
 
 Parameters carry no suffix; their logical dims are the `dims` metadata of each `nnx.Param`, which
 `dsjax.mesh.rules` maps to mesh axes.

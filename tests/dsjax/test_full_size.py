@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,26 @@ def test_the_236b_step_compiles_for_64_chips_and_fits():
 
 def sent_bytes(program: dict) -> int:
     return sum(use["bytes"] for use in program["collectives"].values())
+
+
+@pytest.mark.slow
+def test_the_script_says_what_a_step_needs(repository):
+    if os.environ.get("DSJAX_TEST_COMPILE") != "all":
+        pytest.skip(
+            "compiles half a minute for what the test above compiles; in scripts/test --all"
+        )
+    require_module("libtpu")
+    command = ["scripts/compile_train_step.py", "tiny", "v5e:2x2", "num_layers=2"]
+    options = ["--mesh=fsdp=2,expert=2", "--length=256"]
+    done = subprocess.run(
+        [sys.executable, *command, *options],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["chips"], found["mesh"]) == (4, "fsdp=2,expert=2")
+    assert found["cpu_seconds"] > 0
+    assert any(name.startswith("ragged-all-to-all") for name in found["collectives"])

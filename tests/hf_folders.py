@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from numpy.typing import DTypeLike
 
 from dsjax.config import ModelConfig
 from dsjax.families import hf_tensor_shapes, to_hf_config
@@ -16,7 +18,11 @@ INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 def make_folder(
-    folder: Path, config: ModelConfig, dtype=jnp.bfloat16, num_files: int = 3, seed: int = 0
+    folder: Path,
+    config: ModelConfig,
+    dtype: DTypeLike = jnp.bfloat16,
+    num_files: int = 3,
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Writes a checkpoint with the format's own library, and returns its tensors by name."""
     rng = np.random.default_rng(seed)
@@ -26,7 +32,7 @@ def make_folder(
     }
     folder.mkdir()
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(num_files):
         file = f"model-{number + 1:05d}-of-{num_files:06d}.safetensors"  # not our own pattern
         group = names[number::num_files]
@@ -49,5 +55,5 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def convert_quietly(src: Path, dst: Path, **options) -> None:
+def convert_quietly(src: Path, dst: Path, **options: Any) -> None:
     convert(src, dst, progress=False, **options)

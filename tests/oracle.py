@@ -5,27 +5,31 @@ are dicts of float64 arrays under DeepSeek's names, input dim first: `wq_nope` [
 """
 
 import math
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
+from dsjax.config import AttentionConfig, ModelConfig, MoEConfig
 
-def rms_norm(x, weight, eps):
+
+def rms_norm(x: np.ndarray, weight: np.ndarray | float, eps: float) -> np.ndarray:
     """RMSNorm over the last dim."""
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * weight
 
 
-def silu(x):
+def silu(x: np.ndarray) -> np.ndarray:
     """The sigmoid linear unit."""
     return x / (1 + np.exp(-x))
 
 
-def softmax(x):
+def softmax(x: np.ndarray) -> np.ndarray:
     """Softmax over the last dim."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def swiglu(x, w_gate, w_up, w_down):
+def swiglu(x: np.ndarray, w_gate: np.ndarray, w_up: np.ndarray, w_down: np.ndarray) -> np.ndarray:
     """The feed-forward of a dense layer and of one expert."""
     return (silu(x @ w_gate) * (x @ w_up)) @ w_down
 
@@ -33,12 +37,12 @@ def swiglu(x, w_gate, w_up, w_down):
 # Rotary embedding and YaRN (§2.1.3, §3.1.4; YaRN, arXiv 2309.00071, §3)
 
 
-def mscale(factor, m):
+def mscale(factor: float, m: float) -> float:
     """YaRN's correction for a longer context, `0.1 m ln(factor) + 1`."""
     return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
 
 
-def softmax_scale(attention):
+def softmax_scale(attention: AttentionConfig) -> float:
     """The factor on the scores. YaRN's correction enters twice: for queries and for keys."""
     scale = 1 / math.sqrt(attention.qk_nope_head_dim + attention.qk_rope_head_dim)
     if attention.yarn is not None:
@@ -46,14 +50,14 @@ def softmax_scale(attention):
     return scale
 
 
-def frequencies(attention):
+def frequencies(attention: AttentionConfig) -> np.ndarray:
     """Radians per position of each pair of rotary dims."""
     d, theta, yarn = attention.qk_rope_head_dim, attention.rope_theta, attention.yarn
     plain = [1 / theta ** (2 * i / d) for i in range(d // 2)]
     if yarn is None:
         return np.array(plain)
 
-    def pair_that_turns(rotations):
+    def pair_that_turns(rotations: float) -> float:
         # The pair i whose frequency makes so many rotations within the original length.
         return (
             d * math.log(yarn.original_length / (2 * math.pi * rotations)) / (2 * math.log(theta))
@@ -73,7 +77,7 @@ def frequencies(attention):
     return np.array(result)
 
 
-def rotate(x, position, attention):
+def rotate(x: np.ndarray, position: int, attention: AttentionConfig) -> np.ndarray:
     """Turns each pair (2i, 2i + 1) of the last dim as a complex number."""
     turn = np.exp(1j * position * frequencies(attention))
     if attention.yarn is not None:
@@ -88,7 +92,14 @@ def rotate(x, position, attention):
 # Latent attention, expanded (§2.1, eq. 9 to 19, 37 to 47)
 
 
-def mla(x, w, attention, positions, segments, eps):
+def mla(
+    x: np.ndarray,
+    w: dict[str, np.ndarray],
+    attention: AttentionConfig,
+    positions: np.ndarray,
+    segments: np.ndarray,
+    eps: float,
+) -> np.ndarray:
     """Attention of one sequence x [T, D]; a token sees its own segment up to itself."""
     length = len(x)
     if attention.q_lora_rank is None:
@@ -116,13 +127,15 @@ def mla(x, w, attention, positions, segments, eps):
 # Router (§2.2.1, §2.2.2)
 
 
-def route(x, w_router, moe):
+def route(
+    x: np.ndarray, w_router: np.ndarray, moe: MoEConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns affinities [T, E], and each token's experts and their gates [T, K], best first."""
     scores = softmax(x @ w_router)
     per_group = moe.num_experts // moe.num_groups
     indices, gates = [], []
     for s in scores:
-        allowed = range(moe.num_experts)
+        allowed: Sequence[int] = range(moe.num_experts)
         if moe.routing == "group_limited_greedy":
             best = [max(s[g * per_group : (g + 1) * per_group]) for g in range(moe.num_groups)]
             groups = sorted(range(moe.num_groups), key=lambda g: (-best[g], g))[: moe.top_groups]
@@ -139,7 +152,7 @@ def route(x, w_router, moe):
 # Balance losses of one sequence (§2.2.3)
 
 
-def expert_balance(scores, indices, moe):
+def expert_balance(scores: np.ndarray, indices: np.ndarray, moe: MoEConfig) -> float:
     """Equations 23 to 25, without alpha 1."""
     T, E, K = len(scores), moe.num_experts, moe.top_k
     total = 0.0
@@ -150,7 +163,7 @@ def expert_balance(scores, indices, moe):
     return total
 
 
-def device_balance(scores, indices, moe):
+def device_balance(scores: np.ndarray, indices: np.ndarray, moe: MoEConfig) -> float:
     """Equations 26 to 28, without alpha 2."""
     T, E, K, D = len(scores), moe.num_experts, moe.top_k, moe.num_groups
     total = 0.0
@@ -162,7 +175,7 @@ def device_balance(scores, indices, moe):
     return total
 
 
-def communication_balance(scores, indices, moe):
+def communication_balance(scores: np.ndarray, indices: np.ndarray, moe: MoEConfig) -> float:
     """Equations 29 to 31, without alpha 3."""
     T, E, D, M = len(scores), moe.num_experts, moe.num_groups, moe.top_groups
     total = 0.0
@@ -173,7 +186,9 @@ def communication_balance(scores, indices, moe):
     return total
 
 
-def balance_losses(scores, indices, mask, moe):
+def balance_losses(
+    scores: np.ndarray, indices: np.ndarray, mask: np.ndarray, moe: MoEConfig
+) -> np.ndarray:
     """The three losses per sequence, averaged over the batch; padding counts nowhere.
 
     Args:
@@ -192,7 +207,14 @@ def balance_losses(scores, indices, mask, moe):
 # Token dropping (§2.2.4)
 
 
-def kept_assignments(scores, indices, mask, exempt, moe, capacity_factor):
+def kept_assignments(
+    scores: np.ndarray,
+    indices: np.ndarray,
+    mask: np.ndarray,
+    exempt: Collection[int],
+    moe: MoEConfig,
+    capacity_factor: float,
+) -> np.ndarray:
     """Returns which assignments [B, T, K] are computed: a device's best ones within its budget.
 
     Args:
@@ -228,7 +250,13 @@ def kept_assignments(scores, indices, mask, exempt, moe, capacity_factor):
 # DeepSeekMoE (eq. 20 to 22) and the whole model
 
 
-def moe_layer(x, w, moe, gates, indices):
+def moe_layer(
+    x: np.ndarray,
+    w: dict[str, np.ndarray],
+    moe: MoEConfig,
+    gates: np.ndarray,
+    indices: np.ndarray,
+) -> np.ndarray:
     """Shared experts plus each token's gated experts, for x [T, D]."""
     out = np.zeros_like(x)
     if moe.num_shared_experts:
@@ -239,7 +267,13 @@ def moe_layer(x, w, moe, gates, indices):
     return out
 
 
-def forward(weights, config, tokens, positions=None, segments=None):
+def forward(
+    weights: dict[str, Any],
+    config: ModelConfig,
+    tokens: np.ndarray,
+    positions: np.ndarray | None = None,
+    segments: np.ndarray | None = None,
+) -> tuple[np.ndarray, list[tuple[np.ndarray, ...]]]:
     """Returns logits [B, T, W], and (scores, indices) of each expert layer for the whole batch.
 
     Args:
@@ -252,7 +286,8 @@ def forward(weights, config, tokens, positions=None, segments=None):
     B, T = tokens.shape
     positions = np.tile(np.arange(T), (B, 1)) if positions is None else positions
     segments = np.ones((B, T), int) if segments is None else segments
-    logits, routed = [], [[] for _ in range(config.num_layers)]
+    logits: list[np.ndarray] = []
+    routed: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(config.num_layers)]
     for b in range(B):
         x = weights["embed"][tokens[b]]
         for number, w in enumerate(weights["layers"]):
@@ -263,6 +298,7 @@ def forward(weights, config, tokens, positions=None, segments=None):
             if number < config.num_dense_layers:
                 x = x + swiglu(normed, w["w_gate"], w["w_up"], w["w_down"])
             else:
+                assert config.moe is not None
                 scores, indices, gates = route(normed, w["router"], config.moe)
                 routed[number].append((scores, indices))
                 x = x + moe_layer(normed, w, config.moe, gates, indices)
@@ -271,7 +307,7 @@ def forward(weights, config, tokens, positions=None, segments=None):
     return np.stack(logits), stats
 
 
-def cross_entropy(logits, targets, mask):
+def cross_entropy(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> float:
     """Mean negative log-likelihood over the tokens in the mask, in nats."""
     top = logits.max(axis=-1, keepdims=True)
     log_z = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]

@@ -1,22 +1,25 @@
 """What attention and its gradients mean: NumPy, float64."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 def attend(
-    q_nope_BTHN,
-    q_rope_BTHR,
-    k_nope_BSHN,
-    k_rope_BSR,
-    v_BSHV,
-    q_segment_ids_BT=None,
-    kv_segment_ids_BS=None,
-    q_offset_B=None,
-    d_out_BTHV=None,
+    q_nope_BTHN: ArrayLike,
+    q_rope_BTHR: ArrayLike,
+    k_nope_BSHN: ArrayLike,
+    k_rope_BSR: ArrayLike,
+    v_BSHV: ArrayLike,
+    q_segment_ids_BT: ArrayLike | None = None,
+    kv_segment_ids_BS: ArrayLike | None = None,
+    q_offset_B: ArrayLike | None = None,
+    d_out_BTHV: ArrayLike | None = None,
     *,
-    scale,
-    causal,
-):
+    scale: float,
+    causal: bool,
+) -> tuple[Any, ...]:
     """Returns (out, lse) and, when `d_out_BTHV` is given, the gradients of the five float inputs.
 
     For each sequence and head, out = softmax(scale (q_nope k_nope' + q_rope k_rope')) v. A query
@@ -68,7 +71,7 @@ def attend(
     return out, lse, grads
 
 
-def relative_error(actual, expected):
+def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:
     """Returns |actual - expected| / |expected|, inf where infinities differ; NaN stays NaN."""
     actual, expected = (
         np.asarray(actual).astype(np.float64),

@@ -1,9 +1,20 @@
 """What absorbed decode over a paged cache means: NumPy, float64."""
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from pallas_kernels.mla_decode import LatentPages
 
 
-def decode(q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B, *, scale):
+def decode(
+    q_latent_BTHC: ArrayLike,
+    q_rope_BTHR: ArrayLike,
+    pages: LatentPages,
+    page_table_BP: ArrayLike,
+    lengths_B: ArrayLike,
+    *,
+    scale: float,
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns (out, lse) in float64; a query that sees no key has out 0 and lse -inf."""
     f64 = np.float64
     q_latent, q_rope, latent, rope = (
@@ -32,7 +43,7 @@ def decode(q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B, *, scale
     return out, lse
 
 
-def relative_error(actual, desired):
+def relative_error(actual: ArrayLike, desired: ArrayLike) -> float:
     """Returns ||actual - desired|| / ||desired||; infinities must stand in the same places."""
     actual, desired = np.asarray(actual).astype(np.float64), np.asarray(desired)
     finite = np.isfinite(desired)

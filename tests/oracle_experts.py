@@ -1,16 +1,19 @@
 """What the experts' kernels mean: NumPy, float64, one group at a time."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def row_ranges(group_sizes: np.ndarray, offset: int, num_groups: int) -> list[slice]:
+def row_ranges(group_sizes: ArrayLike, offset: int, num_groups: int) -> list[slice]:
     """Returns the rows of each of the groups [offset, offset + num_groups)."""
     group_sizes = np.asarray(group_sizes)
     ends = np.cumsum(group_sizes)
     return [slice(ends[g] - group_sizes[g], ends[g]) for g in range(offset, offset + num_groups)]
 
 
-def grouped_matmul(lhs, rhs, group_sizes, *, offset=0):
+def grouped_matmul(
+    lhs: ArrayLike, rhs: ArrayLike, group_sizes: ArrayLike, *, offset: int = 0
+) -> np.ndarray:
     """Returns each row times its group's matrix, 0 for rows of other groups."""
     lhs, rhs = np.asarray(lhs, np.float64), np.asarray(rhs, np.float64)
     out = np.zeros((lhs.shape[0], rhs.shape[2]))
@@ -19,7 +22,9 @@ def grouped_matmul(lhs, rhs, group_sizes, *, offset=0):
     return out
 
 
-def grouped_matmul_gradients(lhs, rhs, group_sizes, d_out, *, offset=0):
+def grouped_matmul_gradients(
+    lhs: ArrayLike, rhs: ArrayLike, group_sizes: ArrayLike, d_out: ArrayLike, *, offset: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the gradients of lhs and rhs."""
     lhs, rhs, d_out = (np.asarray(x, np.float64) for x in (lhs, rhs, d_out))
     d_lhs, d_rhs = np.zeros_like(lhs), np.zeros_like(rhs)
@@ -29,17 +34,27 @@ def grouped_matmul_gradients(lhs, rhs, group_sizes, d_out, *, offset=0):
     return d_lhs, d_rhs
 
 
-def _sigmoid(x):
+def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def grouped_swiglu(lhs, gate, up, group_sizes, *, offset=0):
+def grouped_swiglu(
+    lhs: ArrayLike, gate: ArrayLike, up: ArrayLike, group_sizes: ArrayLike, *, offset: int = 0
+) -> np.ndarray:
     """Returns silu(lhs gate) * (lhs up)."""
     gated = grouped_matmul(lhs, gate, group_sizes, offset=offset)
     return gated * _sigmoid(gated) * grouped_matmul(lhs, up, group_sizes, offset=offset)
 
 
-def grouped_swiglu_gradients(lhs, gate, up, group_sizes, d_hidden, *, offset=0):
+def grouped_swiglu_gradients(
+    lhs: ArrayLike,
+    gate: ArrayLike,
+    up: ArrayLike,
+    group_sizes: ArrayLike,
+    d_hidden: ArrayLike,
+    *,
+    offset: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the gradients of lhs, gate and up."""
     d_hidden = np.asarray(d_hidden, np.float64)
     gated = grouped_matmul(lhs, gate, group_sizes, offset=offset)

@@ -9,8 +9,20 @@ from flax import nnx
 
 from dsjax.config import AttentionConfig, ModelConfig, MoEConfig, RuntimeConfig, YarnConfig
 from dsjax.kernels import Kernels
+from dsjax.layers.moe import MoE
 from dsjax.mesh import ShardingRules
 from dsjax.model import DeepSeekV2, abstract_model, param_shardings
+
+SMALL_MOE = MoEConfig(
+    num_experts=8,
+    top_k=3,
+    intermediate_dim=20,
+    num_shared_experts=2,
+    num_groups=4,
+    top_groups=2,
+    routing="group_limited_greedy",
+    routed_scale=2.5,
+)
 
 # Every feature of V2. The widths differ from one another, so that no mix-up fits by chance.
 SMALL = ModelConfig(
@@ -29,16 +41,7 @@ SMALL = ModelConfig(
         v_head_dim=10,
         yarn=YarnConfig(factor=4, original_length=16, mscale=0.8, mscale_all_dim=0.707),
     ),
-    moe=MoEConfig(
-        num_experts=8,
-        top_k=3,
-        intermediate_dim=20,
-        num_shared_experts=2,
-        num_groups=4,
-        top_groups=2,
-        routing="group_limited_greedy",
-        routed_scale=2.5,
-    ),
+    moe=SMALL_MOE,
 )
 
 # What all small models are run with unless a test says otherwise.
@@ -48,7 +51,7 @@ RUNTIME = RuntimeConfig(dtype="float32", remat="none")
 SMALL_LITE = replace(
     SMALL,
     attention=replace(SMALL.attention, q_lora_rank=None),
-    moe=replace(SMALL.moe, routing="greedy", num_groups=1, top_groups=1, routed_scale=1.0),
+    moe=replace(SMALL_MOE, routing="greedy", num_groups=1, top_groups=1, routed_scale=1.0),
 )
 
 
@@ -62,8 +65,9 @@ def random_model(
     """Makes a model whose activations stay near 1, with random norms; the same on every mesh."""
     rng = np.random.default_rng(seed)
     graph, state = abstract_model(config, runtime, rules, kernels)
-    on_mesh = rules is not None and rules.mesh is not None
-    shardings = dict(nnx.to_flat_state(param_shardings(state, rules))) if on_mesh else {}
+    shardings = {}
+    if rules is not None and rules.mesh is not None:
+        shardings = dict(nnx.to_flat_state(param_shardings(state, rules)))
     leaves = []
     for path, variable in nnx.to_flat_state(state):
         dims = variable.get_metadata("dims")
@@ -73,7 +77,7 @@ def random_model(
             fan_in = 1 if path[0] == "embed" else _fan_in(dims, variable.shape)
             gain = 2.0 if "router" in path else 1.3
             values = rng.standard_normal(variable.shape) * gain / np.sqrt(fan_in)
-        sharding = shardings[path].get_value() if on_mesh else None
+        sharding = shardings[path].get_value() if shardings else None
         array = jax.device_put(jnp.asarray(values, variable.dtype), sharding)
         leaves.append((path, variable.replace(array)))
     return nnx.merge(graph, nnx.from_flat_state(leaves))
@@ -90,7 +94,7 @@ def _fan_in(dims: tuple[str, ...], shape: tuple[int, ...]) -> int:
 def oracle_weights(model: DeepSeekV2) -> dict:
     """Returns the weights as the oracle takes them: float64, one dict a layer."""
 
-    def array(variable) -> np.ndarray:
+    def array(variable: nnx.Variable) -> np.ndarray:
         return np.asarray(variable[...], np.float64)
 
     layers = []
@@ -109,8 +113,10 @@ def oracle_weights(model: DeepSeekV2) -> dict:
         for name in ("wq_nope", "wq_rope", "wkv_a", "wk_b", "wv_b", "wo"):
             stacked[name] = getattr(attention, name).weight
         if attention.wq_a is not None:
+            assert attention.q_norm is not None
             stacked |= {"wq_a": attention.wq_a.weight, "q_norm": attention.q_norm.weight}
         if stack is model.moe_layers:
+            assert isinstance(feed_forward, MoE)
             stacked["router"] = feed_forward.router.gate.weight
             if feed_forward.shared is not None:
                 for name in ("gate", "up", "down"):

@@ -116,7 +116,7 @@ def canonical(text: str) -> str:
         context.allow_unregistered_dialects = True
         with context:
             module = ir.Module.parse(base64.b64decode(body[2]))
-            return body[1] + module.operation.get_asm(enable_debug_info=False)
+            return body[1] + str(module.operation.get_asm(enable_debug_info=False))
 
     text = re.sub(r"^module @\S+", "module", text)
     return re.sub(r"(\\22body\\22: \\22)([A-Za-z0-9+/=]+)", readable, text)

@@ -41,7 +41,7 @@ def grouped_kernels(compiled) -> dict[str, Any]:
 def exchanges(compiled) -> dict[str, Any]:
     """Its experts' kernels and memory, its exchanges, and the products that run beside each."""
     lines = compiled.as_text().splitlines()
-    exchanges, beside = [], []
+    exchanges, beside = [], []  # type: list[list[str | int]], list[list[str]]
     for number, line in enumerate(lines):
         found = _EXCHANGE.search(line)
         if found is None:

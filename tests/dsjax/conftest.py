@@ -12,13 +12,13 @@ from tests.dsjax.training.small_runs import small_run, write_corpus
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of short documents."""
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
-def trained_run(corpus: Path, tmp_path_factory) -> TrainConfig:
+def trained_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Six steps on one device, a checkpoint and an evaluation every two; all are kept."""
     config = replace(
         small_run(tmp_path_factory.mktemp("run") / "six", corpus),

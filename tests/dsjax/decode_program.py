@@ -10,6 +10,7 @@ where they lie.
 import dataclasses
 import json
 import sys
+from typing import Any
 
 from tests import tpu_compiler, tpu_facts
 
@@ -45,18 +46,19 @@ def main(topology: str) -> None:
     )
     place = rules.sharding()
 
-    def on_device(tree):
+    def on_device(tree: Any) -> Any:
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
         )
 
-    def step(params, tokens_T, pool, part):
+    def step(params: Any, tokens_T: Any, pool: Any, part: Part) -> Any:
         model = nnx.merge(graphdef, params)
         return model.extend(tokens_T, pool, View((part,)), jnp.arange(16))
 
     tokens = jax.ShapeDtypeStruct((16,), jnp.int32)
     arguments = on_device((params, tokens, pool, part))
     lowered = jax.jit(step, donate_argnums=2).lower(*arguments)
+    assert config.moe is not None
     experts = 3 * config.moe.num_experts * config.hidden_dim * config.moe.intermediate_dim * 2
     describe = tpu_facts.kernels_and_memory
     found = tpu_compiler.facts("decode_step", topology, lowered, topology, describe)

@@ -13,9 +13,13 @@ import importlib
 import json
 import math
 import sys
+from typing import TYPE_CHECKING, Any
 
 from tests import tpu_compiler, tpu_facts
 from tests.tpu_compiler import run_compiler
+
+if TYPE_CHECKING:
+    import jax
 
 
 def compile_layers(*programs: tuple[str, str, str, int, float, int]) -> list[dict]:
@@ -24,7 +28,9 @@ def compile_layers(*programs: tuple[str, str, str, int, float, int]) -> list[dic
     return run_compiler("tests.dsjax.expert_programs", *arguments)
 
 
-def lower_layer(model: str, topology: str, axes: str, tokens: int, room: float, chunks: int):
+def lower_layer(
+    model: str, topology: str, axes: str, tokens: int, room: float, chunks: int
+) -> "jax.stages.Lowered":
     """Returns the lowered forward and backward of one layer with `tokens` a device."""
     import jax
     import jax.numpy as jnp
@@ -63,8 +69,8 @@ def lower_layer(model: str, topology: str, axes: str, tokens: int, room: float, 
         sharding=rules.sharding("batch", "length", "embed"),
     )
 
-    def step(state, x_BTD):
-        def loss(state, x_BTD):
+    def step(state: nnx.State, x_BTD: jax.Array) -> Any:
+        def loss(state: nnx.State, x_BTD: jax.Array) -> jax.Array:
             out_BTD, stats = nnx.merge(graph, state)(x_BTD, None, None)
             return jnp.sum(out_BTD.astype(jnp.float32) ** 2) + stats.expert
 

@@ -24,7 +24,7 @@ class Sequences:
         lengths: tokens of each sequence that it holds.
     """
 
-    def __init__(self, model: DeepSeekV2, count: int, max_length: int, page_size: int = 8):
+    def __init__(self, model: DeepSeekV2, count: int, max_length: int, page_size: int = 8) -> None:
         pages = -(-max_length // page_size)
         dtype = model.options.dtype
         self.pool: LatentPool = allocate_pool(
@@ -49,7 +49,9 @@ class Sequences:
             is_first,
         )
 
-    def extend(self, parts: Sequence[Part], rows: Sequence[Sequence[int]], tokens: np.ndarray):
+    def extend(
+        self, parts: Sequence[Part], rows: Sequence[Sequence[int]], tokens: np.ndarray
+    ) -> list[jax.Array]:
         """Feeds the next tokens of the parts' sequences.
 
         Args:
@@ -77,7 +79,9 @@ class Sequences:
             for part, first in view.places()
         ]
 
-    def step(self, tokens: np.ndarray, counts: Sequence[int], *, is_first: bool = False):
+    def step(
+        self, tokens: np.ndarray, counts: Sequence[int], *, is_first: bool = False
+    ) -> jax.Array:
         """Feeds `counts` next tokens of every sequence as one part; returns its logits."""
         rows = range(len(self.lengths))
         part = self.part(rows, counts, int(max(counts)), is_first=is_first)

@@ -1,5 +1,9 @@
 """What the results of attention and of decode are held to, whatever implementation they are of."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,11 +13,19 @@ from tests.oracle_attention import relative_error
 GRADIENTS = ("dq_nope", "dq_rope", "dk_nope", "dk_rope", "dv")
 
 
-def compare_attention(case, arrays, masks, d_out, results, tolerance):
+def compare_attention(
+    case: Any,
+    arrays: Sequence[jax.Array],
+    masks: Sequence[jax.Array | None],
+    d_out: jax.Array,
+    results: tuple[jax.Array, jax.Array, Sequence[jax.Array]],
+    tolerance: float,
+) -> None:
     """Asserts that (out, lse, grads) are the oracle's."""
+    inputs: tuple[Any, ...] = (*arrays, *masks, d_out)
     out, lse, grads = results
     want_out, want_lse, want_grads = oracle_attention.attend(
-        *arrays, *masks, d_out, scale=case.scale, causal=case.causal
+        *inputs, scale=case.scale, causal=case.causal
     )
     dtype = arrays[0].dtype
     assert out.dtype == dtype
@@ -27,7 +39,9 @@ def compare_attention(case, arrays, masks, d_out, results, tolerance):
         assert error / max(np.linalg.norm(want), floor) < tolerance, name
 
 
-def compare_decode(case, arguments, results, tolerance):
+def compare_decode(
+    case: Any, arguments: Sequence[Any], results: tuple[jax.Array, jax.Array], tolerance: float
+) -> None:
     """Asserts that (out, lse) are the oracle's."""
     out, lse = results
     want_out, want_lse = oracle_decode.decode(*arguments, scale=case.scale)
@@ -36,7 +50,7 @@ def compare_decode(case, arguments, results, tolerance):
     compare_lse(lse, want_lse, tolerance)
 
 
-def compare_lse(lse, want, tolerance):
+def compare_lse(lse: jax.Array, want: np.ndarray, tolerance: float) -> None:
     """Asserts that a log-sum-exp is the oracle's."""
     assert lse.dtype == jnp.float32
     if want.size > 1:

@@ -7,11 +7,15 @@ What is not: anything asynchronous within a thread, layouts, and the compiler. B
 another.
 """
 
+import functools
 import threading
+from collections.abc import Callable, Iterable
 from types import ModuleType, SimpleNamespace
+from typing import Any, Self
 
 import jax
 import numpy as np
+import pytest
 
 WAIT_S = 60
 _thread = threading.local()
@@ -20,13 +24,15 @@ _thread = threading.local()
 class Ref:
     """A view of an array with the interface of a Pallas reference."""
 
-    def __init__(self, array):
+    def __init__(self, array: np.ndarray) -> None:
         self.array = array
         self.at = self
 
-    shape = property(lambda self: self.array.shape)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if index is Ellipsis:
             return self.array.copy()
         view = self.array[index]
@@ -34,20 +40,23 @@ class Ref:
             return Scalar(self.array, index)
         return Ref(view)
 
-    def __setitem__(self, index, value):
+    def __setitem__(self, index: Any, value: np.ndarray) -> None:
         target = self.array[index]
         assert target.shape == value.shape, (target.shape, value.shape)
         assert target.dtype == value.dtype, (target.dtype, value.dtype)
         self.array[index] = value
 
-    def transpose(self, axes):
+    def transpose(self, axes: tuple[int, ...]) -> "Ref":
         return Ref(self.array.transpose(axes))
 
 
 class Scalar(np.int32):
     """A number read from a reference, which still knows where it stands."""
 
-    def __new__(cls, array, index):
+    array: np.ndarray
+    index: Any
+
+    def __new__(cls, array: np.ndarray, index: Any) -> Self:
         number = super().__new__(cls, array[index])
         number.array, number.index = array, index
         return number
@@ -56,14 +65,14 @@ class Scalar(np.int32):
 class Accumulator:
     """The registers of a product."""
 
-    def __init__(self, shape):
+    def __init__(self, shape: tuple[int, ...]) -> None:
         self.value = np.zeros(shape, np.float32)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> np.ndarray:
         assert index is Ellipsis
         return self.value.copy()
 
-    def __setitem__(self, index, value):
+    def __setitem__(self, index: Any, value: np.ndarray) -> None:
         assert index is Ellipsis
         self.value = value.astype(np.float32)
 
@@ -71,17 +80,17 @@ class Accumulator:
 class Barriers:
     """Barriers that count arrivals; each thread waits for one phase after the other."""
 
-    def __init__(self, num_arrivals, num_barriers):
+    def __init__(self, num_arrivals: int, num_barriers: int) -> None:
         self.num_arrivals = num_arrivals
         self.arrived, self.phases = [0] * num_barriers, [0] * num_barriers
-        self.waited = {}
+        self.waited: dict[tuple[int, int], int] = {}
         self.condition = threading.Condition()
         self.at = self
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> tuple["Barriers", int]:
         return self, int(index)
 
-    def arrive(self, index):
+    def arrive(self, index: int) -> None:
         with self.condition:
             self.arrived[index] += 1
             if self.arrived[index] == self.num_arrivals:
@@ -89,7 +98,7 @@ class Barriers:
                 self.phases[index] += 1
                 self.condition.notify_all()
 
-    def wait(self, index):
+    def wait(self, index: int) -> None:
         key = (threading.get_ident(), index)
         with self.condition:
             number = self.waited.get(key, 0)
@@ -100,15 +109,15 @@ class Barriers:
             self.waited[key] = number + 1
 
 
-def _barrier(ref):
+def _barrier(ref: Barriers | tuple[Barriers, int]) -> tuple[Barriers, int]:
     return ref if isinstance(ref, tuple) else (ref, 0)
 
 
-def _array(value):
+def _array(value: Ref | np.ndarray) -> np.ndarray:
     return value.array if isinstance(value, Ref) else value
 
 
-def _copy(source, target, *, reduction_op=None):
+def _copy(source: Ref, target: Ref, *, reduction_op: str | None = None) -> None:
     assert source.shape == target.shape, (source.shape, target.shape)
     assert source.array.dtype == target.array.dtype
     if reduction_op is None:
@@ -118,11 +127,12 @@ def _copy(source, target, *, reduction_op=None):
         target.array[...] += source.array
 
 
-def _spawn(calls):
+def _spawn(calls: Iterable[tuple[dict[str, Any], Callable[[], object]]]) -> None:
     """Runs functions in threads of their own and raises what any of them raises."""
-    errors, context = [], dict(_thread.__dict__)
+    errors: list[BaseException] = []
+    context = dict(_thread.__dict__)
 
-    def run(axes, function):
+    def run(axes: dict[str, Any], function: Callable[[], object]) -> None:
         _thread.__dict__.update(context | axes)
         try:
             with np.errstate(all="ignore"):
@@ -140,7 +150,7 @@ def _spawn(calls):
 
 
 class _Spec(SimpleNamespace):
-    def make(self):
+    def make(self) -> Any:
         if self.kind == "barrier":
             return Barriers(self.num_arrivals, self.num_barriers)
         if self.kind == "acc":
@@ -150,70 +160,74 @@ class _Spec(SimpleNamespace):
         return Ref(array)
 
 
-def _smem(shape, dtype, **_):
+def _smem(shape: tuple[int, ...], dtype: Any, **_: object) -> _Spec:
     return _Spec(kind="smem", shape=shape, dtype=dtype)
 
 
-def _iota(dtype, shape, dim, layout):
+def _iota(dtype: Any, shape: tuple[int, ...], dim: int, layout: object) -> np.ndarray:
     del layout
     numbers = np.arange(shape[dim], dtype=dtype)
     return np.broadcast_to(numbers[:, None] if dim == 0 else numbers, shape)
 
 
-def _when(condition):
+def _when(condition: Any) -> Callable[[Callable[[], object]], object]:
     return lambda function: function() if condition else None
 
 
-def _loop(start, stop):
-    def run(body):
+def _loop(start: Any, stop: Any) -> Callable[[Callable[[np.int32], object]], None]:
+    def run(body: Callable[[np.int32], object]) -> None:
         for step in range(int(start), int(stop)):
             body(np.int32(step))
 
     return run
 
 
-def _fori_loop(start, stop, body, carry):
+def _fori_loop[T](start: Any, stop: Any, body: Callable[[np.int32, T], T], carry: T) -> T:
     for step in range(int(start), int(stop)):
         carry = body(np.int32(step), carry)
     return carry
 
 
-def _wgmma(acc, a, b):
+def _wgmma(acc: Accumulator, a: Ref | np.ndarray, b: Ref | np.ndarray) -> None:
     product = _array(a).astype(np.float32) @ _array(b).astype(np.float32)
     assert acc.value.shape == product.shape
     acc.value = acc.value + product
 
 
-def _copy_in(source, target, barrier):
+def _copy_in(source: Ref, target: Ref, barrier: Barriers | tuple[Barriers, int]) -> None:
     _copy(source, target)
     barriers, index = _barrier(barrier)
     barriers.arrive(index)
 
 
-def _wait_semaphore(semaphore, value, *, decrement, memory_scope):
+def _wait_semaphore(
+    semaphore: Scalar, value: Any, *, decrement: object, memory_scope: object
+) -> None:
     del decrement, memory_scope
     assert semaphore.array[semaphore.index] == value, "a sum comes out of its turn"
 
 
-def _signal_semaphore(semaphore, value, *, memory_scope):
+def _signal_semaphore(semaphore: Scalar, value: Any, *, memory_scope: object) -> None:
     del memory_scope
     semaphore.array[semaphore.index] += value
 
 
-def _wait(barrier):
+def _wait(barrier: Barriers | tuple[Barriers, int]) -> None:
     barriers, index = _barrier(barrier)
     barriers.wait(index)
 
 
-def _arrive(barrier):
+def _arrive(barrier: Barriers | tuple[Barriers, int]) -> None:
     barriers, index = _barrier(barrier)
     barriers.arrive(index)
 
 
-def simulate(module: ModuleType, monkeypatch) -> None:
+def simulate(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces what a kernel's module uses of jax by the simulation."""
 
-    def run_scoped(function, *specs, collective_axes=None):
+    def run_scoped(
+        function: Callable[..., Any], *specs: Any, collective_axes: object = None
+    ) -> Any:
         scratch = jax.tree.map(lambda spec: spec.make(), specs)
         if collective_axes is None:
             return function(*scratch)
@@ -221,8 +235,15 @@ def simulate(module: ModuleType, monkeypatch) -> None:
         _spawn([({"wg": np.int32(wg)}, lambda: function(*scratch)) for wg in numbers])
         return None
 
-    def kernel(body, *, out_type, grid, num_threads, **_):
-        def run(*inputs):
+    def kernel(
+        body: Callable[..., object],
+        *,
+        out_type: Any,
+        grid: tuple[int, ...],
+        num_threads: int,
+        **_: object,
+    ) -> Callable[..., list[jax.Array]]:
+        def run(*inputs: jax.Array) -> list[jax.Array]:
             outs = [np.full(out.shape, np.nan, out.dtype) for out in out_type]
             refs = [Ref(np.array(array)) for array in inputs] + [Ref(out) for out in outs]
             _thread.semaphores, _thread.num_threads = {}, num_threads
@@ -233,13 +254,15 @@ def simulate(module: ModuleType, monkeypatch) -> None:
 
         return run
 
-    def get_global(spec):
+    def get_global(spec: _Spec) -> Ref:
         return Ref(_thread.semaphores.setdefault(spec.shape, np.zeros(spec.shape, np.int32)))
 
-    def warp_map(function):
-        return _spawn([({}, lambda warp=warp: function(warp)) for warp in range(4)])
+    def warp_map(function: Callable[[int], object]) -> None:
+        _spawn([({}, functools.partial(function, warp)) for warp in range(4)])
 
-    def broadcast_in_dim(array, shape, dims):
+    def broadcast_in_dim(
+        array: np.ndarray, shape: tuple[int, ...], dims: tuple[int, ...]
+    ) -> np.ndarray:
         (dim,) = dims
         return np.broadcast_to(array[:, None] if dim == 0 else array[None], shape)
 

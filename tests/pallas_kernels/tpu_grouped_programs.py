@@ -7,9 +7,14 @@ prints one JSON line per chip and program.
 
 import json
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from tests import tpu_compiler, tpu_facts
 from tests.tpu_compiler import TOPOLOGIES, run_compiler
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
 
 
 def compile_programs(chips: tuple[str, ...]) -> list[dict]:
@@ -17,7 +22,7 @@ def compile_programs(chips: tuple[str, ...]) -> list[dict]:
     return run_compiler("tests.pallas_kernels.tpu_grouped_programs", ",".join(chips))
 
 
-def programs():
+def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Training on a shard of V2's experts and on all of V2-Lite's; decoding, also of a stack."""
     import jax
     import jax.numpy as jnp
@@ -31,40 +36,44 @@ def programs():
 
     bf16 = jnp.bfloat16
 
-    def array(*shape, dtype=bf16):
+    def array(*shape: int, dtype: "DTypeLike" = bf16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def experts(rows, weights, group_sizes, offset):
+    def experts(rows: Any, weights: Any, group_sizes: Any, offset: Any) -> jax.Array:
         gate, up, down = weights
-        options = {"group_offset": offset, "implementation": "tpu"}
+        options: dict[str, Any] = {"group_offset": offset, "implementation": "tpu"}
         hidden = grouped_swiglu(rows, gate, up, group_sizes, **options)
         return grouped_matmul(hidden, down, group_sizes, **options)
 
-    def step(rows, weights, group_sizes, offset):
-        def loss(rows, weights):
+    def step(rows: Any, weights: Any, group_sizes: Any, offset: Any) -> Any:
+        def loss(rows: Any, weights: Any) -> jax.Array:
             return experts(rows, weights, group_sizes, offset).astype(jnp.float32).sum()
 
         return jax.value_and_grad(loss, argnums=(0, 1))(rows, weights)
 
-    def layers(rows, stacks, group_sizes, offset):
-        def layer(rows, number):
+    def layers(rows: Any, stacks: Any, group_sizes: Any, offset: Any) -> jax.Array:
+        def layer(rows: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
             weights = [LayerOfStack(stack, number) for stack in stacks]
             return rows + experts(rows, weights, group_sizes, offset), None
 
         return jax.lax.scan(layer, rows, jnp.arange(stacks[0].shape[0]))[0]
 
-    def stack_decoding(rows, width, hidden, groups, layers):
+    def stack_decoding(
+        rows: int, width: int, hidden: int, groups: int, layers: int
+    ) -> tuple[Any, ...]:
         gate, down = array(layers, groups, width, hidden), array(layers, groups, hidden, width)
         sizes, offset = array(groups, dtype=jnp.int32), array(dtype=jnp.int32)
         return array(rows, width), (gate, gate, down), sizes, offset
 
-    def training(rows, width, hidden, held, groups):
+    def training(rows: int, width: int, hidden: int, held: int, groups: int) -> tuple[Any, ...]:
         gate, down = array(held, width, hidden), array(held, hidden, width)
         sizes, offset = array(groups, dtype=jnp.int32), array(dtype=jnp.int32)
         return array(rows, width), (gate, gate, down), sizes, offset
 
-    def decoding(rows, width, hidden, groups, dtype):
-        def weights(*shape):
+    def decoding(
+        rows: int, width: int, hidden: int, groups: int, dtype: "DTypeLike"
+    ) -> tuple[Any, ...]:
+        def weights(*shape: int) -> BlockScaledWeights:
             scales = array(groups, *(n // 128 for n in shape), dtype=jnp.float32)
             return BlockScaledWeights(array(groups, *shape, dtype=dtype), scales)
 

@@ -8,10 +8,17 @@ prints one JSON line per chip and program.
 import functools
 import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from tests import tpu_compiler, tpu_facts
 from tests.tpu_compiler import TOPOLOGIES
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
+type Programs = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
 def compile_programs(which: str, chips: str) -> list[dict]:
@@ -19,15 +26,22 @@ def compile_programs(which: str, chips: str) -> list[dict]:
     return tpu_compiler.run_compiler("tests.pallas_kernels.tpu_programs", which, chips)
 
 
-def attention_programs():
+def attention_programs() -> Programs:
     """Training at V2's shape; V2-Lite's packed; a chunk of a prefill with an offset."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.mla_attention import mla_attention
 
-    def arguments(batch, queries, keys, heads, segments=False, offset=False):
-        def array(*shape, dtype=jnp.bfloat16):
+    def arguments(
+        batch: int,
+        queries: int,
+        keys: int,
+        heads: int,
+        segments: bool = False,
+        offset: bool = False,
+    ) -> tuple[Any, ...]:
+        def array(*shape: int, dtype: "DTypeLike" = jnp.bfloat16) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((batch, *shape), dtype)
 
         arrays = (
@@ -47,8 +61,8 @@ def attention_programs():
 
     attend = functools.partial(mla_attention, scale=0.1, implementation="tpu")
 
-    def step(arrays, masks):
-        def loss(*arrays):
+    def step(arrays: Any, masks: Any) -> Any:
+        def loss(*arrays: jax.Array) -> jax.Array:
             return attend(*arrays, **masks).astype(jnp.float32).sum()
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4))(*arrays)
@@ -63,15 +77,22 @@ def attention_programs():
     }
 
 
-def decode_programs():
+def decode_programs() -> Programs:
     """V2's and V2-Lite's heads, one and more query tokens, all kinds of latents."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.mla_decode import LatentPages, mla_decode
 
-    def arguments(batch, tokens, heads, columns, dtype, rope_lanes=64):
-        def array(*shape, dtype=jnp.bfloat16):
+    def arguments(
+        batch: int,
+        tokens: int,
+        heads: int,
+        columns: int,
+        dtype: "DTypeLike",
+        rope_lanes: int = 64,
+    ) -> tuple[Any, ...]:
+        def array(*shape: int, dtype: "DTypeLike" = jnp.bfloat16) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype)
 
         num_pages = batch * columns
@@ -99,7 +120,7 @@ def decode_programs():
     }
 
 
-def sharded_programs():
+def sharded_programs() -> Programs:
     """A training step and a decoding step within `jax.shard_map` over sequences and heads."""
     import jax
     from jax.sharding import PartitionSpec as P
@@ -108,8 +129,8 @@ def sharded_programs():
     heads, shared = P("data", None, "tensor"), P("data")
     specs = (heads, heads, heads, shared, heads)
 
-    def sharded_step(mesh):
-        def local(arrays, masks):
+    def sharded_step(mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+        def local(arrays: Any, masks: Any) -> Any:
             loss, grads = step(arrays, masks)
             return jax.lax.psum(loss, ("data", "tensor")), grads
 
@@ -118,7 +139,7 @@ def sharded_programs():
 
     decode, decode_arguments = decode_programs()["v2_lite"]
 
-    def sharded_decode(mesh):
+    def sharded_decode(mesh: jax.sharding.Mesh) -> Callable[..., Any]:
         in_specs = (heads, heads, P(), shared, shared)
         return jax.shard_map(decode, mesh=mesh, in_specs=in_specs, out_specs=(heads, heads))
 
@@ -132,14 +153,21 @@ def main(which: str, chips: str) -> None:
     """Compiles and prints."""
     import jax
     import numpy as np
-    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+    from jax.sharding import (
+        AxisType,
+        Mesh,
+        NamedSharding,
+        PartitionSpec,
+        Sharding,
+        SingleDeviceSharding,
+    )
 
     from dsjax.plan import tpu_devices
 
     for chip in chips.split(","):
         devices = tpu_devices(TOPOLOGIES[chip])
         for name, (fn, args) in globals()[f"{which}_programs"]().items():
-            sharding = SingleDeviceSharding(devices[0])
+            sharding: Sharding = SingleDeviceSharding(devices[0])
             if which == "sharded":
                 grid = np.array(devices[:4]).reshape(2, 2)
                 mesh = Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from dsjax.config import (
     to_json,
 )
 from tests.cpu_compiler import xla_flags
-from tests.small_models import RUNTIME, SMALL
+from tests.small_models import RUNTIME, SMALL, SMALL_MOE
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LENGTH = 32
@@ -34,7 +35,7 @@ MODEL = replace(
     intermediate_dim=48,
     max_length=64,
     attention=replace(SMALL.attention, qk_nope_head_dim=16, v_head_dim=16),
-    moe=replace(SMALL.moe, top_k=2, intermediate_dim=16, num_shared_experts=1, routed_scale=1.0),
+    moe=replace(SMALL_MOE, top_k=2, intermediate_dim=16, num_shared_experts=1, routed_scale=1.0),
     init_std=0.1,
 )
 
@@ -49,7 +50,7 @@ def write_corpus(folder: Path, num_documents: int = 60) -> Path:
     return folder
 
 
-def small_run(directory: Path, corpus: Path, **changes) -> TrainConfig:
+def small_run(directory: Path, corpus: Path, **changes: Any) -> TrainConfig:
     """Returns a run of six steps over a corpus; `changes` are fields of TrainConfig."""
     source = (SourceConfig(str(corpus), format="jsonl"),)
     config = TrainConfig(
@@ -94,7 +95,7 @@ def start_cli(*arguments: object, num_devices: int = 1, **environment: str) -> s
     return process
 
 
-def run_cli(*arguments: object, num_devices: int = 1, **environment: str):
+def run_cli(*arguments: object, num_devices: int = 1, **environment: str) -> tuple[int, str, str]:
     """Runs `dsjax` to its end; returns exit code, standard output and standard error."""
     process = start_cli(*arguments, num_devices=num_devices, **environment)
     out, err = process.communicate(timeout=900)

@@ -88,6 +88,8 @@ def test_train_takes_a_config_and_goes_on(corpus, tmp_path: Path):
     assert first.model(jnp.tile(TOKENS_BT, (4, 1))).shape == (8, 9, 264)
     second = dsjax.train(replace(config, num_steps=3))
     assert second.step == 3
+    assert first.bits_per_byte is not None
+    assert second.bits_per_byte is not None
     assert second.bits_per_byte < first.bits_per_byte
 
 

@@ -19,7 +19,7 @@ def dsjax(monkeypatch, capsys):
     """Runs a command in this process; returns exit code, standard output and standard error."""
     monkeypatch.chdir(REPOSITORY)
 
-    def call(*arguments: object) -> tuple[int, str, str]:
+    def call(*arguments: object) -> tuple[int | str, str, str]:
         monkeypatch.setattr(sys, "argv", ["dsjax", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
             main()

@@ -56,8 +56,10 @@ def test_model_file_equals_its_config_json(name, repository):
 def test_tiny_has_every_feature_of_v2(repository):
     config = load_model_config(repository / "configs" / "models" / "tiny.py")
     assert config.attention.q_lora_rank
+    assert config.attention.yarn is not None
     assert config.attention.yarn.factor > 1
     assert config.num_dense_layers == 1
+    assert config.moe is not None
     assert config.moe.routing == "group_limited_greedy"
     assert 1 < config.moe.top_groups < config.moe.num_groups
     assert config.moe.num_shared_experts == 2
@@ -163,6 +165,7 @@ def test_override(text, read, value):
 
 def test_overrides_that_fit_only_together():
     changed = override(RUN, ["model.moe.num_experts=6", "model.moe.num_groups=2"])
+    assert changed.model.moe is not None
     assert (changed.model.moe.num_experts, changed.model.moe.num_groups) == (6, 2)
     assert override(RUN, []) == RUN
 
@@ -322,7 +325,7 @@ def test_every_config_file_of_the_project_loads(repository):
 
 def test_configs_are_frozen():
     with pytest.raises(AttributeError):
-        SMALL.num_layers = 4
+        SMALL.num_layers = 4  # type: ignore[misc]
     assert hash(SMALL) == hash(replace(SMALL))
     assert MoEConfig(8, 2, 4).shared_intermediate_dim == 0
     assert YarnConfig().factor == 40

@@ -15,16 +15,23 @@ from dsjax.kernels import Kernels
 from dsjax.model import abstract_model, create_model
 from tests import oracle
 from tests.released_models import SIZES
-from tests.small_models import RUNTIME, SMALL, SMALL_LITE, oracle_weights, random_model
+from tests.small_models import (
+    RUNTIME,
+    SMALL,
+    SMALL_LITE,
+    SMALL_MOE,
+    oracle_weights,
+    random_model,
+)
 
 VARIANTS = {
     "v2": SMALL,
     "v2_lite": SMALL_LITE,
     # transformers ignores norm_topk_prob=true, so the oracle is its only check.
     "normalised": replace(
-        SMALL, norm_eps=1e-3, moe=replace(SMALL.moe, normalize_weights=True, routed_scale=9.0)
+        SMALL, norm_eps=1e-3, moe=replace(SMALL_MOE, normalize_weights=True, routed_scale=9.0)
     ),
-    "no_shared_experts": replace(SMALL, moe=replace(SMALL.moe, num_shared_experts=0)),
+    "no_shared_experts": replace(SMALL, moe=replace(SMALL_MOE, num_shared_experts=0)),
     "dense": replace(SMALL_LITE, moe=None, num_dense_layers=2, num_layers=2),
     "no_dense_layer": replace(SMALL, num_dense_layers=0, num_layers=2),
     "plain_rope": replace(SMALL, attention=replace(SMALL.attention, yarn=None)),
@@ -71,7 +78,7 @@ def oracle_loss(weights, config, tokens, positions, segments, targets):
     loss = oracle.cross_entropy(logits, targets, segments > 0)
     for scores, indices in stats:
         balance = oracle.balance_losses(scores, indices, segments > 0, config.moe)
-        loss += balance @ [0.3, 0.2, 0.1]
+        loss += float(balance @ [0.3, 0.2, 0.1])
     return loss
 
 
@@ -129,7 +136,7 @@ def test_gradients_are_the_oracles_finite_differences(name):
     graph, _ = nnx.split(model)
     slopes = oracle_weights(nnx.merge(graph, gradients))
     rng, step = np.random.default_rng(2), 1e-5
-    paths = [("embed",), ("norm",), ("lm_head",)]
+    paths: list[tuple] = [("embed",), ("norm",), ("lm_head",)]
     paths += [(number, key) for number in (0, 2) for key in weights["layers"][number]]
     assert len(paths) > 25
     for path in paths:
@@ -192,7 +199,7 @@ def test_float16_is_refused(field):
     with pytest.raises(
         ValueError, match=rf"runtime.{field}='float16': must be float32 or bfloat16"
     ):
-        RuntimeConfig(**{field: "float16"})
+        RuntimeConfig(**{field: "float16"})  # type: ignore[arg-type]
 
 
 def test_dropping_changes_training_and_nothing_else():
@@ -217,6 +224,7 @@ def test_create_model_draws_every_weight_alike():
         else:
             assert values.std() == pytest.approx(config.init_std, rel=0.06), path
             assert abs(values.mean()) < 5 * config.init_std / np.sqrt(values.size), path
+    assert model.moe_layers is not None
     feed_forward = model.moe_layers.feed_forward
     assert not np.array_equal(feed_forward.w_gate.stored(), feed_forward.w_up.stored())
 

@@ -8,6 +8,7 @@ prompts here have more than 600 tokens and cross the length that YaRN extends.
 
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +69,11 @@ def torch_model(name, repository):
         fields["rope_scaling"] |= {"mscale": 1.2, "mscale_all_dim": 0.6}
     fields["max_position_embeddings"] = 8192
     # transformers writes into what it is given.
-    config = DeepseekV2Config(**json.loads(json.dumps(fields)), attn_implementation="eager")
+    given = json.loads(json.dumps(fields)) | {"attn_implementation": "eager"}
+    config = DeepseekV2Config(**given)
     with torch.device("cpu"):
-        model = DeepseekV2ForCausalLM(config).to(torch.float32).eval()
+        model: Any = DeepseekV2ForCausalLM(config)
+        model = model.to(torch.float32).eval()
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -90,7 +93,7 @@ def our_model(hf_model, fields, folder):
     from safetensors.numpy import load_file
 
     hf_model.save_pretrained(folder)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
     written = json.loads((folder / "config.json").read_text())

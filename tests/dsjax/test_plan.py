@@ -23,7 +23,9 @@ def test_collectives_of_a_loop_are_multiplied_out():
     spec = PartitionSpec(("data", "expert"))
     mapped = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     x = jax.ShapeDtypeStruct((64, 16), jnp.float32)
-    uses = count_collectives(jax.jit(mapped).lower(x).compile().as_text())
+    text = jax.jit(mapped).lower(x).compile().as_text()
+    assert text is not None
+    uses = count_collectives(text)
     row = 8 * 16 * 4  # bytes of one device's array
     assert uses == {
         "all-gather over data": CollectiveUse(1, 7, 7 * row),

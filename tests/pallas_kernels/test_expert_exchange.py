@@ -5,6 +5,7 @@ for it; on two or more GPUs (`DSJAX_TEST_PLATFORM=gpu`) it is the real one.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +163,7 @@ def test_exchanged_rows_keep_their_type_and_come_back(transport, dtype, rng):
 
 
 def plan_with(**changes):
-    arguments = {
+    arguments: dict[str, Any] = {
         "num_experts": EXPERTS,
         "max_shards": MAX_SHARDS,
         "axis_name": "expert",

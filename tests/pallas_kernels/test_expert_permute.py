@@ -89,7 +89,9 @@ def test_kernel_is_the_gathers(dtype, case, simulated, rng):
     assert np.abs(np.asarray(want[0], np.float32)).sum() > 0
     for ours, theirs in zip(got, want, strict=True):
         # Copies are the same bit by bit; sums may be fused in other ways.
-        np.testing.assert_allclose(*(np.asarray(a, np.float64) for a in (ours, theirs)), rtol=2e-6)
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float64), np.asarray(theirs, np.float64), rtol=2e-6
+        )
     np.testing.assert_array_equal(np.asarray(got[0]), np.asarray(want[0]))
 
 
@@ -104,7 +106,9 @@ def test_kernel_lowers(case):
         order = sort_by_expert(indices_NK, case.num_experts)
         rows_MD, pull = jax.vjp(lambda x: gather_rows(x, order, implementation="hopper"), x_ND)
         combine = functools.partial(combine_rows, implementation="hopper")
-        out_ND, pull_combine = jax.vjp(lambda *a: combine(*a, order), rows_MD, gates_NK)
+        out_ND, pull_combine = jax.vjp(
+            lambda rows, gates: combine(rows, gates, order), rows_MD, gates_NK
+        )
         d_rows_MD, d_gates_NK = pull_combine(out_ND)
         return pull(d_rows_MD), d_gates_NK
 

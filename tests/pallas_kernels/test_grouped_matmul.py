@@ -51,9 +51,10 @@ def test_matmul_and_gradients(case: Case, implementation, dtype):
 
     out, d_lhs, d_rhs = run(lhs, rhs, inputs.group_sizes, d_out)
     assert (out.dtype, d_lhs.dtype, d_rhs.dtype) == (dtype, dtype, dtype)
-    lhs, rhs, d_out = (np.asarray(x, np.float64) for x in (lhs, rhs, d_out))
-    close(out, oracle.grouped_matmul(lhs, rhs, inputs.group_sizes, offset=offset), dtype)
-    want = oracle.grouped_matmul_gradients(lhs, rhs, inputs.group_sizes, d_out, offset=offset)
+    lhs64, rhs64, d_out64 = (np.asarray(x, np.float64) for x in (lhs, rhs, d_out))
+    sizes = inputs.group_sizes
+    close(out, oracle.grouped_matmul(lhs64, rhs64, sizes, offset=offset), dtype)
+    want = oracle.grouped_matmul_gradients(lhs64, rhs64, sizes, d_out64, offset=offset)
     close(d_lhs, want[0], dtype)
     close(d_rhs, want[1], dtype)
     empty = np.asarray(inputs.group_sizes)[offset : offset + case.held] == 0
@@ -223,7 +224,9 @@ def test_work_does_not_grow_with_the_number_of_groups():
         call = lambda *arrays: grouped_matmul(*arrays, implementation="xla")  # noqa: E731
         compiled = jax.jit(call).lower(*shapes).compile()
         # A loop's body is counted once: a tile's product, whatever the number of groups.
-        return compiled.cost_analysis()["flops"]
+        cost = compiled.cost_analysis()
+        assert cost is not None
+        return cost["flops"]
 
     assert loop_flops(64) < loop_flops(4)
 

@@ -163,7 +163,9 @@ def test_residuals_grow_with_the_tokens():
             return mla_attention(*arrays, scale=0.2, implementation="xla").sum()
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).lower(*args).compile()
-        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        sizes.append(memory.temp_size_in_bytes)
         _, residuals = jax.eval_shape(lambda *a: jax.vjp(loss, *a), *args)
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
         # The inputs, the output, the log-sum-exp.
@@ -183,8 +185,9 @@ def test_errors_name_the_argument():
         attend(*arrays, q_offset_B=ids[0, :1], causal=False)
     with pytest.raises(ValueError, match="implementation: 'triton' must be one of"):
         mla_attention(*arrays, scale=1.0, implementation="triton")
+    mixed = (*arrays[:3], arrays[3].astype(jnp.bfloat16), arrays[4])
     with pytest.raises(ValueError, match="k_rope_BSR: dtype bfloat16 must be"):
-        attend(*arrays[:3], arrays[3].astype(jnp.bfloat16), arrays[4])
+        attend(*mixed)
 
 
 @pytest.mark.gpu
@@ -256,8 +259,8 @@ def test_key_ranges(case, q_size):
     of_queries, of_keys = key_ranges(
         num_q * q_size, S, q_size, k_size, q_ids, k_ids, offset, causal=case.causal, batch=B
     )
-    visible = visible_BTS(jnp.arange(T), jnp.arange(S), q_ids, k_ids, offset, causal=case.causal)
-    visible = np.broadcast_to(visible, (B, T, S))
+    seen = visible_BTS(jnp.arange(T), jnp.arange(S), q_ids, k_ids, offset, causal=case.causal)
+    visible = np.broadcast_to(seen, (B, T, S))
     for b, i, j in np.ndindex(B, num_q, num_k):
         block = visible[b, i * q_size : (i + 1) * q_size, j * k_size : (j + 1) * k_size]
         in_queries = of_queries.start_BI[b, i] <= j < of_queries.stop_BI[b, i]

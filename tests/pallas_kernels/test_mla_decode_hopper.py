@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def walk(starts, firsts, lengths, capacity, num_parts):
     bounds = np.asarray(part_bound(jnp.arange(num_parts + 1), total, num_parts))
     assert bounds[0] == 0
     assert bounds[-1] == total
-    slots = [[] for _ in lengths]
+    slots: list[list[int]] = [[] for _ in lengths]
     for part in range(num_parts):
         begin, end = bounds[part], bounds[part + 1]
         inside = [b for b in range(len(lengths)) if starts[b] < end and starts[b + 1] > begin]
@@ -149,7 +150,7 @@ def test_hopper_lowers_for_cuda(sizes, num_kernels):
     ],
 )
 def test_hopper_errors_name_the_argument(index, change, message):
-    arguments = list(Case("bad", (20,)).draw(seed=17, dtype=jnp.bfloat16))
+    arguments: list[Any] = list(Case("bad", (20,)).draw(seed=17, dtype=jnp.bfloat16))
     arguments[index] = change(arguments[index])
     with pytest.raises(ValueError, match=message):
         mla_decode(*arguments, scale=1.0, implementation="hopper")

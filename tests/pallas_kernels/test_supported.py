@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def struct(*shape, dtype="bfloat16"):
 
 
 def draw_attention(rng):
-    sizes = {
+    sizes: dict[str, Any] = {
         "nope_dim": int(rng.choice([128, 128, 128, 64])),
         "rope_dim": int(rng.choice([64, 64, 64, 32])),
         "value_dim": int(rng.choice([128, 128, 128, 192])),
@@ -52,7 +53,7 @@ def draw_attention(rng):
 def draw_decode(rng):
     dtype = str(rng.choice(DTYPES))
     pages_dtype = str(rng.choice([dtype, dtype, "int8", "float8_e4m3fn"]))
-    sizes = {
+    sizes: dict[str, Any] = {
         "kv_rank": int(rng.choice([512, 512, 512, 512, 384, 100])),
         "rope_dim": int(rng.choice([64, 64, 64, 64, 128, 32])),
         "num_heads": int(rng.choice([16, 32, 128, 4])),
@@ -87,7 +88,7 @@ def draw_decode(rng):
 def draw_grouped(rng):
     dtype = str(rng.choice(DTYPES))
     weights_dtype = str(rng.choice([dtype, dtype, "int8"]))
-    sizes = {
+    sizes: dict[str, Any] = {
         "width_in": int(rng.choice([128, 256, 512, 192, 352, 100])),
         "width_out": int(rng.choice([128, 256, 384, 64, 320, 352])),
         "dtype": dtype,
@@ -122,7 +123,10 @@ def draw_grouped(rng):
 
 
 def draw_permute(rng):
-    sizes = {"width": int(rng.choice([128, 384, 640, 64, 200])), "dtype": str(rng.choice(DTYPES))}
+    sizes: dict[str, Any] = {
+        "width": int(rng.choice([128, 384, 640, 64, 200])),
+        "dtype": str(rng.choice(DTYPES)),
+    }
     N, K, E = (int(rng.integers(1, most)) for most in (40, 4, 9))
 
     def call(implementation, x_ND, gates_NK, indices_NK):
@@ -200,12 +204,12 @@ def test_hopper_lowers_what_it_takes(op):
 
 def test_names_the_size_to_blame():
     """V2-Lite's experts and heads over 4 tensor shards: sizes that kernels once were chosen for."""
-    widths = {"width_in": 2048, "width_out": 1408 // 4, "dtype": "bfloat16"}
+    widths: dict[str, Any] = {"width_in": 2048, "width_out": 1408 // 4, "dtype": "bfloat16"}
     assert grouped_matmul.supported("xla", **widths) is None
     for implementation, step in (("tpu", 128), ("hopper", 64)):
         want = f"output width 352 must be a multiple of {step}"
         assert grouped_matmul.supported(implementation, **widths) == want
-    pool = {"kv_rank": 512, "rope_dim": 64, "page_size": 64, "dtype": "bfloat16"}
+    pool: dict[str, Any] = {"kv_rank": 512, "rope_dim": 64, "page_size": 64, "dtype": "bfloat16"}
     want = "query rows 1 x 4 = 4 must be a multiple of 8"
     assert mla_decode.supported("hopper", num_heads=16 // 4, **pool) == want
     assert mla_decode.supported("hopper", num_heads=16, **pool) is None
@@ -240,7 +244,7 @@ def test_chips(op, rng):
 
 def test_transports():
     """The exchange's transports, which divide experts among shards."""
-    sizes = {"num_experts": 12, "num_shards": 4, "max_shards": 3}
+    sizes: dict[str, Any] = {"num_experts": 12, "num_shards": 4, "max_shards": 3}
     for transport in expert_exchange.TRANSPORTS:
         assert expert_exchange.supported(transport, **sizes) is None
         assert expert_exchange.supported(transport, **sizes, chip="hopper") is None

@@ -1,6 +1,7 @@
 """Latent attention's TPU kernels: values and gradients simulated on the CPU, and compilation."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,9 +117,8 @@ def test_transformations():
     remat = jax.grad(lambda *x: jnp.sum(jax.checkpoint(attend)(*x).astype(jnp.float32)), range(5))
     shapes = [grad.shape for grad in jax.eval_shape(remat, *arrays)]
     assert shapes == [array.shape for array in arrays]
-    want_out, _, want_grads = oracle_attention.attend(
-        *arrays, d_out_BTHV=d_out, scale=case.scale, causal=True
-    )
+    inputs: tuple[Any, ...] = (*arrays, None, None, None, d_out)
+    want_out, _, want_grads = oracle_attention.attend(*inputs, scale=case.scale, causal=True)
     assert relative_error(out, want_out) < 5e-3
     for name, grad, want in zip(GRADIENTS, grads, want_grads, strict=True):
         assert relative_error(grad, want) < 5e-3, name

@@ -1,6 +1,7 @@
 """Absorbed decode's TPU kernel: values simulated on the CPU, and compilation."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +89,7 @@ def test_errors_name_the_argument(case, dtype, message):
 
 
 def test_error_of_a_large_page_table():
-    arguments = list(Case("e", (5,)).draw(seed=7))
+    arguments: list[Any] = list(Case("e", (5,)).draw(seed=7))
     arguments[3] = jnp.zeros((1, TPU_MAX_TABLE + 1), jnp.int32)
     with pytest.raises(ValueError, match="page table entries 131073 must be at most 131072"):
         mla_decode(*arguments, scale=1.0, implementation="tpu")

@@ -6,6 +6,7 @@ to a few shapes, with more rows and with empty groups at the end, and each shape
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,9 +147,9 @@ def test_rows_outside_the_groups_may_hold_anything():
 
 
 def test_swiglu():
-    (lhs, gate, up, _), wide, sizes = draw(MIXED, jnp.bfloat16, seed=1)
+    (lhs, gate, up, _), (lhs64, gate64, up64, _), sizes = draw(MIXED, jnp.bfloat16, seed=1)
     (hidden,) = products(lhs, (gate, up), sizes, jnp.int32(1), activation=True)
-    close(hidden, oracle.grouped_swiglu(*wide[:3], sizes, offset=1))
+    close(hidden, oracle.grouped_swiglu(lhs64, gate64, up64, sizes, offset=1))
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "float8"])
@@ -180,16 +181,17 @@ def test_one_layer_of_a_stack():
 def test_the_public_functions_and_their_gradients():
     """So also the kernels that keep both products and that sum two rows' gradients."""
     (lhs, gate, up, d_out), wide, sizes = draw(MIXED, jnp.bfloat16, seed=2)
+    lhs64, gate64, up64, d_out64 = wide
 
     def call(lhs, gate, up):
-        options = {"group_offset": 1, "implementation": "tpu"}
+        options: dict[str, Any] = {"group_offset": 1, "implementation": "tpu"}
         return grouped_swiglu(lhs, gate, up, sizes, **options)
 
     with pltpu.force_tpu_interpret_mode(SIMULATOR):
         hidden, pull = jax.vjp(call, lhs, gate, up)
         gradients = without_races(pull(d_out))
-    close(hidden, oracle.grouped_swiglu(*wide[:3], sizes, offset=1))
-    wants = oracle.grouped_swiglu_gradients(*wide[:3], sizes, wide[3], offset=1)
+    close(hidden, oracle.grouped_swiglu(lhs64, gate64, up64, sizes, offset=1))
+    wants = oracle.grouped_swiglu_gradients(lhs64, gate64, up64, sizes, d_out64, offset=1)
     for got, want in zip(gradients, wants, strict=True):
         close(got, want)
 
@@ -198,7 +200,7 @@ def test_windows_cover_each_range_once():
     start = jnp.array([3, 20, 20, 150, 151])
     windows = make_windows(start, 64, 151, empty_ranges=True)
     (count,), ranges, bases, lows, highs, bits = map(np.asarray, windows.scalars)
-    covered = [[], [], [], []]
+    covered: list[list[int]] = [[], [], [], []]
     for n in range(count):
         assert bases[n] % 16 == 0
         assert highs[n] <= 64

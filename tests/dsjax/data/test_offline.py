@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -60,7 +61,7 @@ def test_every_document_is_packed_once_and_counted(tmp_path: Path) -> None:
 
 def test_the_result_does_not_depend_on_the_workers(tmp_path: Path) -> None:
     source = write_corpus(tmp_path / "corpus", random_texts(200, 200, 1))
-    settings = {"tokenizer": "bytes", "length": LENGTH, "num_shards": 5}
+    settings: dict[str, Any] = {"tokenizer": "bytes", "length": LENGTH, "num_shards": 5}
     for workers in (0, 2):
         pack([source], tmp_path / str(workers), num_workers=workers, **settings)
     assert digest(tmp_path / "0") == digest(tmp_path / "2")
@@ -99,7 +100,7 @@ def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
     assert 2 <= len(finished) < 24
     with pytest.raises(ValueError, match=r"no dataset.json, so no packed dataset, or one whose"):
         PackedRows(out)
-    settings = {"tokenizer": "bytes", "num_shards": 24}
+    settings: dict[str, Any] = {"tokenizer": "bytes", "num_shards": 24}
     with pytest.raises(ValueError, match="unfinished dataset with length=64, not 32"):
         pack([source], out, length=32, **settings)
     kept = {file.with_suffix(".arrayrecord"): 0 for file in finished}
@@ -135,7 +136,7 @@ def test_a_disk_that_is_full_is_named_and_nothing_lost(tmp_path: Path) -> None:
     assert message.count("\n") == 1
     kept = ["packing.json", "rows-00000-of-00002.arrayrecord", "rows-00000-of-00002.json"]
     assert sorted(os.listdir(out)) == kept
-    settings = {"tokenizer": "bytes", "length": 64, "num_shards": 2}
+    settings: dict[str, Any] = {"tokenizer": "bytes", "length": 64, "num_shards": 2}
     assert pack([source], out, **settings) == pack([source], tmp_path / "fresh", **settings)
 
 
@@ -191,7 +192,7 @@ def test_a_bad_document_ends_the_run_and_is_named(tmp_path: Path, num_workers: i
 
 def test_a_run_that_finished_no_shard_may_change_its_settings(tmp_path: Path) -> None:
     source = write_corpus(tmp_path / "corpus", ["much too long"])
-    settings = {"tokenizer": "bytes", "length": 8}
+    settings: dict[str, Any] = {"tokenizer": "bytes", "length": 8}
     with pytest.raises(ValueError, match="document of 15 tokens is longer than a row, length=8"):
         pack([source], tmp_path / "out", long_documents="error", **settings)
     assert pack([source], tmp_path / "out", **settings)["num_rows"] == 2

@@ -1,6 +1,7 @@
 """Packing documents into rows, and rows into records."""
 
 import re
+from typing import Any, Literal
 
 import grain
 import numpy as np
@@ -13,8 +14,13 @@ from dsjax.data.tokenizer import ByteTokenizer
 from tests.dsjax.data.packing_oracle import BOS, check_row, check_rows, pieces_of, random_texts
 
 
-def packed(texts: list[str], length: int, bins: int = 4, long_documents="split"):
-    documents = [Document(text, f"file-{i}") for i, text in enumerate(texts)]
+def packed(
+    texts: list[str],
+    length: int,
+    bins: int = 4,
+    long_documents: Literal["split", "error", "truncate"] = "split",
+):
+    documents: Any = [Document(text, f"file-{i}") for i, text in enumerate(texts)]
     tokens = tokenized(
         documents_of(documents), ByteTokenizer(), length=length, long_documents=long_documents
     )
@@ -69,7 +75,7 @@ def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="length=1 must be at least 2"):
         packed(["a"], 1)
     with pytest.raises(ValueError, match="long_documents='drop' must be split, error or truncate"):
-        packed(["a"], 8, long_documents="drop")
+        packed(["a"], 8, long_documents="drop")  # type: ignore[arg-type]
 
 
 def test_iterator_state_restores_exactly() -> None:

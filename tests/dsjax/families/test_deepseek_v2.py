@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from dsjax.families.strided_copy import copy_strided
 from dsjax.families.tensors import params_from_hf, params_to_hf
 from dsjax.model import abstract_model
 from tests.released_models import SIZES
-from tests.small_models import SMALL, SMALL_LITE
+from tests.small_models import SMALL, SMALL_LITE, SMALL_MOE
 
 DENSE = replace(SMALL, moe=None, num_dense_layers=SMALL.num_layers)
-NO_SHARED = replace(SMALL, moe=replace(SMALL.moe, num_shared_experts=0), num_dense_layers=0)
+NO_SHARED = replace(SMALL, moe=replace(SMALL_MOE, num_shared_experts=0), num_dense_layers=0)
 
 
 def random_tensors(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -119,7 +120,7 @@ def test_windows_read_only_the_rows_they_lie_in(rng):
             for size in param.shape
             for start in [int(rng.integers(size))]
         )
-        node = whole
+        node: Any = whole
         for key in path:
             node = node[key]
         np.testing.assert_array_equal(param.read(window, read), node[window], err_msg=str(path))

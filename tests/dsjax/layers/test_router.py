@@ -104,7 +104,8 @@ def test_scale_or_normalisation_but_not_both(rng):
     plain, same = choose(scores, replace(scaled, routed_scale=1.0))
     np.testing.assert_array_equal(indices, same)
     np.testing.assert_allclose(weights, 16 * plain, rtol=1e-6)
-    np.testing.assert_allclose(plain, np.take_along_axis(scores, indices, -1), rtol=1e-6)
+    chosen = np.take_along_axis(np.asarray(scores), np.asarray(indices), -1)
+    np.testing.assert_allclose(plain, chosen, rtol=1e-6)
     normalised, _ = choose(scores, replace(scaled, normalize_weights=True))
     np.testing.assert_allclose(normalised.sum(-1), 1, rtol=1e-6)
 
@@ -186,7 +187,7 @@ def test_balance_gradient_reaches_the_router_weight_through_the_mean_affinity(rn
     config = CASES["normalised"]
     scores = jnp.asarray(affinities(config, rng, 2, 11), jnp.float32)
     _, indices = choose(scores, config)
-    mask = np.ones((2, 11), bool)
+    mask = jnp.ones((2, 11), bool)
     gradient = jax.jit(jax.grad(lambda s: balance_losses(s, indices, mask, config)[0]))(scores)
     chosen = np.asarray(indices)
     for b in range(2):  # d loss / d s_it = f_i / T / batch

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dsjax.config import MeshConfig, TokenDropping
 from dsjax.kernels import Kernels
@@ -152,6 +152,7 @@ def test_initial_weights_do_not_depend_on_the_mesh():
     for path, variable in nnx.to_flat_state(nnx.state(one)):
         np.testing.assert_allclose(flat[path][...], variable[...], atol=1e-7)
         assert flat[path][...].sharding.is_equivalent_to(shardings[path].get_value(), variable.ndim)
+    assert one.moe_layers is not None
     std = np.std(np.asarray(one.moe_layers.feed_forward.w_gate.stored()))
     assert std == pytest.approx(CONFIG.init_std, rel=0.1)
     # Layers and experts are drawn apart from one another.
@@ -165,7 +166,9 @@ def test_every_parameter_is_divided_as_its_dims_say():
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         spec = rules.spec(*dims[path])
         assert variable[...].sharding.spec == spec, path
+    assert model.moe_layers is not None
     experts = model.moe_layers.feed_forward.w_gate.stored()
+    assert isinstance(experts.sharding, NamedSharding)
     assert experts.sharding.spec == PartitionSpec(None, ("expert",), ("fsdp",), ("tensor",))
     assert experts.addressable_shards[0].data.size == experts.size // 8
     # Behind the norms, nothing is kept whole on every device.
@@ -188,7 +191,9 @@ def test_weights_are_gathered_along_one_mesh_axis_after_another():
 
     weight_DF = jax.device_put(jnp.arange(64.0).reshape(16, 4), rules.sharding(*dims))
     compiled = gather.lower(weight_DF).compile()
-    rows = re.findall(r"= f32\[(\d+),4\]\S* all-gather\(", compiled.as_text())
+    text = compiled.as_text()
+    assert text is not None
+    rows = re.findall(r"= f32\[(\d+),4\]\S* all-gather\(", text)
     assert rows == ["8", "16"]  # first of the 2 rows of each device those of 4, then of 2 x 4
     for array in compiled(weight_DF):
         np.testing.assert_array_equal(array, weight_DF)

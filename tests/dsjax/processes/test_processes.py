@@ -104,6 +104,8 @@ def shard_of(owners: list[int], process: int, monkeypatch, **axes: int) -> HostS
     """The shard of a process, where device i belongs to process owners[i]."""
     rules = train_rules(make_mesh(MeshConfig(**axes), jax.devices()[: len(owners)]))
     sharding = rules.sharding(None, "batch")
+    assert sharding is not None
+    assert rules.mesh is not None
     real = sharding.devices_indices_map((1, rules.num_batch_shards()))
     fake = {
         Device(device.id, owners[i]): real[device]
@@ -116,7 +118,7 @@ def shard_of(owners: list[int], process: int, monkeypatch, **axes: int) -> HostS
         sharding=lambda *dims: stand_in,
     )
     monkeypatch.setattr(jax, "process_index", lambda: process)
-    return HostShard(table)
+    return HostShard(table)  # type: ignore[arg-type]
 
 
 def test_processes_feed_different_rows(monkeypatch):

@@ -55,8 +55,8 @@ def test_old_checkpoints_go_but_for_the_milestones(tmp_path: Path):
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
         )
-        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=jnp.int32(0).sharding)
-        restored, optimizer, data = checkpoints.restore(6, abstract, {"step": step})
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=jnp.int32(0).sharding)
+        restored, optimizer, data = checkpoints.restore(6, abstract, {"step": number})
     np.testing.assert_array_equal(restored["weight"][...], np.ones(3))
     assert int(optimizer["step"]) == 6
     assert data == [{"shard": 0, "state": {"at": 6}}]

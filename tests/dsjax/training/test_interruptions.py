@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -197,7 +198,7 @@ def port() -> int:
         return free.getsockname()[1]
 
 
-def start_two(file: Path, port: int, environment: dict[str, str]) -> list[subprocess.Popen]:
+def start_two(file: Path, port: int, environment: dict[str, Any]) -> list[subprocess.Popen]:
     return [
         start_cli(
             "train",

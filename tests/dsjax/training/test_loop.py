@@ -221,6 +221,7 @@ def test_bad_steps_in_a_row_stop_the_run(monkeypatch, corpus, tmp_path: Path):
 @pytest.mark.core
 def test_another_model_is_refused_and_nothing_is_lost(trained_run: TrainConfig):
     before = (Path(trained_run.directory) / "run.json").read_bytes()
+    assert MODEL.moe is not None
     other = replace(MODEL, hidden_dim=64, moe=replace(MODEL.moe, top_k=1))
     with pytest.raises(
         ValueError, match=r"another config: model.hidden_dim=32, not 64; model.moe.top_k=2, not 1$"

@@ -13,7 +13,7 @@ from dsjax.layers.linear import float32_matmul
 from dsjax.layers.moe import RouterStats
 from dsjax.mesh import ShardingRules
 from dsjax.training.losses import balance_terms, sum_cross_entropy, training_loss
-from tests.small_models import SMALL, random_model
+from tests.small_models import SMALL, SMALL_MOE, random_model
 
 
 def with_head(weight_DW: jax.Array):
@@ -91,7 +91,9 @@ def test_memory_is_bounded_by_a_chunk(rng):
             jax.ShapeDtypeStruct((batch, length, dim), jnp.float32),
         )
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     chunked = temporary_bytes(
         lambda w, h: sum_cross_entropy(with_head(w), h, targets, weights, chunk)[0]
@@ -130,6 +132,7 @@ def test_training_loss_adds_its_terms_up(rng):
     total, terms = training_loss(model, batch, config, total_weight, 1.0)
     hidden, stats = model.hidden(tokens, batch["positions"], batch["segment_ids"])
     nats, z = direct(model.lm_head.stored(), hidden, batch["targets"], batch["weights"])
+    assert stats is not None
     expected = [
         nats / 14,
         0.01 * z / 14,
@@ -147,4 +150,4 @@ def test_training_loss_adds_its_terms_up(rng):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert min(found) > 0
     np.testing.assert_allclose(total, sum(expected), rtol=1e-5)
-    np.testing.assert_array_equal(terms.load_LE.sum(-1), [2 * 8 * SMALL.moe.top_k])
+    np.testing.assert_array_equal(terms.load_LE.sum(-1), [2 * 8 * SMALL_MOE.top_k])

@@ -21,7 +21,7 @@ from dsjax.families.tensors import params_from_hf
 from dsjax.weights import load_weights, save_weights
 from dsjax.weights.safetensors import INDEX_NAME
 from tests.hf_folders import INV_FREQ, contents, convert_quietly, make_folder
-from tests.small_models import SMALL, SMALL_LITE, random_model
+from tests.small_models import SMALL, SMALL_LITE, SMALL_MOE, random_model
 
 
 @pytest.mark.core
@@ -89,7 +89,7 @@ def test_a_cast_is_the_cast_of_every_tensor(tmp_path):
     tensors = make_folder(tmp_path / "hf", SMALL, np.float32)
     convert_quietly(tmp_path / "hf", tmp_path / "ours", dtype="bfloat16")
     convert_quietly(tmp_path / "ours", tmp_path / "back")
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for file in (tmp_path / "back").glob("*.safetensors"):
         found |= safetensors.numpy.load_file(file)
     assert found.keys() == tensors.keys()
@@ -116,7 +116,7 @@ def test_memory_is_bounded_by_a_few_tensors(tmp_path, monkeypatch):
         SMALL,
         hidden_dim=512,
         num_layers=5,
-        moe=replace(SMALL.moe, intermediate_dim=256, num_experts=16),
+        moe=replace(SMALL_MOE, intermediate_dim=256, num_experts=16),
     )
     make_folder(tmp_path / "hf", config, np.float32)
     largest = max(int(np.prod(t.shape)) * 4 for t in hf_table(config).tensors.values())

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -42,7 +43,7 @@ def expected(old) -> dict:
 @pytest.mark.parametrize("place", ["run", "model"])
 def test_an_old_checkpoint_loads(old, expected, place):
     model = dsjax.load(place, dtype="float32")
-    tokens = np.arange(48, dtype=np.int32)[None] % 250
+    tokens = jnp.arange(48, dtype=jnp.int32)[None] % 250
     np.testing.assert_allclose(model(tokens)[0, -1], expected["logits"], atol=2e-6)
 
 

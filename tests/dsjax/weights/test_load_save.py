@@ -13,6 +13,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
 
 from dsjax.config import (
@@ -112,7 +113,9 @@ def test_eight_devices_hold_the_same_weights(tmp_path, config, rules):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     sharded = load_weights(tmp_path / "hf", dtype="float32", rules=rules(mesh))
     assert_same_weights(sharded, model)
+    assert sharded.moe_layers is not None
     gate = sharded.moe_layers.feed_forward.w_gate.stored()
+    assert isinstance(gate.sharding, NamedSharding)
     assert gate.sharding.spec == rules(mesh).spec("layers", "experts", "expert_embed", "mlp")
     assert gate.addressable_shards[0].data.size < gate.size
     # And out again, from eight devices to one and to eight.
@@ -191,6 +194,7 @@ def test_locate_says_what_is_there(places):
 
 def test_bytes_become_a_tokenizer_with_the_same_ids(places):
     spec = locate(places / "run").tokenizer
+    assert spec is not None
     tokenizer, plain = load_tokenizer(spec), load_tokenizer("bytes")
     text = "".join(map(chr, range(1, 256))) + " def f():\n\treturn 'é€😀'\r\n"
     assert tokenizer.encode(text) == plain.encode(text)
@@ -212,7 +216,9 @@ def test_a_run_converts_to_a_hugging_face_folder(places, model, tmp_path, place)
     names = {file.name for file in (tmp_path / "hf").iterdir()}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
     assert names == {"config.json", "model.safetensors"} | tokenizer
-    assert load_tokenizer(locate(tmp_path / "hf").tokenizer).bos_id == 256
+    spec = locate(tmp_path / "hf").tokenizer
+    assert spec is not None
+    assert load_tokenizer(spec).bos_id == 256
 
 
 def test_a_hub_name_is_downloaded_and_loaded(places, model, monkeypatch):
@@ -261,7 +267,7 @@ def test_saving_never_overwrites(places, model):
     with pytest.raises(FileExistsError, match="hf: exists already"):
         save_weights(model, places / "hf", format="hf")
     with pytest.raises(ValueError, match="format='gguf'"):
-        save_weights(model, places / "new", format="gguf")
+        save_weights(model, places / "new", format="gguf")  # type: ignore[arg-type]
 
 
 FULL = """

@@ -16,6 +16,8 @@ import dataclasses
 import functools
 import importlib
 import time
+from collections.abc import Callable, Hashable
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +44,22 @@ from pallas_kernels.expert_exchange import (
     send_tokens,
 )
 from pallas_kernels.expert_exchange.cases import POD_SHARDS, TIMED_TOKENS, TIMED_WIDTH
+from pallas_kernels.expert_exchange.plan import ExchangePlan
 
 REPEATS, ROUNDS = 20, 5
 
+Parameters = nnx.State[Hashable, nnx.Variable[jax.Array]]
 
-def seconds_of(call, *arguments, repeats: int = 1) -> float:
+
+class Changes(TypedDict, total=False):
+    """The kernels that a run names; the others are those chosen for the device."""
+
+    expert_exchange: str
+    exchange_chunks: int
+    grouped_matmul: str
+
+
+def seconds_of(call: Callable[..., object], *arguments: object, repeats: int = 1) -> float:
     """Returns the median seconds of one repeat."""
     jax.block_until_ready(call(*arguments))
     times = []
@@ -57,11 +70,13 @@ def seconds_of(call, *arguments, repeats: int = 1) -> float:
     return float(np.median(times))
 
 
-def on_devices(function, num_arguments: int):
+def on_devices(
+    function: Callable[..., jax.Array], num_arguments: int
+) -> tuple[jax.sharding.Mesh, Callable[..., jax.Array]]:
     """Runs a function REPEATS times in one program, its result the next one's first argument."""
     mesh = jax.make_mesh((jax.device_count(),), ("expert",), (AxisType.Auto,))
 
-    def repeated(first, *rest):
+    def repeated(first: jax.Array, *rest: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, REPEATS, lambda _, x: function(x, *rest), first)
 
     spec = P("expert")
@@ -75,6 +90,7 @@ def on_devices(function, num_arguments: int):
 def exchange(tokens: int, width: int, transports: list[str]) -> None:
     """Prints the rates of every transport and of a plain all-to-all."""
     moe, shards = deepseek_v2.config.moe, jax.device_count()
+    assert moe is not None
     fan_out = max_shards(moe, shards)
     keys = jax.random.split(jax.random.key(0), 3)
     scores = jax.nn.softmax(2 * jax.random.normal(keys[0], (shards * tokens, moe.num_experts)))
@@ -91,7 +107,7 @@ def exchange(tokens: int, width: int, transports: list[str]) -> None:
         flush=True,
     )
 
-    def report(name, seconds, peer=None):
+    def report(name: str, seconds: float, peer: float | None = None) -> float:
         ratio = "" if peer is None else f"  {peer / seconds:5.2f} x all_to_all"
         print(f"  {name:24s} {seconds * 1e6:9.1f} us {leaving / seconds / 1e9:7.1f} GB/s{ratio}")
         return seconds
@@ -112,7 +128,7 @@ def exchange(tokens: int, width: int, transports: list[str]) -> None:
     )
     for transport in transports:
 
-        def move(rows_RD, transport=transport):
+        def move(rows_RD: jax.Array, transport: str = transport) -> jax.Array:
             return exchange_rows(
                 rows_RD,
                 jnp.asarray(sizes, jnp.int32),
@@ -122,7 +138,7 @@ def exchange(tokens: int, width: int, transports: list[str]) -> None:
                 transport=transport,
             )
 
-        def plan_of(indices_NK, transport=transport):
+        def plan_of(indices_NK: jax.Array, transport: str = transport) -> ExchangePlan:
             return plan_exchange(
                 indices_NK,
                 num_experts=moe.num_experts,
@@ -131,14 +147,24 @@ def exchange(tokens: int, width: int, transports: list[str]) -> None:
                 transport=transport,
             )
 
-        def dispatch(x_ND, indices_NK, gates_NK, plan_of=plan_of):
+        def dispatch(
+            x_ND: jax.Array,
+            indices_NK: jax.Array,
+            gates_NK: jax.Array,
+            plan_of: Callable[[jax.Array], ExchangePlan] = plan_of,
+        ) -> jax.Array:
             plan = plan_of(indices_NK)
             rows_RD = send_tokens(x_ND, plan)
             _, gates_RK = send_choices(indices_NK, gates_NK, plan)
             # Keeps the exchange of the choices alive.
             return rows_RD[: x_ND.shape[0]] + gates_RK[0, 0].astype(x_ND.dtype) * 0
 
-        def there_and_back(x_ND, indices_NK, gates_NK, plan_of=plan_of):
+        def there_and_back(
+            x_ND: jax.Array,
+            indices_NK: jax.Array,
+            gates_NK: jax.Array,
+            plan_of: Callable[[jax.Array], ExchangePlan] = plan_of,
+        ) -> jax.Array:
             plan = plan_of(indices_NK)
             rows_RD = send_tokens(x_ND, plan)
             _, gates_RK = send_choices(indices_NK, gates_NK, plan)
@@ -160,6 +186,7 @@ def exchange(tokens: int, width: int, transports: list[str]) -> None:
 def exchange_bytes(config: ModelConfig, shards: int, tokens: int) -> None:
     """Prints the bytes a device sends one way in a layer: bound, random routing, alternatives."""
     moe, row = config.moe, 2 * config.hidden_dim
+    assert moe is not None
     fan_out = max_shards(moe, shards)
     scores = jax.nn.softmax(2 * jax.random.normal(jax.random.key(0), (4096, moe.num_experts)))
     target = np.asarray(choose_experts(scores, moe)[1]) // (moe.num_experts // shards)
@@ -178,30 +205,37 @@ def exchange_bytes(config: ModelConfig, shards: int, tokens: int) -> None:
 
 
 def layer(
-    config: ModelConfig, runtime: RuntimeConfig, tokens: int, timed: bool, **changes: object
+    config: ModelConfig,
+    runtime: RuntimeConfig,
+    tokens: int,
+    timed: bool,
+    **changes: Unpack[Changes],
 ) -> None:
     """Prints how far the results of all devices are from those of one, and the time of both."""
-    dtype = runtime.dtype
+    moe, dtype = config.moe, runtime.dtype
+    assert moe is not None
     count, width = jax.device_count(), config.hidden_dim
     kernels = dataclasses.replace(choose_kernels(jax.devices()[0], config, runtime), **changes)
     x = jax.random.normal(jax.random.key(1), (count, tokens, width), jnp.dtype(dtype))
     probe = jax.random.normal(jax.random.key(2), x.shape, jnp.dtype(dtype))
 
     @functools.partial(jax.jit, static_argnums=0)
-    def step(graph, state, x_BTD, probe_BTD):
-        def loss(state, x_BTD):
+    def step(
+        graph: nnx.GraphDef[MoE], state: Parameters, x_BTD: jax.Array, probe_BTD: jax.Array
+    ) -> tuple[jax.Array, Parameters, jax.Array]:
+        def loss(state: Parameters, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
             out_BTD, _ = nnx.merge(graph, state)(x_BTD, None, None)
             return jnp.sum(out_BTD.astype(jnp.float32) * probe_BTD), out_BTD
 
         gradients, out_BTD = jax.grad(loss, argnums=(0, 1), has_aux=True)(state, x_BTD)
         return out_BTD, *gradients
 
-    def run(rules):
+    def run(rules: ShardingRules) -> tuple[list[np.ndarray], float]:
         options = LayerOptions.of(config, runtime, rules, kernels)
-        create = functools.partial(MoE, config.moe, width, options)
+        create = functools.partial(MoE, moe, width, options)
         graph, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
 
-        def values():
+        def values() -> Parameters:
             state = nnx.state(create(nnx.Rngs(0)))
             return jax.tree.map(lambda w: w.astype(dtype), state)
 
@@ -255,11 +289,11 @@ def main() -> None:
         exact = RuntimeConfig(dtype="float32")
         for transport in arguments.transports:
             with jax.default_matmul_precision("highest"):
-                changes = {"expert_exchange": transport, "grouped_matmul": "xla"}
+                changes = Changes(expert_exchange=transport, grouped_matmul="xla")
                 layer(config, exact, min(tokens, 1024), False, **changes)
         for transport in arguments.transports:
             for chunks in (1, 2):
-                changes = {"expert_exchange": transport, "exchange_chunks": chunks}
+                changes = Changes(expert_exchange=transport, exchange_chunks=chunks)
                 layer(config, RuntimeConfig(), tokens, True, **changes)
 
 

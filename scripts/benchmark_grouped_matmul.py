@@ -14,7 +14,7 @@ import argparse
 import concurrent.futures
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jax import lax
 
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul.cases import DECODE, PORTABLE, SWIGLU, TRAINING
-from pallas_kernels.quantised import block_scaled
+from pallas_kernels.quantised import BlockScaledWeights, block_scaled
 
 ROUNDS, ROUND_SECONDS = 5, 0.02
 
@@ -48,7 +48,9 @@ def zipf_sizes(num_groups: int, num_rows: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).permutation(sizes), jnp.int32)
 
 
-def compile_all(calls: dict[str, tuple[Callable, tuple]]) -> dict[str, jax.stages.Compiled]:
+def compile_all(
+    calls: Mapping[str, tuple[Callable[..., object], tuple[jax.Array, ...]]],
+) -> dict[str, jax.stages.Compiled]:
     """Compiles functions for their arguments, all at once."""
     lowered = {name: jax.jit(call).lower(*arrays) for name, (call, arrays) in calls.items()}
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -56,9 +58,12 @@ def compile_all(calls: dict[str, tuple[Callable, tuple]]) -> dict[str, jax.stage
         return dict(zip(lowered, compiled, strict=True))
 
 
-def take_turns(calls: dict[str, Callable[[], object]], wait: Callable[[object], object]) -> dict:
+def take_turns(
+    calls: Mapping[str, Callable[[], object]], wait: Callable[[object], object]
+) -> dict[str, float]:
     """Returns the median seconds of each call, timed in turns."""
-    repeats, seconds = {}, {name: [] for name in calls}
+    repeats: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
         wait(call())
         start = time.perf_counter()
@@ -85,7 +90,9 @@ def show(title: str, flops: int, seconds: dict[str, float], peers: tuple[str, ..
         print(f"  {name:22s} {each * 1e3:9.3f} ms {flops / each / 1e12:7.1f} TFLOP/s{ratios}")
 
 
-def torch_calls(lhs: jax.Array, rhs: jax.Array, d_out: jax.Array, sizes: dict) -> dict:
+def torch_calls(
+    lhs: jax.Array, rhs: jax.Array, d_out: jax.Array, sizes: Mapping[str, jax.Array]
+) -> dict[str, Callable[[], object]]:
     """Returns calls of torch._grouped_mm on the same arrays, forward and weights-backward."""
     import torch
 
@@ -102,13 +109,13 @@ def torch_calls(lhs: jax.Array, rhs: jax.Array, d_out: jax.Array, sizes: dict) -
 def training(implementation: str, with_torch: bool) -> None:
     """Times forward, rows-backward and weights-backward, with even and with Zipf sizes."""
 
-    def forward(lhs, rhs, sizes):
+    def forward(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
         return grouped_matmul(lhs, rhs, sizes, implementation=implementation)
 
-    def rows(d_out, rhs, sizes):
+    def rows(d_out: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
         return grouped_matmul(d_out, rhs, sizes, transpose_rhs=True, implementation=implementation)
 
-    def weights(d_out, lhs, rhs, sizes):
+    def weights(d_out: jax.Array, lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
         pull = jax.vjp(lambda rhs: forward(lhs, rhs, sizes), rhs)[1]
         return pull(d_out)[0]
 
@@ -119,24 +126,34 @@ def training(implementation: str, with_torch: bool) -> None:
             "even": even_sizes(num_groups, num_rows),
             "zipf": zipf_sizes(num_groups, num_rows),
         }
-        arrays = {"forward": (lhs, rhs), "rows-backward": (d_out, rhs)}
-        arrays["weights-backward"] = (d_out, lhs, rhs)
+        arrays: dict[str, tuple[jax.Array, ...]] = {
+            "forward": (lhs, rhs),
+            "rows-backward": (d_out, rhs),
+            "weights-backward": (d_out, lhs, rhs),
+        }
+        passes: tuple[Callable[..., jax.Array], ...] = (forward, rows, weights)
         kinds = compile_all(
             {
                 kind: (call, (*arrays[kind], sizes["even"]))
-                for kind, call in zip(arrays, (forward, rows, weights), strict=True)
+                for kind, call in zip(arrays, passes, strict=True)
             }
         )
-        calls = {"dense": functools.partial(jax.jit(jnp.matmul), lhs, rhs[0])}
+        calls: dict[str, Callable[[], object]] = {
+            "dense": functools.partial(jax.jit(jnp.matmul), lhs, rhs[0])
+        }
         for size, of_groups in sizes.items():
-            for kind, call in kinds.items():
-                calls[f"{kind} {size}"] = functools.partial(call, *arrays[kind], of_groups)
-        wait = jax.block_until_ready
+            for kind, compiled in kinds.items():
+                calls[f"{kind} {size}"] = functools.partial(compiled, *arrays[kind], of_groups)
+        wait: Callable[[object], object] = jax.block_until_ready
         if with_torch:
             import torch
 
             calls |= torch_calls(lhs, rhs, d_out, sizes)
-            wait = lambda out: (jax.block_until_ready(out), torch.cuda.synchronize())  # noqa: E731
+
+            def wait(out: object) -> None:
+                jax.block_until_ready(out)
+                torch.cuda.synchronize()
+
         title = f"{num_rows} rows, {width_in} -> {width_out}, {num_groups} experts"
         show(
             title, 2 * num_rows * width_in * width_out, take_turns(calls, wait), ("dense", "torch")
@@ -152,17 +169,24 @@ def swiglu(implementation: str, with_torch: bool) -> None:
     """Times gate, up and SwiGLU, fused and apart, and then forward and backward together."""
     del with_torch
 
-    def fused(lhs, gate, up, sizes):
+    def fused(lhs: jax.Array, gate: jax.Array, up: jax.Array, sizes: jax.Array) -> jax.Array:
         return grouped_swiglu(lhs, gate, up, sizes, implementation=implementation)
 
-    def apart(lhs, gate, up, sizes):
+    def apart(lhs: jax.Array, gate: jax.Array, up: jax.Array, sizes: jax.Array) -> jax.Array:
         products = [
             grouped_matmul(lhs, rhs, sizes, implementation=implementation) for rhs in (gate, up)
         ]
         gate_MN, up_MN = (product.astype(jnp.float32) for product in products)
         return (jax.nn.silu(gate_MN) * up_MN).astype(lhs.dtype)
 
-    def step(call, lhs, gate, up, sizes, d_hidden):
+    def step(
+        call: Callable[..., jax.Array],
+        lhs: jax.Array,
+        gate: jax.Array,
+        up: jax.Array,
+        sizes: jax.Array,
+        d_hidden: jax.Array,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         hidden, pull = jax.vjp(lambda *arrays: call(*arrays, sizes), lhs, gate, up)
         return hidden, pull(d_hidden)
 
@@ -190,7 +214,7 @@ def swiglu(implementation: str, with_torch: bool) -> None:
         show(title, 3 * flops, take_turns(whole, jax.block_until_ready), ("dense, three times",))
 
 
-def device_seconds(call: Callable, *arrays: jax.Array) -> float:
+def device_seconds(call: Callable[..., object], *arrays: jax.Array | BlockScaledWeights) -> float:
     """Returns the time of all kernels of a call, the median over calls."""
     from jax.experimental.mosaic.gpu import profiler
 
@@ -203,15 +227,17 @@ def decode(implementation: str, with_torch: bool) -> None:
     del with_torch
     flush = draw(9, 100_000_000)
 
-    def total(array):
+    def total(array: jax.Array) -> jax.Array:
         return jnp.sum(array.astype(jnp.float32))
 
     @jax.jit
-    def run(lhs, rhs, sizes, flush):
+    def run(
+        lhs: jax.Array, rhs: jax.Array | BlockScaledWeights, sizes: jax.Array, flush: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         return total(flush), grouped_matmul(lhs, rhs, sizes, implementation=implementation)
 
     @jax.jit
-    def read(array, flush):
+    def read(array: jax.Array, flush: jax.Array) -> tuple[jax.Array, jax.Array]:
         return total(flush), total(array)
 
     flushing = device_seconds(jax.jit(total), flush)
@@ -239,7 +265,13 @@ def portable(implementation: str, with_torch: bool) -> None:
     """Times the xla implementation beside jax.lax.ragged_dot, forward and backward."""
     del implementation, with_torch
 
-    def both_ways(call, lhs, rhs, sizes, d_out):
+    def both_ways(
+        call: Callable[..., jax.Array],
+        lhs: jax.Array,
+        rhs: jax.Array,
+        sizes: jax.Array,
+        d_out: jax.Array,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         out, pull = jax.vjp(lambda *arrays: call(*arrays, sizes), lhs, rhs)
         return out, pull(d_out)
 

@@ -73,16 +73,16 @@ def errors(case: Case, implementation: str) -> list[float]:
         implementation=implementation,
     )
 
-    def both(arrays: Any, d_out: jax.Array) -> tuple[jax.Array, ...]:
+    def both(arrays: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array, ...]:
         out, pullback, lse = jax.vjp(attend, *arrays, has_aux=True)
         return (out, lse, *pullback(d_out))
 
     run = jax.jit(both).lower(arrays, d_out).compile()
     jax.block_until_ready(jnp.full((2**26,), jnp.nan)).delete()  # poisons what is allocated next
     results = run(arrays, d_out)
-    out, lse, grads = oracle_attention.attend(
-        *arrays, *masks, d_out, scale=case.scale, causal=case.causal
-    )
+    inputs: tuple[Any, ...] = (*arrays, *masks, d_out)
+    oracle = functools.partial(oracle_attention.attend, scale=case.scale, causal=case.causal)
+    out, lse, grads = oracle(*inputs)
     pairs = zip(results, (out, lse, *grads), strict=True)
     return [oracle_attention.relative_error(*pair) for pair in pairs]
 
@@ -144,15 +144,15 @@ def main() -> None:
     for shape in options.shapes:
         heads, tokens = map(int, shape.split("x"))
         arrays, d_out = draw(heads, tokens, 1)
-        ids = {}
+        ids: dict[str, jax.Array] = {}
         if options.segment_ids:
             ids = dict.fromkeys(
                 ("q_segment_ids_BT", "kv_segment_ids_BS"), jnp.ones((1, tokens), int)
             )
         pullback = residuals(*arrays, **ids)
         ours = (
-            seconds(lambda a=arrays, ids=ids: forward(*a, **ids), jax.block_until_ready),
-            seconds(lambda p=pullback, d=d_out: backward(p, d), jax.block_until_ready),
+            seconds(functools.partial(forward, *arrays, **ids), jax.block_until_ready),
+            seconds(functools.partial(backward, pullback, d_out), jax.block_until_ready),
         )
         try:
             peers = measure_cudnn(heads, tokens)

@@ -16,6 +16,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,11 @@ SCALE = 192**-0.5
 POOL_BYTES = 400 << 20
 
 
-def make_inputs(shape: Timed):
+# Queries by latent and by position, the pool, the page table and the lengths.
+Inputs = tuple[jax.Array, jax.Array, LatentPages, jax.Array, jax.Array]
+
+
+def make_inputs(shape: Timed) -> tuple[Inputs, int, int]:
     """Draws queries, a pool of several layers, a scattered page table and lengths."""
     keys = jax.random.split(jax.random.key(0), 6)
     columns = shape.length // shape.page_size
@@ -56,7 +61,9 @@ def make_inputs(shape: Timed):
     return (q_latent, q_rope, pages, table.astype(jnp.int32), lengths), num_layers, per_layer
 
 
-def seconds_per_call(step, first, *args, budget: float = 0.1) -> tuple[float, float]:
+def seconds_per_call[C: jax.Array | tuple[jax.Array, jax.Array]](
+    step: Callable[..., C], first: C, *args: jax.Array | LatentPages, budget: float = 0.1
+) -> tuple[float, float]:
     """Returns the median time of `step(i, previous, *args)`, one of many in a jitted loop.
 
     The second figure is the same of a fifth of the repeats, each time after a pause.
@@ -64,7 +71,7 @@ def seconds_per_call(step, first, *args, budget: float = 0.1) -> tuple[float, fl
     steps = 20
 
     @jax.jit
-    def repeat(first, *args):
+    def repeat(first: C, *args: jax.Array | LatentPages) -> C:
         return lax.fori_loop(0, steps, lambda i, previous: step(i, previous, *args), first)
 
     def measure(count: int) -> float:
@@ -86,11 +93,21 @@ def seconds_per_call(step, first, *args, budget: float = 0.1) -> tuple[float, fl
     return sustained, statistics.median(measure_rested() for _ in range(5))
 
 
-def time_decode(shape: Timed, decode: Callable, budget: float = 0.1) -> tuple[float, float]:
+def time_decode(
+    shape: Timed, decode: Callable[..., tuple[jax.Array, jax.Array]], budget: float = 0.1
+) -> tuple[float, float]:
     """Returns the seconds that one call of `decode` takes, and takes rested."""
     inputs, num_layers, per_layer = make_inputs(shape)
 
-    def call(i, _, q_latent, q_rope, pages, table, lengths):
+    def call(
+        i: jax.Array,
+        _: tuple[jax.Array, jax.Array],
+        q_latent: jax.Array,
+        q_rope: jax.Array,
+        pages: LatentPages,
+        table: jax.Array,
+        lengths: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
         table = table + (i % num_layers) * per_layer
         return decode(q_latent, q_rope, pages, table, lengths)
 
@@ -98,12 +115,13 @@ def time_decode(shape: Timed, decode: Callable, budget: float = 0.1) -> tuple[fl
     return seconds_per_call(call, first, *inputs, budget=budget)
 
 
-def kernel_times(shape: Timed, decode: Callable) -> list[tuple[str, float]]:
+def kernel_times(shape: Timed, decode: Callable[..., object]) -> list[tuple[str, float]]:
     """Returns (name, microseconds) of each kernel of one call, from the driver's own counters."""
     from jax.experimental.mosaic.gpu import profiler
 
     inputs, _, _ = make_inputs(shape)
-    _, runs = profiler.measure(jax.jit(decode), aggregate=False, iterations=5)(*inputs)
+    _, times = profiler.measure(jax.jit(decode), aggregate=False, iterations=5)(*inputs)
+    runs = cast(list[list[tuple[str, float]]], times)
     return [
         (kernels[0][0], 1e3 * statistics.median(t for _, t in kernels))
         for kernels in zip(*runs, strict=True)

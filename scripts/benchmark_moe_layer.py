@@ -18,14 +18,14 @@ import json
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
 from benchmark_grouped_matmul import draw, take_turns
 from flax import nnx
 
-from dsjax.config import ModelConfig, RuntimeConfig
+from dsjax.config import ModelConfig, MoEConfig, RuntimeConfig
 from dsjax.config.load import load_model_config
 from dsjax.kernels import Kernels
 from dsjax.layers.moe import MoE
@@ -34,8 +34,12 @@ from dsjax.mesh import train_rules
 
 PROFILED_CALLS = 3
 
+Parameters = nnx.State[Hashable, nnx.Variable[jax.Array]]
 
-def layer_step(config: ModelConfig, implementation: str) -> tuple[Callable, nnx.State]:
+
+def layer_step(
+    config: ModelConfig, moe: MoEConfig, implementation: str
+) -> tuple[jax.stages.Wrapped, Parameters]:
     """Returns a jitted forward and backward pass of one layer, and its parameters."""
     router = "bfloat16_terms" if implementation == "hopper" else "float32"
     permute = "hopper" if implementation == "hopper" else "xla"
@@ -45,15 +49,15 @@ def layer_step(config: ModelConfig, implementation: str) -> tuple[Callable, nnx.
     )
 
     @jax.jit
-    def parameters() -> nnx.State:
-        return nnx.state(MoE(config.moe, config.hidden_dim, options, nnx.Rngs(0)))
+    def parameters() -> Parameters:
+        return nnx.state(MoE(moe, config.hidden_dim, options, nnx.Rngs(0)))
 
-    abstract = nnx.eval_shape(lambda: MoE(config.moe, config.hidden_dim, options, nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: MoE(moe, config.hidden_dim, options, nnx.Rngs(0)))
     graphdef = nnx.graphdef(abstract)
 
     @jax.jit
-    def step(state: nnx.State, x_BTD: jax.Array, d_out_BTD: jax.Array) -> object:
-        def forward(state: nnx.State, x_BTD: jax.Array) -> jax.Array:
+    def step(state: Parameters, x_BTD: jax.Array, d_out_BTD: jax.Array) -> object:
+        def forward(state: Parameters, x_BTD: jax.Array) -> jax.Array:
             return nnx.merge(graphdef, state)(x_BTD, None, None)[0]
 
         out_BTD, pull = jax.vjp(forward, state, x_BTD)
@@ -75,7 +79,7 @@ def dense_calls(rows: int, hidden: int, intermediate: int) -> dict[str, Callable
 
 def show_kernels(compiled: jax.stages.Compiled, *arrays: object) -> None:
     """Prints the kernels of one call, the longest first, with the operation each is part of."""
-    named = re.findall(r'%?(\S+) = .*op_name="([^"]*)"', compiled.as_text())
+    named = re.findall(r'%?(\S+) = .*op_name="([^"]*)"', compiled.as_text() or "")
     operations = {re.sub(r"[.-]", "_", name): path for name, path in named}
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=False):
@@ -104,6 +108,7 @@ def show_kernels(compiled: jax.stages.Compiled, *arrays: object) -> None:
 def show_memory(compiled: jax.stages.Compiled, wide: int) -> None:
     """Prints the program's bytes beside those of rows as wide as hidden and intermediate."""
     memory = compiled.memory_analysis()
+    assert memory is not None
     sizes = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -119,12 +124,12 @@ def measure(
     config: ModelConfig, num_tokens: int, implementation: str, shared: bool, profile: bool
 ) -> None:
     """Prints the layer's time, the dense products' share of it, and its memory."""
-    if not shared:
-        config = dataclasses.replace(
-            config, moe=dataclasses.replace(config.moe, num_shared_experts=0)
-        )
     moe = config.moe
-    step, state = layer_step(config, implementation)
+    assert moe is not None
+    if not shared:
+        moe = dataclasses.replace(moe, num_shared_experts=0)
+        config = dataclasses.replace(config, moe=moe)
+    step, state = layer_step(config, moe, implementation)
     x_BTD, d_out_BTD = (
         draw(0, 1, num_tokens, config.hidden_dim),
         draw(1, 1, num_tokens, config.hidden_dim),

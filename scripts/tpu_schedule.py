@@ -365,8 +365,8 @@ def main() -> None:
             for found in attention_costs(chip, *shape):
                 print(found.row(), flush=True)
         elif options.command == "decode":
-            shape = (options.heads, options.query_tokens, options.batch, options.tokens)
-            print(decode_row(chip, *shape, options.dtype), flush=True)
+            sizes = (options.heads, options.query_tokens, options.batch, options.tokens)
+            print(decode_row(chip, *sizes, options.dtype), flush=True)
         else:
             for schedule in compile_schedules(options.target, json.loads(options.arguments), chip):
                 print(f"\n{chip}, {schedule.name}: VMEM {schedule.vmem_bytes / 2**20:.1f} MiB")

@@ -9,6 +9,7 @@ All tiles that fit into shared memory are timed in turns with a dense matmul. Th
 import argparse
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ BLOCKS = {
 }
 
 
-def call_of(kind: str, tile: HopperTile, num_groups: int):
+def call_of(kind: str, tile: HopperTile, num_groups: int) -> jax.stages.Wrapped:
     """Returns the jitted kernel with one tile, of the arrays that main draws."""
     if kind == "weights":
         return jax.jit(
@@ -61,7 +62,9 @@ def main() -> None:
     d_out = draw(2, options.rows, options.width_out)
     sizes_of = zipf_sizes if options.skewed else even_sizes
     arrays = (lhs, rhs, d_out, sizes_of(options.experts, options.rows))
-    calls = {"dense": functools.partial(jax.jit(jnp.matmul), lhs, rhs[0])}
+    calls: dict[str, Callable[[], object]] = {
+        "dense": functools.partial(jax.jit(jnp.matmul), lhs, rhs[0])
+    }
     # The weights' gradient has no other order.
     orders = (True,) if options.kind == "weights" else (True, False)
     for (block_m, block_n), stages, band, tickets in itertools.product(

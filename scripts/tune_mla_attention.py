@@ -4,18 +4,19 @@ python scripts/tune_mla_attention.py [--shapes 16x16384 128x4096]
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
+from benchmark_mla_attention import BACKWARD_DIMS, FORWARD_DIMS, SCALE, draw, seconds
 
 from pallas_kernels.mla_attention import hopper_backward, hopper_forward
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.cases import TIMED
 from pallas_kernels.mla_attention.tiles import HopperBackwardTile, HopperForwardTile
-from scripts.benchmark_mla_attention import BACKWARD_DIMS, FORWARD_DIMS, SCALE, draw, seconds
 
 FORWARD = [HopperForwardTile(heads_per_group=heads) for heads in (1, 4, 8, 16, 32)]
 BACKWARD = [HopperBackwardTile(heads_per_group=heads) for heads in (1, 4, 8, 16, 32)]
@@ -45,7 +46,7 @@ def main() -> None:
                         Inputs(*x[:5]), Masks(), None, *x[5:], scale=SCALE, causal=True, tile=tile
                     )
                 )
-            time = seconds(lambda run=run, inputs=inputs: run(*inputs), jax.block_until_ready)
+            time = seconds(functools.partial(run, *inputs), jax.block_until_ready)
             print(f"{shape:9} {heads * tokens**2 * dims / time / 1e12:4.0f} {tile}", flush=True)
 
 

@@ -37,6 +37,7 @@ class Kernels:
         exchange_chunks: parts of a device's tokens that are exchanged one by one.
         exchange_room: room of a pass over a device's experts, over an even share.
         pass_step: room of a pass comes in multiples of so many tokens or rows.
+        expanded_keys: keys of a cached prefix, of each sequence, that are expanded at a time.
     """
 
     mla_attention: str = "xla"
@@ -49,6 +50,7 @@ class Kernels:
     exchange_chunks: int = 1
     exchange_room: float = 1.5
     pass_step: int = 128
+    expanded_keys: int = 1024
 
 
 def choose_kernels(

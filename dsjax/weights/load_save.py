@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
@@ -54,6 +55,8 @@ from dsjax.weights.sources import (
 
 # Arrays up to this size cross between host and device whole, larger ones in parts.
 _HOST_BYTES = 256 << 20
+# Times that what an unfinished save left is looked for, a tenth of a second apart.
+_CLEARINGS = 50
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,14 @@ def save_weights(
 
 def _clear(draft: FilePath) -> None:
     """Removes what an unfinished save left, orbax's own working folder included."""
-    for folder in draft.parent.glob(f"{draft.name}*"):
-        shutil.rmtree(folder)
+    # The threads of a save that failed may still be writing into it.
+    for _ in range(_CLEARINGS):
+        folders = list(draft.parent.glob(f"{draft.name}*"))
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not folders:
+            return
+        time.sleep(0.1)
 
 
 def save_assets(tokenizer: str, init_from: str, run: FilePath) -> None:

@@ -11,7 +11,6 @@ import pytest
 from dsjax.cache import Part, View, allocate_pool
 from dsjax.configs.models import deepseek_v2, deepseek_v2_lite
 from dsjax.kernels import Kernels
-from dsjax.layers.attention import latent
 from tests.dsjax.sequences import Sequences
 from tests.small_models import SMALL, SMALL_LITE, random_model
 
@@ -111,10 +110,10 @@ def test_a_layers_experts_may_be_read_where_they_lie(in_place):
 
 
 @pytest.mark.core
-def test_a_long_prefix_is_expanded_block_by_block(monkeypatch):
+def test_a_long_prefix_is_expanded_block_by_block():
     """With blocks of two pages: a prefix of none, of less than one, and of several."""
-    monkeypatch.setattr(latent, "_EXPANDED_KEYS", 16)
-    model, tokens, want = model_and_logits("v2")
+    _, tokens, want = model_and_logits("v2")
+    model = random_model(CROSSING, kernels=Kernels(expanded_keys=16))
     sequences = Sequences(model, 5, LENGTH)
     counts = [1, 7, 16, 33, 40]
     sequences.step(tokens, counts, is_first=True)
@@ -135,16 +134,15 @@ def test_only_the_wanted_places_have_logits():
     assert_close(logits, want[0, [19, 3]])
 
 
-def program_of(config, num_tokens, **attributes):
-    """The jaxpr of one part of two sequences behind up to 640 cached tokens."""
-    model = random_model(config)
+def program_of(config, num_tokens, kernels=None):
+    """The jaxpr of one part of two sequences after up to 640 cached tokens."""
+    model = random_model(config, kernels=kernels)
     pool = allocate_pool(config, 20, jnp.float32)
     part = Part(
         jnp.arange(20).reshape(2, 10),
         jnp.full(2, 100),
         jnp.full(2, num_tokens),
         num_tokens,
-        **attributes,
     )
     tokens = jnp.zeros(part.row_tokens, int)
     run = jax.make_jaxpr(lambda *arguments: model.extend(*arguments))
@@ -163,14 +161,14 @@ def expands(jaxpr, config):
 
 
 @pytest.mark.core
-def test_decoding_expands_nothing(monkeypatch):
+def test_decoding_expands_nothing():
     """Trap: decoding that expands the whole cache again at each step."""
     config = replace(SMALL, num_layers=1, moe=None)
     for num_tokens in (1, 4):
         assert not expands(program_of(config, num_tokens), config)
     # A long chunk does expand what is cached, which shows that it would have been seen.
-    monkeypatch.setattr(latent, "_EXPANDED_KEYS", 640)
-    assert expands(program_of(config, 64), config)
+    kernels = Kernels(expanded_keys=640)
+    assert expands(program_of(config, 64, kernels), config)
 
 
 def test_the_pool_of_the_released_models_holds_576_numbers_a_token():

@@ -24,9 +24,6 @@ _LATENT_NORM_EPS = 1e-6
 # Tokens of a sequence that decode together at most: a few, for speculation.
 MAX_DECODE_TOKENS = 4
 
-# Keys of a cached prefix that are expanded at a time, of each sequence.
-_EXPANDED_KEYS = 1024
-
 _HEADS = ("batch", "length", "heads", "head_dim")
 
 
@@ -204,7 +201,7 @@ class MLA(nnx.Module):
         )
         if part.is_first:
             return out_BTHV
-        pages = max(1, _EXPANDED_KEYS // pool.page_size)
+        pages = max(1, self.options.kernels.expanded_keys // pool.page_size)
         table_BP = part.page_table_BP
         table_BP = jnp.pad(table_BP, ((0, 0), (0, -table_BP.shape[1] % pages)))
         keys = pages * pool.page_size

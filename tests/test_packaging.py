@@ -130,7 +130,12 @@ def installed(tmp_path_factory) -> Path:
     (wheel,) = folder.glob("*.whl")
     venv.create(folder / "env")
     python = folder / "env" / "bin" / "python"
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", wheel], check=True)
+    subprocess.run(
+        [*pip, "--python", python, "install", "--no-deps", wheel],
+        check=True,
+        cwd=folder,
+        env=without_this_checkout(),
+    )
     # A folder named in a .pth is searched, and the .pth files in it are not read: what is
     # installed beside this test is seen, but for a checkout that is installed as editable.
     (packages,) = (folder / "env").glob("lib/python*/site-packages")
@@ -138,8 +143,13 @@ def installed(tmp_path_factory) -> Path:
     return python
 
 
+def without_this_checkout() -> dict[str, str]:
+    """The environment, but for what would make Python look into this checkout."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def run_installed(python: Path, folder: Path, *arguments: str) -> str:
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env = without_this_checkout()
     result = subprocess.run(
         [python, *arguments],
         cwd=folder,

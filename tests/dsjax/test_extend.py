@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from dsjax.cache import Part, View, allocate_pool
+from dsjax.config import MeshConfig
 from dsjax.configs.models import deepseek_v2, deepseek_v2_lite
 from dsjax.kernels import Kernels
+from dsjax.mesh import inference_rules, make_mesh
 from tests.dsjax.sequences import Sequences
 from tests.small_models import SMALL, SMALL_LITE, random_model
 
@@ -120,6 +122,20 @@ def test_a_long_prefix_is_expanded_block_by_block():
     logits = sequences.step(tokens, [16] * 5)
     for row, start in enumerate(counts):
         assert_close(logits[row], want[row, start : start + 16])
+
+
+def test_devices_that_divide_heads_and_experts_give_the_same_logits():
+    """Prompts, then a token each, then chunks that expand what is cached."""
+    config = replace(CROSSING, attention=replace(CROSSING.attention, num_heads=4))
+    tokens = np.random.default_rng(5).integers(0, config.vocab_size, (3, 40)).astype(np.int32)
+    want = np.asarray(forward(random_model(config), tokens))
+    rules = inference_rules(make_mesh(MeshConfig(fsdp=1, expert=4, tensor=2)))
+    sequences = Sequences(random_model(config, rules=rules), 3, LENGTH)
+    for counts, is_first in (([13, 5, 16], True), ([1] * 3, False), ([16] * 3, False)):
+        starts = sequences.lengths.copy()
+        logits = sequences.step(tokens, counts, is_first=is_first)
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            assert_close(logits[row, :count], want[row, start : start + count])
 
 
 def test_only_the_wanted_places_have_logits():

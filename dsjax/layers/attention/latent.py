@@ -273,10 +273,8 @@ class MLA(nnx.Module):
         q_BTQ = x_BTD
         if self.wq_a is not None and self.q_norm is not None:
             q_BTQ = self.q_norm(self.wq_a("BTD,DQ->BTQ", x_BTD))
-        q_nope_BTHN, q_rope_BTHR = (
-            self.wq_nope("BTQ,QHN->BTHN", q_BTQ),
-            self.wq_rope("BTQ,QHR->BTHR", q_BTQ),
-        )
+        q_nope_BTHN = self.wq_nope("BTQ,QHN->BTHN", q_BTQ)
+        q_rope_BTHR = self.wq_rope("BTQ,QHR->BTHR", q_BTQ)
         return q_nope_BTHN, apply_rope(q_rope_BTHR, *rope_angles(positions_BT, self.config))
 
     def _latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

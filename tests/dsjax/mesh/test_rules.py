@@ -265,8 +265,8 @@ def test_dims_that_the_mesh_does_not_divide_are_all_named():
     with pytest.raises(ValueError, match="is not divisible by mesh") as error:
         param_shardings(state, rules)
     message = str(error.value)
-    assert "embed: vocab=47 is not divisible by mesh ('tensor',)=4" in message
-    assert "moe_layers.attention.wo: heads=3 is not divisible" in message
+    assert "embed.weight: vocab=47 is not divisible by mesh ('tensor',)=4" in message
+    assert "moe_layers.attention.wo.weight: heads=3 is not divisible" in message
     assert "\n" not in message
     with pytest.raises(ValueError, match="vocab=47"):
         create_model(odd, 0, RUNTIME, rules)

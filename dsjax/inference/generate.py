@@ -78,20 +78,18 @@ def generate(
         is_first=True,
     )
     arrays = SamplingArrays.of(samplings)
-    newest_B, pool = _step(
+    newest_B, pool, part = _step(
         graphdef, state, jnp.asarray(padded_BT.reshape(-1)), pool, prompt, arrays, jnp.int32(0)
     )
-    one = dataclasses.replace(
-        prompt.advanced(), num_new_B=jnp.ones_like(prompt.num_new_B), num_tokens=1, is_first=False
-    )
+    ones_B = jnp.ones_like(part.num_new_B)
+    part = dataclasses.replace(part, num_new_B=ones_B, num_tokens=1, is_first=False)
     for index in range(max(limits)):
         following_B = newest_B
         if index + 1 < max(limits):
             # The next step is under way before this step's tokens are looked at.
-            following_B, pool = _step(
-                graphdef, state, newest_B, pool, one, arrays, jnp.int32(index + 1)
+            following_B, pool, part = _step(
+                graphdef, state, newest_B, pool, part, arrays, jnp.int32(index + 1)
             )
-            one = one.advanced()
         for i, token in enumerate(np.asarray(newest_B)):
             if streams[i].finish is None:
                 tokens[i].append(int(token))
@@ -162,10 +160,10 @@ def _step(
     part: Part,
     sampling: SamplingArrays,
     index: jax.Array,
-) -> tuple[jax.Array, LatentPool]:
-    """Reads a part's tokens and chooses the next one of every sequence."""
+) -> tuple[jax.Array, LatentPool, Part]:
+    """Reads a part; returns each sequence's next token, the pool, and the part moved on."""
     first_B = jnp.arange(part.num_sequences) * part.num_tokens
     last_B = first_B + part.num_new_B - 1
     model = nnx.merge(graphdef, state)
     logits_BW, pool = model.extend(tokens_T, pool, View((part,)), last_B)
-    return sample(logits_BW, sampling, index), pool
+    return sample(logits_BW, sampling, index), pool, part.advanced()

@@ -32,7 +32,7 @@ def compile_step(arguments: argparse.Namespace) -> dict[str, object]:
     """Returns what is printed."""
     from dsjax.config import BalanceConfig, LossConfig, MeshConfig
     from dsjax.config.load import load_model_and_runtime
-    from dsjax.plan import compile_train_step, count_collectives, tpu_devices
+    from dsjax.plan import count_collectives, lower_train_step, tpu_devices
 
     model, runtime = load_model_and_runtime(arguments.config, arguments.overrides)
     sizes = (entry.split("=") for entry in arguments.mesh.split(",") if entry)
@@ -41,7 +41,8 @@ def compile_step(arguments: argparse.Namespace) -> dict[str, object]:
     # The paper's balance losses (§3.1.2).
     loss = LossConfig(BalanceConfig(0.003, 0.05, 0.02), chunk=arguments.chunk)
     began, began_cpu = time.perf_counter(), time.process_time()
-    compiled = compile_train_step(model, runtime, mesh, devices, length=arguments.length, loss=loss)
+    lowered = lower_train_step(model, runtime, mesh, devices, length=arguments.length, loss=loss)
+    compiled = lowered.compile()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
     memory = compiled.memory_analysis()
     text = compiled.as_text()

@@ -88,7 +88,6 @@ class Dispatch(Protocol):
 class OneDevice:
     """All experts and all tokens are here."""
 
-    config: MoEConfig
     sum_axes: tuple[str, ...] = ()
     waits: bool = False
     num_chunks: int = 1
@@ -195,7 +194,7 @@ def choose_dispatch(
         tokens_divided: whether those devices have different tokens.
     """
     if num_shards == 1:
-        return OneDevice(config)
+        return OneDevice()
     if tokens_divided:
         return Exchange(config, kernels, num_shards)
     return EverywhereAlready(config, kernels, num_shards)

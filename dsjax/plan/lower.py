@@ -1,4 +1,4 @@
-"""Lowers and compiles a training step for a pod that is not here."""
+"""Lowers a training step for a pod that is not here."""
 
 from __future__ import annotations
 
@@ -60,20 +60,3 @@ def lower_train_step(
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.sharding())
     step = jitted_train_step(devices[0].platform)
     return step.lower(graphdef, optimizer, loss, GuardConfig(), state, batch, rate)
-
-
-def compile_train_step(
-    model: ModelConfig,
-    runtime: RuntimeConfig,
-    mesh: MeshConfig,
-    devices: Sequence[jax.Device],
-    *,
-    length: int,
-    loss: LossConfig,
-    rows_per_shard: int = 1,
-) -> jax.stages.Compiled:
-    """Compiles what `lower_train_step` lowers."""
-    lowered = lower_train_step(
-        model, runtime, mesh, devices, length=length, loss=loss, rows_per_shard=rows_per_shard
-    )
-    return lowered.compile()

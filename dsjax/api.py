@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from flax import nnx
 
 from dsjax.config import KernelConfig, TrainConfig
@@ -52,7 +53,7 @@ class LanguageModel(DeepSeekV2):
 
     def generate(
         self,
-        prompt: str | Sequence[str] | Sequence[Sequence[Message]],
+        prompt: Any,
         *,
         chat: bool = False,
         max_tokens: int = 128,
@@ -60,31 +61,34 @@ class LanguageModel(DeepSeekV2):
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> Any:
         """Continues a prompt, or several at once.
 
         Args:
-            prompt: a text, a list of texts, or a list of conversations (lists of messages).
+            prompt: a text, token ids (as the model reads them, BOS included), or one conversation
+                (a list of messages, dicts with "role" and "content"); or a list of any of these.
             chat: whether a text is a user's message to which the answer is wanted.
             max_tokens: tokens generated at most.
             temperature: 0 takes the best token.
             top_k: keep the best so many tokens; 0 keeps all.
             top_p: keep the smallest set of best tokens with this probability.
             seed: of the draws.
-            stop: strings that end a text.
+            stop: a string that ends a text, or several.
             on_text: called with a prompt's index and each new piece of its text.
 
         Returns:
-            The generated text, or a list of them.
+            The generated text, or a list of them where a list of prompts was given.
 
         Raises:
+            TypeError: a prompt is none of these.
             ValueError: there is no tokenizer, or a prompt does not fit the context.
         """
         if self.tokenizer is None:
             raise ValueError(f"{self.source}: holds no tokenizer.json, so text cannot be generated")
-        prompts: Sequence[Any] = [prompt] if isinstance(prompt, str) else prompt
+        single = _is_prompt(prompt)
+        prompts = [prompt] if single else _list_of_prompts(prompt)
         ids = [self._encode(self.tokenizer, one, chat) for one in prompts]
         sampling = Sampling(
             max_tokens=max_tokens,
@@ -92,18 +96,61 @@ class LanguageModel(DeepSeekV2):
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            stop=tuple(stop),
+            stop=stop,  # type: ignore[arg-type]
         )
         texts = [g.text for g in generate(self, self.tokenizer, ids, sampling, on_text)]
-        return texts[0] if isinstance(prompt, str) else texts
+        return texts[0] if single else texts
 
     @staticmethod
-    def _encode(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: bool) -> list[int]:
+    def _encode(tokenizer: Tokenizer, prompt: Any, chat: bool) -> list[int]:
+        if _is_ids(prompt):
+            return [int(token) for token in prompt]
         if isinstance(prompt, str) and chat:
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, str):
             prompt = tokenizer.apply_chat_template(prompt)
         return tokenizer.encode_prompt(prompt)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence | np.ndarray | jax.Array) and not isinstance(
+        value, str | bytes
+    )
+
+
+def _is_ids(value: Any) -> bool:
+    if isinstance(value, np.ndarray | jax.Array):
+        return value.ndim == 1 and bool(np.issubdtype(value.dtype, np.integer))
+    return (
+        _is_list(value)
+        and len(value) > 0
+        and all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in value)
+    )
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        _is_list(value)
+        and len(value) > 0
+        and all(isinstance(m, Mapping) and "role" in m for m in value)
+    )
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or _is_ids(value) or _is_conversation(value)
+
+
+def _list_of_prompts(value: Any) -> list[Any]:
+    """Returns the prompts of a list; a TypeError names what is none."""
+    allowed = "a text, token ids, one conversation (a list of messages) or a list of any of these"
+    if not _is_list(value):
+        raise TypeError(f"prompt must be {allowed}, not {type(value).__name__}")
+    for index, one in enumerate(value):
+        if not _is_prompt(one):
+            shown = repr(one)
+            shown = shown if len(shown) <= 60 else shown[:57] + "..."
+            raise TypeError(f"prompt {index}: must be {allowed}, not {shown}")
+    return list(value)
 
 
 def load(

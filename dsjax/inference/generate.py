@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class Generation:
     Attributes:
         text: the generated text, without end token and stop string.
         tokens: the generated ids, the end token included.
-        finish: "stop" or "length".
+        finish: "stop", "length", or "error" where the logits were NaN or infinite.
     """
 
     text: str
@@ -78,8 +79,16 @@ def generate(
         is_first=True,
     )
     arrays = SamplingArrays.of(samplings)
+    num_ids = jnp.int32(tokenizer.vocab_size)
     newest_B, pool, part = _step(
-        graphdef, state, jnp.asarray(padded_BT.reshape(-1)), pool, prompt, arrays, jnp.int32(0)
+        graphdef,
+        state,
+        jnp.asarray(padded_BT.reshape(-1)),
+        pool,
+        prompt,
+        arrays,
+        jnp.int32(0),
+        num_ids,
     )
     ones_B = jnp.ones_like(part.num_new_B)
     part = dataclasses.replace(part, num_new_B=ones_B, num_tokens=1, is_first=False)
@@ -88,12 +97,20 @@ def generate(
         if index + 1 < max(limits):
             # The next step is under way before this step's tokens are looked at.
             following_B, pool, part = _step(
-                graphdef, state, newest_B, pool, part, arrays, jnp.int32(index + 1)
+                graphdef, state, newest_B, pool, part, arrays, jnp.int32(index + 1), num_ids
             )
         for i, token in enumerate(np.asarray(newest_B)):
             if streams[i].finish is None:
-                tokens[i].append(int(token))
-                piece = streams[i].feed(int(token))
+                if token < 0:
+                    warnings.warn(
+                        f"prompt {i}: stopped after {len(tokens[i])} tokens: "
+                        "the model's logits are NaN or infinite",
+                        stacklevel=2,
+                    )
+                    piece = streams[i].fail()
+                else:
+                    tokens[i].append(int(token))
+                    piece = streams[i].feed(int(token))
                 if piece and on_text is not None:
                     on_text(i, piece)
         if all(stream.finish is not None for stream in streams):
@@ -160,10 +177,12 @@ def _step(
     part: Part,
     sampling: SamplingArrays,
     index: jax.Array,
+    num_ids: jax.Array,
 ) -> tuple[jax.Array, LatentPool, Part]:
     """Reads a part; returns each sequence's next token, the pool, and the part moved on."""
     first_B = jnp.arange(part.num_sequences) * part.num_tokens
     last_B = first_B + part.num_new_B - 1
     model = nnx.merge(graphdef, state)
-    logits_BW, pool = model.extend(tokens_T, pool, View((part,)), last_B)
-    return sample(logits_BW, sampling, index), pool, part.advanced()
+    # A sequence without a next token (-1) is still decoded with the others.
+    logits_BW, pool = model.extend(jnp.maximum(tokens_T, 0), pool, View((part,)), last_B)
+    return sample(logits_BW, sampling, index, num_ids), pool, part.advanced()

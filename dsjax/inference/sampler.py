@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ class Sampling:
         top_k: keep the best so many tokens; 0 keeps all.
         top_p: keep the smallest set of best tokens with this probability; 1 keeps all.
         seed: of the draws; a sequence's draws depend on it and on nothing else of the batch.
-        stop: strings that end a text; they are not part of it.
+        stop: strings that end a text; they are not part of it. One string, or None, may be given.
     """
 
     max_tokens: int = 128
@@ -31,12 +33,37 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            require(whole, name, value, "must be a whole number")
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            require(number, name, value, "must be a number")
+        object.__setattr__(self, "stop", _stops(self.stop))
         require(self.max_tokens > 0, "max_tokens", self.max_tokens, "must be positive")
-        require(self.temperature >= 0, "temperature", self.temperature, "must not be negative")
-        require(self.top_k >= 0, "top_k", self.top_k, "must not be negative")
+        require(
+            0 <= self.temperature < float("inf"),
+            "temperature",
+            self.temperature,
+            "must be finite and not negative",
+        )
+        require(0 <= self.top_k < 2**31, "top_k", self.top_k, "must be in [0, 2**31)")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
         require("" not in self.stop, "stop", self.stop, "must not hold an empty string")
+
+
+def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Returns stop strings as a tuple; a string is one of them, not its characters."""
+    if stop is None:
+        return ()
+    if isinstance(stop, str):
+        return (stop,)
+    listed = isinstance(stop, Sequence) and all(isinstance(one, str) for one in stop)
+    require(listed, "stop", stop, "must be a string or a list of strings")
+    return tuple(stop)
 
 
 @jax.tree_util.register_dataclass
@@ -60,17 +87,31 @@ class SamplingArrays:
         )
 
 
-def sample(logits_BW: jax.Array, sampling: SamplingArrays, index: jax.Array) -> jax.Array:
+def sample(
+    logits_BW: jax.Array,
+    sampling: SamplingArrays,
+    index: jax.Array,
+    num_ids: jax.Array | None = None,
+) -> jax.Array:
     """Chooses the next token of every sequence.
 
     Args:
         logits_BW: float32.
         sampling: how, for each sequence.
         index: int32 scalar, tokens generated before this one.
+        num_ids: int32 scalar, ids that the tokenizer has; those past it are never chosen. None
+            allows all.
 
     Returns:
-        tokens_B: int32.
+        tokens_B: int32; -1 where a logit is NaN or infinite, so that no token means anything.
     """
+    if num_ids is not None:
+        # Models round their tables up; the rows past the tokenizer's ids were never trained.
+        known_W = jnp.arange(logits_BW.shape[-1]) < num_ids
+        finite_B = jnp.all(jnp.isfinite(logits_BW) | ~known_W, axis=-1)
+        logits_BW = jnp.where(known_W, logits_BW, -jnp.inf)
+    else:
+        finite_B = jnp.all(jnp.isfinite(logits_BW), axis=-1)
     greedy_B = jnp.argmax(logits_BW, axis=-1).astype(jnp.int32)
     temperature_B1 = jnp.where(sampling.temperature_B > 0, sampling.temperature_B, 1)[:, None]
     scaled_BW = logits_BW / temperature_B1
@@ -86,7 +127,8 @@ def sample(logits_BW: jax.Array, sampling: SamplingArrays, index: jax.Array) -> 
     )
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(sampling.keys, index)
     drawn_B = jax.vmap(jax.random.categorical)(keys, kept_BW).astype(jnp.int32)
-    return jnp.where(sampling.temperature_B > 0, drawn_B, greedy_B)
+    chosen_B = jnp.where(sampling.temperature_B > 0, drawn_B, greedy_B)
+    return jnp.where(finite_B, chosen_B, -1)
 
 
 def _keep_best(logits_BW: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ class TextStream:
 
     Attributes:
         text: what has been given out.
-        finish: "stop" at a stop string or end token, "length", or None while it goes on.
+        finish: "stop" at a stop string or end token, "length", "error", or None while it goes on.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], max_tokens: int):
@@ -33,6 +33,10 @@ class TextStream:
         if self._left == 0:
             return self._end("length", piece + self._decoder.flush())
         return self._release(piece, ended=False)
+
+    def fail(self) -> str:
+        """Ends the text where no next token could be chosen; returns what was held back."""
+        return self._end("error", self._decoder.flush())
 
     def _end(self, finish: str, piece: str) -> str:
         released = self._release(piece, ended=True)

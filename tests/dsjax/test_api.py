@@ -134,3 +134,18 @@ def test_chat_with_deepseeks_own_tokenizer(tmp_path: Path):
     assert result.exit_code == 0
     assert result.output == expected.text + "\n"
     assert load_tokenizer(str(tmp_path / "chat")).vocab_size == 100_002
+
+
+def test_generate_takes_ids_and_refuses_what_is_no_prompt(model):
+    ids = model.tokenizer.encode_prompt("1 + 2")
+    single = model.generate("1 + 2", max_tokens=6)
+    assert model.generate(ids, max_tokens=6) == single
+    assert model.generate(np.array(ids), max_tokens=6) == single
+    assert model.generate([ids, "30 + 4 = "], max_tokens=6)[0] == single
+    conversation = [{"role": "user", "content": "1"}]
+    for one in (conversation, [conversation]):
+        with pytest.raises(ValueError, match="has no chat template"):
+            model.generate(one)
+    for bad in (3, None, b"a", {"role": "user"}, [None], [1.5], [[]], ["a", [1, "b"]]):
+        with pytest.raises(TypeError, match="a text, token ids, one conversation"):
+            model.generate(bad)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dsjax.data.tokenizer import ByteTokenizer
 from dsjax.inference.generate import generate
@@ -138,3 +139,13 @@ def test_no_prompts_give_nothing(model):
     assert generate(model, TOKENIZER, [], Sampling()) == []
     with pytest.raises(ValueError, match="sampling: 2 given for 1 prompts"):
         generate(model, TOKENIZER, [[256]], [Sampling(), Sampling()])
+
+
+def test_a_prompt_of_nan_logits_is_named_and_stops_and_others_go_on(model, greedy):
+    broken = nnx.clone(model)
+    broken.embed.weight[...] = broken.embed.weight[...].at[ord("z")].set(jnp.nan)
+    prompts = [*PROMPTS, b"z"]
+    with pytest.warns(UserWarning, match="^prompt 4: stopped after 0 tokens: .* NaN"):
+        found = generate(broken, TOKENIZER, [ids(p) for p in prompts], Sampling(max_tokens=12))
+    assert found[:4] == greedy
+    assert (found[4].tokens, found[4].finish) == ((), "error")

@@ -113,3 +113,50 @@ def test_draws_differ_from_token_to_token():
 def test_what_cannot_be_is_refused(field: str, value):
     with pytest.raises(ValueError, match=f"^{field}="):
         Sampling(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=5, top_p=0.9)],
+)
+def test_ids_past_the_tokenizer_are_never_chosen(sampling):
+    logits_BW = jnp.tile(jnp.array([0.0, 1, 2, 9, 9, 9]), (64, 1))
+    arrays = SamplingArrays.of([Sampling(**(vars(sampling) | {"seed": i})) for i in range(64)])
+    assert _SAMPLE(logits_BW, arrays, jnp.int32(0), jnp.int32(3)).max() == 2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_no_token_is_chosen_where_a_logit_is_not_finite(bad):
+    logits_BW = jnp.array([[0.0, 1, 2], [0, bad, 2], [0, 1, bad]])
+    arrays = SamplingArrays.of([Sampling(temperature=1.0)] * 3)
+    tokens = _SAMPLE(logits_BW, arrays, jnp.int32(0), jnp.int32(2))
+    assert (np.asarray(tokens) < 0).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 2.5),
+        ("max_tokens", True),
+        ("seed", 1.5),
+        ("top_k", 3_000_000_000),
+        ("top_k", 1.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "1"),
+        ("top_p", None),
+        ("stop", 3),
+        ("stop", ["a", 3]),
+        ("stop", ""),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(field, value):
+    with pytest.raises(ValueError, match=f"^{field}=") as error:
+        Sampling(**{field: value})
+    assert "\n" not in str(error.value)
+
+
+def test_one_stop_string_is_not_its_characters():
+    assert Sampling(stop="\n\n").stop == ("\n\n",)  # type: ignore[arg-type]
+    assert Sampling(stop=None).stop == ()  # type: ignore[arg-type]
+    assert Sampling(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]

@@ -34,6 +34,25 @@ class LanguageModel(DeepSeekV2):
     tokenizer: Tokenizer | None = None
     source: Path | None = None
 
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Computes the logits of the token after each token; see `DeepSeekV2.__call__`.
+
+        Raises:
+            ValueError: an id is outside the model's table; inside jit, where ids are not known
+                yet, such an id gives NaN or another's row.
+        """
+        if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.size > 0:
+            vocab_size = self.config.vocab_size
+            for token in (int(tokens_BT.min()), int(tokens_BT.max())):
+                if not 0 <= token < vocab_size:
+                    raise ValueError(f"token {token} is outside model.vocab_size={vocab_size}")
+        return super().__call__(tokens_BT, positions, segment_ids)
+
     @classmethod
     def of(cls, model: DeepSeekV2, tokenizer: Tokenizer | None, source: Path) -> LanguageModel:
         """Gives a model its tokenizer; shares its arrays."""

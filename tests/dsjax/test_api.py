@@ -149,3 +149,9 @@ def test_generate_takes_ids_and_refuses_what_is_no_prompt(model):
     for bad in (3, None, b"a", {"role": "user"}, [None], [1.5], [[]], ["a", [1, "b"]]):
         with pytest.raises(TypeError, match="a text, token ids, one conversation"):
             model.generate(bad)
+
+
+@pytest.mark.parametrize("bad", [-1, 264])
+def test_ids_out_of_range_are_refused(model, bad):
+    with pytest.raises(ValueError, match=rf"token {bad} is outside model\.vocab_size=264"):
+        model(TOKENS_BT.at[1, 3].set(bad))

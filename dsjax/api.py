@@ -43,8 +43,8 @@ class LanguageModel(DeepSeekV2):
         """Computes the logits of the token after each token; see `DeepSeekV2.__call__`.
 
         Raises:
-            ValueError: an id is outside the model's table; inside jit, where ids are not known
-                yet, such an id gives NaN or another's row.
+            ValueError: an id is outside the model's table. Inside jit ids are not known yet, so
+                this is not checked there.
         """
         if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.size > 0:
             vocab_size = self.config.vocab_size

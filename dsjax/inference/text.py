@@ -19,6 +19,12 @@ class TextStream:
         self._decoder = StreamDecoder(tokenizer)
         self._eos_id = tokenizer.eos_id
         self._stop = stop
+        # Special tokens give no text in which a stop string could be found.
+        self._stop_ids = {
+            token
+            for token in (tokenizer.special_ids if stop else ())
+            if tokenizer.bytes_of(token).decode("utf-8", errors="replace") in stop
+        }
         self._left = max_tokens
         self._held = ""  # could be the beginning of a stop string
 
@@ -27,7 +33,7 @@ class TextStream:
         if self.finish is not None:
             return ""
         self._left -= 1
-        if token == self._eos_id:
+        if token == self._eos_id or token in self._stop_ids:
             return self._end("stop", self._decoder.flush())
         piece = self._decoder.feed(token)
         if self._left == 0:

@@ -91,3 +91,14 @@ def test_every_text_is_cut_where_its_first_stop_string_begins():
                     default=0,
                 )
                 assert shown == text[: i + 1 - held]
+
+
+def test_a_stop_string_that_is_a_special_token_stops():
+    class Spelled(ByteTokenizer):
+        def bytes_of(self, token: int) -> bytes:
+            return b"<|user|>" if token == self.bos_id else super().bytes_of(token)
+
+    tokenizer = Spelled()
+    stream = TextStream(tokenizer, ("<|user|>", "x"), 100)
+    assert [stream.feed(token) for token in (97, tokenizer.bos_id)] == ["a", ""]
+    assert (stream.text, stream.finish) == ("a", "stop")

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.cache import LatentPool, View
-from dsjax.config import ModelConfig, RuntimeConfig, TokenDropping
+from dsjax.config import ModelConfig, RuntimeConfig
 from dsjax.kernels import Kernels
 from dsjax.layers.attention import MLA
 from dsjax.layers.head import Embedding, Head
 from dsjax.layers.mlp import MLP
-from dsjax.layers.moe import ExpertWeights, MoE, RouterStats
+from dsjax.layers.moe import Dropping, ExpertWeights, MoE, RouterStats
 from dsjax.layers.norm import RMSNorm
 from dsjax.layers.options import LayerOptions
 from dsjax.mesh import ShardingRules, check_divisible
@@ -41,7 +41,7 @@ class Block(nnx.Module):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array | None,
-        dropping: TokenDropping | None,
+        dropping: Dropping | None,
     ) -> tuple[jax.Array, RouterStats | None]:
         """Returns the residual stream after the layer, and its router's statistics if sparse."""
         with jax.named_scope("attention"):
@@ -76,7 +76,7 @@ class Block(nnx.Module):
         self,
         x_BTD: jax.Array,
         mask_BT: jax.Array | None,
-        dropping: TokenDropping | None,
+        dropping: Dropping | None,
         experts: ExpertWeights | None,
     ) -> tuple[jax.Array, RouterStats | None]:
         normed_BTD = self.feed_forward_norm(x_BTD)
@@ -143,7 +143,7 @@ class DeepSeekV2(nnx.Module):
         tokens_BT: jax.Array,
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
-        dropping: TokenDropping | None = None,
+        dropping: Dropping | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
         """Computes what `lm_head.logits` takes, so that a loss need not hold all logits at once.
 

@@ -25,6 +25,7 @@ from flax import nnx
 from dsjax.cache import LatentPool, Part, View, allocate_pool
 from dsjax.chips import peak_flops
 from dsjax.config import (
+    BalanceConfig,
     GuardConfig,
     KernelConfig,
     LossConfig,
@@ -88,7 +89,8 @@ def measure_training(
 ) -> None:
     """Times whole optimiser steps."""
     batch, length = arguments.batch, arguments.length
-    optimizer, loss, guard = OptimizerConfig(), LossConfig(), GuardConfig()
+    optimizer, guard = OptimizerConfig(), GuardConfig()
+    loss = LossConfig(BalanceConfig(0.003, 0.05, 0.02))  # §3.1.2
     kernels = choose_kernels(jax.devices()[0], config, runtime)
     model = create_model(config, 0, runtime, kernels=kernels)
     graphdef, params = nnx.split(model)

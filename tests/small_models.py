@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsjax.config import AttentionConfig, ModelConfig, MoEConfig, RuntimeConfig, YarnConfig
+from dsjax.config import (
+    AttentionConfig,
+    BalanceConfig,
+    LossConfig,
+    ModelConfig,
+    MoEConfig,
+    RuntimeConfig,
+    YarnConfig,
+)
 from dsjax.kernels import Kernels
 from dsjax.layers.moe import MoE
 from dsjax.mesh import ShardingRules
@@ -46,6 +54,7 @@ SMALL = ModelConfig(
 
 # What all small models are run with unless a test says otherwise.
 RUNTIME = RuntimeConfig(dtype="float32", remat="none")
+LOSS = LossConfig(balance=BalanceConfig(expert=0, device=0, communication=0))
 
 # V2-Lite's shape: queries are not compressed, experts are chosen anywhere.
 SMALL_LITE = replace(

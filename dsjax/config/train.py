@@ -113,13 +113,22 @@ class BatchConfig:
             require_positive("batch", ramp_tokens=self.ramp_tokens)
 
 
+BALANCE_NOT_CHOSEN = (
+    "must be chosen for a model with experts: set expert, device and communication, 0 for none"
+)
+
+
 @dataclass(frozen=True)
 class BalanceConfig:
-    """Weights of the three balance losses, the paper's alphas (§2.2.3, eq. 23 to 31)."""
+    """Weights of the three balance losses, the paper's alphas (§2.2.3, eq. 23 to 31).
 
-    expert: float = 0.0
-    device: float = 0.0
-    communication: float = 0.0
+    None has a default: without them experts go unused, so a run says what it wants, 0 too. The
+    paper's are 0.003, 0.05 and 0.02 (§3.1.2).
+    """
+
+    expert: float
+    device: float
+    communication: float
 
     def __post_init__(self) -> None:
         for name in ("expert", "device", "communication"):
@@ -133,15 +142,24 @@ class TokenDropping:
 
     Attributes:
         capacity_factor: assignments a device computes, over an even share of all assignments.
-        undropped_fraction: share of the sequences exempt from dropping: the first rows of a
-            batch, which the shuffle has made random ones.
+        undropped_fraction: share of the sequences exempt from dropping. Each is or is not by a hash
+            of the seed, the step and its place in the step's batch.
+        budget_rows: sequences, one after another in the batch, that share the devices' budgets.
+            None takes those that the devices which share the experts have of a slice, when the run
+            starts; the run keeps that. The same number drops the same tokens on any mesh and with
+            any accumulation that leaves those sequences together; others are refused.
+        seed: of the hash.
     """
 
     capacity_factor: float = 1.0
     undropped_fraction: float = 0.1
+    budget_rows: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        require_positive("loss.dropping", capacity_factor=self.capacity_factor)
+        require_positive(
+            "loss.dropping", capacity_factor=self.capacity_factor, budget_rows=self.budget_rows
+        )
         require(
             0 <= self.undropped_fraction <= 1,
             "loss.dropping.undropped_fraction",
@@ -155,13 +173,13 @@ class LossConfig:
     """What is minimised.
 
     Attributes:
-        balance: weights of the balance losses.
+        balance: weights of the balance losses; a model with experts needs them chosen.
         z_loss: weight of the squared log-partition of the output logits; 0 for none.
         dropping: the token-dropping option, or None for dropless training.
         chunk: tokens whose logits over the vocabulary exist at a time.
     """
 
-    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    balance: BalanceConfig | None = None
     z_loss: float = 0.0
     dropping: TokenDropping | None = None
     chunk: int = 4096
@@ -280,4 +298,10 @@ class TrainConfig:
             "data.length",
             self.data.length,
             f"must not exceed model.max_length={self.model.max_length}",
+        )
+        require(
+            self.model.moe is None or self.loss.balance is not None,
+            "loss.balance",
+            self.loss.balance,
+            BALANCE_NOT_CHOSEN,
         )

@@ -29,6 +29,7 @@ from dsjax.model import DeepSeekV2, abstract_model, create_model
 from dsjax.processes import HostShard
 from dsjax.progress import JobProgress
 from dsjax.training.checkpoints import RunCheckpoints, optimizer_to_dict, state_from_dict
+from dsjax.training.dropping import with_budget
 from dsjax.training.metrics import MetricsWriter
 from dsjax.training.preemption import Preemption
 from dsjax.training.report import Throughput, one_line, step_figures
@@ -84,6 +85,8 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Fit
     device = mesh.devices.flat[0]
     kernels = choose_kernels(device, config.model, config.runtime, rules.axis_size("tensor"))
     _check_batch(config, rules)
+    stored = read_run_file(run) if (run / RUN_FILE).exists() else None
+    config = with_budget(config, rules, stored)
     _prepare_data(config.data)
     _check_vocabulary(config)
     shard = HostShard(rules)

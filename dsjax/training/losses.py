@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from dsjax.config import BalanceConfig, LossConfig, MoEConfig
-from dsjax.layers.moe import RouterStats
+from dsjax.config.train import BALANCE_NOT_CHOSEN
+from dsjax.layers.moe import Dropping, RouterStats
 from dsjax.model import DeepSeekV2
 
 Batch = dict[str, jax.Array]
@@ -48,13 +49,17 @@ def training_loss(
 
     Args:
         model: the model.
-        batch: tokens, targets, positions, segment_ids int32 [B, T] and weights float32 [B, T].
+        batch: tokens, targets, positions, segment_ids int32 [B, T] and weights float32 [B, T];
+            with token dropping also exempt, bool [B], sequences of which nothing is dropped.
         config: weights of the terms.
         total_weight: float32, sum of the target weights over all slices.
         share: this slice's share of the batch's sequences.
     """
+    dropping = None
+    if config.dropping is not None:
+        dropping = Dropping(batch["exempt"], config.dropping)
     hidden_BTD, stats = model.hidden(
-        batch["tokens"], batch["positions"], batch["segment_ids"], config.dropping
+        batch["tokens"], batch["positions"], batch["segment_ids"], dropping
     )
     with jax.named_scope("loss"):
         nats, squared_z = sum_cross_entropy(
@@ -76,11 +81,17 @@ def training_loss(
 
 
 def balance_terms(
-    stats: RouterStats | None, weights: BalanceConfig, moe: MoEConfig | None
+    stats: RouterStats | None, weights: BalanceConfig | None, moe: MoEConfig | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weighs the routers' balance losses, each summed over the layers (§2.2.3)."""
+    """Weighs the routers' balance losses, each summed over the layers (§2.2.3).
+
+    Raises:
+        ValueError: a model with experts, and no weights.
+    """
     if stats is None or moe is None:
         return jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
+    if weights is None:
+        raise ValueError(f"loss.balance=None: {BALANCE_NOT_CHOSEN}")
     return (
         weights.expert * jnp.sum(stats.expert),
         weights.device * jnp.sum(stats.device),
@@ -102,16 +113,15 @@ def sum_cross_entropy(
         hidden_BTD: what `model.hidden` gave.
         targets_BT: int32 next tokens.
         weights_BT: float32; 0 where there is no target.
-        chunk: tokens; the backward pass recomputes their logits.
+        chunk: tokens; the backward pass recomputes their logits. Rows are never cut, so it is at
+            least one token of each.
 
     Returns:
         Weighted sums, float32 scalars: nats, and the squared log-partition (z-loss).
     """
     batch, length = targets_BT.shape
     rows = max(1, batch // model.options.rules.num_batch_shards())
-    num_chunks = min(length, max(1, -(-rows * length // chunk)))
-    while length % num_chunks:
-        num_chunks += 1
+    num_chunks = -(-length // max(1, chunk // rows))
     # The chunks' gradients of the output head are added up in its dtype.
     head = model.lm_head.stored().astype(jnp.float32)
 
@@ -137,6 +147,10 @@ def sum_cross_entropy(
 
 
 def _split_length(x: jax.Array, num_chunks: int) -> jax.Array:
-    """Moves chunks of the length dim to the front; the batch stays where it is sharded."""
+    """Moves equal chunks of the length dim to the front; the batch stays where it is sharded.
+
+    Zeros, which weigh nothing in the loss, fill the length up to whole chunks.
+    """
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % num_chunks)) + ((0, 0),) * (x.ndim - 2))
     batch, length = x.shape[:2]
     return jnp.moveaxis(x.reshape(batch, num_chunks, length // num_chunks, *x.shape[2:]), 1, 0)

@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from dsjax.config import GuardConfig, LossConfig, OptimizerConfig
 from dsjax.mesh import ShardingRules
 from dsjax.model import DeepSeekV2, param_shardings
+from dsjax.training.dropping import draw_exempt
 from dsjax.training.losses import Batch, LossTerms, sum_cross_entropy, training_loss
 
 # Why a step was not applied: the index is what the step reports.
@@ -181,6 +182,9 @@ def train_step(
     Returns:
         The next state, and what there is to report.
     """
+    if loss.dropping is not None:
+        exempt_AB = draw_exempt(loss.dropping, state.step, batch["tokens"].shape[:2])
+        batch = batch | {"exempt": exempt_AB}
     gradients, terms = accumulate_gradients(graphdef, loss, state.params, batch)
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(gradients)

@@ -9,6 +9,7 @@ from dsjax.config import (
     BalanceConfig,
     BatchConfig,
     DataConfig,
+    LossConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -30,7 +31,7 @@ from dsjax.config.load import (
 )
 from dsjax.configs.models import tiny
 from dsjax.families import find_model_config, from_hf_config, to_hf_config
-from tests.small_models import SMALL, SMALL_LITE
+from tests.small_models import LOSS, SMALL, SMALL_LITE
 
 pytestmark = pytest.mark.core
 
@@ -40,6 +41,7 @@ RUN = TrainConfig(
     data=DataConfig(sources=(SourceConfig("a"), SourceConfig("b", weight=2.0)), length=64),
     batch=BatchConfig(size=8),
     num_steps=10,
+    loss=LOSS,
 )
 
 
@@ -154,7 +156,7 @@ def test_missing_field_of_config_json(field, repository):
         ("data.sources.1.weight=3", lambda c: c.data.sources[1].weight, 3.0),
         ("directory=123", lambda c: c.directory, "123"),
         ("loss.dropping.capacity_factor=1.5", lambda c: c.loss.dropping.capacity_factor, 1.5),
-        ("loss.balance.expert=0.003", lambda c: c.loss.balance, BalanceConfig(expert=0.003)),
+        ("loss.balance.expert=0.003", lambda c: c.loss.balance, BalanceConfig(0.003, 0, 0)),
     ],
 )
 def test_override(text, read, value):
@@ -232,7 +234,10 @@ def test_a_part_that_has_no_defaults_cannot_be_switched_on_by_one_field():
         (OptimizerConfig(), {"decay_at": (0.9, 0.6)}, "optimizer.decay_at"),
         (BatchConfig(8), {"accumulate": 3}, "batch.accumulate=3: must divide batch.size=8"),
         (TokenDropping(), {"undropped_fraction": 1.5}, "undropped_fraction=1.5"),
-        (BalanceConfig(), {"device": -1.0}, "loss.balance.device=-1.0"),
+        (LOSS.balance, {"device": -1.0}, "loss.balance.device=-1.0"),
+        (TokenDropping(), {"budget_rows": 0}, "loss.dropping.budget_rows=0: must be positive"),
+        # Without balance losses experts go unused: none is what a run must ask for.
+        (RUN, {"loss": LossConfig()}, "loss.balance=None: must be chosen for a model with experts"),
         (RUN.data, {"sources": ()}, "data.sources=()"),
     ],
 )
@@ -287,7 +292,8 @@ def test_files(repository, tmp_path):
     (tmp_path / "run.py").write_text(
         "from dsjax.config import *\nfrom dsjax.configs.models.tiny import config as model\n"
         "data = DataConfig((SourceConfig('s'),), 64)\n"
-        "config = TrainConfig('d', model, data, BatchConfig(4), 5)\n"
+        "loss = LossConfig(BalanceConfig(0.003, 0.05, 0.02))\n"
+        "config = TrainConfig('d', model, data, BatchConfig(4), 5, loss=loss)\n"
     )
     assert load_model_config(tmp_path / "run.py", ["num_layers=2"]).num_layers == 2
     assert load_train_config(tmp_path / "run.py", ["num_steps=6"]).num_steps == 6

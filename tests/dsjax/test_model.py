@@ -12,6 +12,7 @@ from flax import nnx
 from dsjax.config import RuntimeConfig, TokenDropping
 from dsjax.configs.models import tiny
 from dsjax.kernels import Kernels
+from dsjax.layers.moe import Dropping
 from dsjax.model import abstract_model, create_model
 from tests import oracle
 from tests.released_models import SIZES
@@ -205,9 +206,10 @@ def test_float16_is_refused(field):
 def test_dropping_changes_training_and_nothing_else():
     model = random_model(SMALL)
     tokens, positions, segments, _ = make_batch()
-    run = jax.jit(lambda model, *args: model.hidden(*args), static_argnums=4)
+    run = jax.jit(lambda model, *args: model.hidden(*args))
     free, stats = run(model, tokens, positions, segments, None)
-    tight, dropped = run(model, tokens, positions, segments, TokenDropping(0.5, 0.0))
+    dropping = Dropping(jnp.zeros(len(tokens), bool), TokenDropping(0.5))
+    tight, dropped = run(model, tokens, positions, segments, dropping)
     assert float(jnp.abs(free - tight).max()) > 0.1
     assert np.all(np.asarray(stats.dropped) == 0)
     assert np.all(np.asarray(dropped.dropped) > 0.2)

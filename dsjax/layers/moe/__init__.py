@@ -4,8 +4,9 @@
 back, `experts` computes those of one device, `balance` keeps them evenly loaded; `layer` is all.
 """
 
+from dsjax.layers.moe.balance import Dropping
 from dsjax.layers.moe.experts import ExpertWeights
 from dsjax.layers.moe.layer import MoE
 from dsjax.layers.moe.router import RouterStats
 
-__all__ = ["ExpertWeights", "MoE", "RouterStats"]
+__all__ = ["Dropping", "ExpertWeights", "MoE", "RouterStats"]

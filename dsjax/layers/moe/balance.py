@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from dsjax.config import MoEConfig, TokenDropping
+from dsjax.mesh import ShardingRules
 
 
 def balance_losses(
@@ -46,40 +52,110 @@ def balance_losses(
     return expert, device, communication, jnp.sum(load_BE, axis=0)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dropping:
+    """The token-dropping option, and the sequences that it spares.
+
+    Attributes:
+        exempt_B: bool, sequences of which nothing is dropped.
+        config: how much fits, and how many sequences share a budget.
+    """
+
+    exempt_B: jax.Array
+    config: TokenDropping = field(metadata={"static": True})
+
+
 def keep_within_capacity(
     scores_BTE: jax.Array,
     indices_BTK: jax.Array,
     mask_BT: jax.Array,
     config: MoEConfig,
-    dropping: TokenDropping,
+    dropping: Dropping,
+    rules: ShardingRules,
 ) -> jax.Array:
     """Decides which assignments fit the devices' budgets (§2.2.4).
 
     A device, that is a group of experts, takes its assignments in order of affinity until it has
-    `capacity_factor` times an even share of the batch's; sequences exempt from dropping come
-    first. The whole batch is one budget, so the choice does not depend on the mesh.
+    `capacity_factor` times an even share of those of the sequences that share the budget; sequences
+    exempt from dropping come first.
+
+    Args:
+        scores_BTE: float32 affinities before any mask.
+        indices_BTK: int32 experts chosen.
+        mask_BT: bool, False for padding, which takes up no budget.
+        config: how tokens are routed.
+        dropping: `budget_rows` of it are as many sequences, one after another, as share a budget.
+        rules: where the sequences are; those of a budget lie on devices that share the experts.
 
     Returns:
         keep_BTK: bool.
-    """
-    batch = indices_BTK.shape[0]
-    per_group = config.num_experts // config.num_groups
-    group_M = (indices_BTK // per_group).reshape(-1)
-    score_BTK = jnp.take_along_axis(scores_BTE, indices_BTK, axis=-1)
-    exempt_B = jnp.arange(batch) < round(dropping.undropped_fraction * batch)
-    # Affinities are at most 1, so an exempt assignment outranks every other; padding comes last.
-    rank_BTK = jnp.where(exempt_B[:, None, None], score_BTK + 2, score_BTK)
-    rank_M = jnp.where(mask_BT[..., None], rank_BTK, -1.0).reshape(-1)
-    real = jnp.sum(mask_BT) * config.top_k
-    capacity = jnp.floor(dropping.capacity_factor * real / config.num_groups)
 
+    Raises:
+        ValueError: budgets that devices with different experts would have to agree on.
+    """
+    option = dropping.config
+    per_group = config.num_experts // config.num_groups
+    group_BTK = indices_BTK // per_group
+    score_BTK = jnp.take_along_axis(scores_BTE, indices_BTK, axis=-1)
+    # Affinities are at most 1, so an exempt assignment outranks every other; padding comes last.
+    rank_BTK = jnp.where(dropping.exempt_B[:, None, None], score_BTK + 2, score_BTK)
+    rank_BTK = jnp.where(mask_BT[..., None], rank_BTK, -1.0)
+    batch = indices_BTK.shape[0]
+    group_rows = rows_of_expert_group(batch, rules)
+    budget_rows = option.budget_rows or group_rows
+    if group_rows % budget_rows:
+        raise ValueError(misfit_of_budget(budget_rows, group_rows))
+
+    def of_device(rank_BTK: jax.Array, group_BTK: jax.Array) -> jax.Array:
+        # The sequences of a budget may lie on several devices, which all decide on all of it.
+        rows = rank_BTK.shape[0]
+        gathered = rows % budget_rows != 0
+        if gathered:
+            rank_BTK, group_BTK = (
+                jax.lax.all_gather(array, "expert", tiled=True) for array in (rank_BTK, group_BTK)
+            )
+        keep = jax.vmap(functools.partial(_fits, config=config, option=option))
+        keep_BTK = keep(
+            rank_BTK.reshape(-1, budget_rows * rank_BTK[0].size),
+            group_BTK.reshape(-1, budget_rows * group_BTK[0].size),
+        ).reshape(rank_BTK.shape)
+        if gathered:
+            first = jax.lax.axis_index("expert") * rows
+            keep_BTK = jax.lax.dynamic_slice_in_dim(keep_BTK, first, rows)
+        return keep_BTK
+
+    dims: Any = ("batch", "length", None)
+    return rules.shard_map(of_device, in_dims=(dims, dims), out_dims=dims)(rank_BTK, group_BTK)
+
+
+def _fits(
+    rank_M: jax.Array, group_M: jax.Array, *, config: MoEConfig, option: TokenDropping
+) -> jax.Array:
+    """Decides on the assignments of one budget."""
+    real = jnp.sum(rank_M >= 0)
+    capacity = jnp.floor(option.capacity_factor * real / config.num_groups)
     order_M = jnp.lexsort((-rank_M, group_M))
     starts_G = jnp.cumulative_sum(
         jnp.bincount(group_M, length=config.num_groups), include_initial=True
     )
     place_M = jnp.arange(group_M.size) - starts_G[group_M[order_M]]
     place_M = jnp.zeros_like(place_M).at[order_M].set(place_M)
-    return ((place_M < capacity) | (rank_M >= 2)).reshape(indices_BTK.shape)
+    return (place_M < capacity) | (rank_M >= 2)
+
+
+def rows_of_expert_group(batch: int, rules: ShardingRules) -> int:
+    """Returns how many of a batch's sequences the devices that share the experts have."""
+    apart = [axis for axis in rules.axes("batch") if axis != "expert"]
+    return batch // math.prod(rules.axis_size(axis) for axis in apart)
+
+
+def misfit_of_budget(budget_rows: int, group_rows: int) -> str:
+    """Says that devices which do not share experts would have to agree on a budget."""
+    return (
+        f"loss.dropping.budget_rows={budget_rows}: must divide the {group_rows} sequences of a "
+        "slice that one group of devices has which share the experts"
+    )
 
 
 def by_group(x: jax.Array, config: MoEConfig) -> jax.Array:

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.config import MoEConfig, TokenDropping
+from dsjax.config import MoEConfig
 from dsjax.kernels import Kernels
 from dsjax.layers.linear import Linear
 from dsjax.layers.mlp import MLP
+from dsjax.layers.moe.balance import Dropping
 from dsjax.layers.moe.dispatch import Dispatch, choose_dispatch
 from dsjax.layers.moe.experts import ExpertWeights, apply_local_experts
 from dsjax.layers.moe.router import Router, RouterStats, Routing
@@ -41,7 +42,7 @@ class MoE(nnx.Module):
         self,
         x_BTD: jax.Array,
         mask_BT: jax.Array | None,
-        dropping: TokenDropping | None,
+        dropping: Dropping | None,
         experts: ExpertWeights | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """Computes eq. 20 without its residual.

@@ -8,9 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.config import MoEConfig, TokenDropping
+from dsjax.config import MoEConfig
 from dsjax.layers.linear import Linear
-from dsjax.layers.moe.balance import balance_losses, by_group, keep_within_capacity
+from dsjax.layers.moe.balance import (
+    Dropping,
+    balance_losses,
+    by_group,
+    keep_within_capacity,
+)
 from dsjax.layers.options import LayerOptions
 
 
@@ -20,8 +25,8 @@ class Routing:
     """Where each token goes.
 
     Attributes:
-        gates_BTK: float32 weight of each chosen expert; 0 where dropped.
-        indices_BTK: int32 chosen experts; `num_experts` where dropped.
+        gates_BTK: float32 weight of each chosen expert; 0 for padding and where dropped.
+        indices_BTK: int32 chosen experts; `num_experts` for padding and where dropped.
     """
 
     gates_BTK: jax.Array
@@ -151,32 +156,39 @@ class Router(nnx.Module):
         self.gate = Linear(shape, dims, options, rngs)
         self.config = config
         self.implementation = options.kernels.router
+        self.rules = options.rules
 
     def __call__(
-        self, x_BTD: jax.Array, mask_BT: jax.Array | None, dropping: TokenDropping | None
+        self, x_BTD: jax.Array, mask_BT: jax.Array | None, dropping: Dropping | None
     ) -> tuple[Routing, RouterStats]:
         """Routes tokens.
 
         Args:
             x_BTD: normalised residual stream.
-            mask_BT: bool, False for padding, which counts in no loss and load; None for none.
+            mask_BT: bool, False for padding, which goes to no expert and counts in no loss and
+                load; None for none.
             dropping: the token-dropping option, or None to keep all.
         """
         logits_BTE = router_logits(x_BTD, self.gate.stored(), implementation=self.implementation)
         scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         gates_BTK, indices_BTK = choose_experts(scores_BTE, self.config)
-        if mask_BT is None:
-            mask_BT = jnp.ones(x_BTD.shape[:2], bool)
+        masked = mask_BT is not None
+        mask_BT = mask_BT if mask_BT is not None else jnp.ones(x_BTD.shape[:2], bool)
         expert, device, communication, load_E = balance_losses(
             scores_BTE, indices_BTK, mask_BT, self.config
         )
         dropped = jnp.zeros((), jnp.float32)
+        keep_BTK = jnp.broadcast_to(mask_BT[..., None], indices_BTK.shape)
         if dropping is not None:
-            keep_BTK = keep_within_capacity(scores_BTE, indices_BTK, mask_BT, self.config, dropping)
+            real = jnp.sum(keep_BTK, dtype=jnp.float32)
+            keep_BTK &= keep_within_capacity(
+                scores_BTE, indices_BTK, mask_BT, self.config, dropping, self.rules
+            )
+            kept = jnp.sum(keep_BTK, dtype=jnp.float32)
+            dropped = (real - kept) / jnp.maximum(real, 1)  # of nothing but padding, nothing
+        if dropping is not None or masked:
             gates_BTK = jnp.where(keep_BTK, gates_BTK, 0)
             indices_BTK = jnp.where(keep_BTK, indices_BTK, self.config.num_experts)
-            lost = jnp.sum(~keep_BTK & mask_BT[..., None], dtype=jnp.float32)
-            dropped = lost / (jnp.sum(mask_BT, dtype=jnp.float32) * self.config.top_k)
         routing = Routing(gates_BTK, indices_BTK)
         return routing, RouterStats(expert, device, communication, load_E, dropped)
 

@@ -11,13 +11,8 @@ from flax import nnx
 
 from dsjax.config import MoEConfig, TokenDropping
 from dsjax.kernels import Kernels
-from dsjax.layers.moe.router import (
-    Router,
-    balance_losses,
-    choose_experts,
-    keep_within_capacity,
-    router_logits,
-)
+from dsjax.layers.moe.balance import Dropping, balance_losses, keep_within_capacity
+from dsjax.layers.moe.router import Router, choose_experts, router_logits
 from dsjax.layers.options import LayerOptions
 from dsjax.mesh import ShardingRules
 from tests import oracle
@@ -25,10 +20,8 @@ from tests.small_models import RUNTIME, SMALL
 
 losses_of = jax.jit(balance_losses, static_argnames="config")
 choose = jax.jit(choose_experts, static_argnames="config")
-keep_of = jax.jit(keep_within_capacity, static_argnames=("config", "dropping"))
-run_router = jax.jit(
-    lambda router, *args, dropping: router(*args, dropping), static_argnames="dropping"
-)
+keep_of = jax.jit(keep_within_capacity, static_argnames=("config", "rules"))
+run_router = jax.jit(lambda router, *args, dropping: router(*args, dropping))
 
 
 def moe_config(experts, top_k, groups, top_groups, routing, **fields):
@@ -202,6 +195,7 @@ DROPPING = {
     "tight": TokenDropping(0.5, 0.25),
     "roomy": TokenDropping(4.0, 0.0),
     "all_exempt": TokenDropping(0.1, 1.0),
+    "of_two_sequences": TokenDropping(0.8, 0.25, budget_rows=2),
 }
 
 
@@ -213,12 +207,27 @@ def test_dropping_is_the_papers(name, dropping, masked, rng):
     scores = affinities(config, rng, batch=8, length=9, spread=1.0)
     mask = padding_mask(8, 9) if masked else np.ones((8, 9), bool)
     _, indices = choose(jnp.asarray(scores, jnp.float32), config)
-    keep = keep_of(jnp.asarray(scores, jnp.float32), indices, jnp.asarray(mask), config, option)
-    exempt = set(range(round(option.undropped_fraction * 8)))
-    want = oracle.kept_assignments(
-        scores, np.asarray(indices), mask, exempt, config, option.capacity_factor
+    exempt = rng.random(8) < option.undropped_fraction
+    budget_rows = option.budget_rows or 8
+    keep = keep_of(
+        jnp.asarray(scores, jnp.float32),
+        indices,
+        jnp.asarray(mask),
+        config,
+        Dropping(jnp.asarray(exempt), option),
+        ShardingRules(),
     )
-    np.testing.assert_array_equal(np.asarray(keep)[mask], want[mask])
+    for first in range(0, 8, budget_rows):
+        rows = slice(first, first + budget_rows)
+        want = oracle.kept_assignments(
+            scores[rows],
+            np.asarray(indices)[rows],
+            mask[rows],
+            set(np.flatnonzero(exempt[rows])),
+            config,
+            option.capacity_factor,
+        )
+        np.testing.assert_array_equal(np.asarray(keep)[rows][mask[rows]], want[mask[rows]])
 
 
 def test_dropped_assignments_go_nowhere(rng):
@@ -231,14 +240,21 @@ def test_dropped_assignments_go_nowhere(rng):
     x = jnp.asarray(rng.standard_normal((4, 12, 16)), jnp.float32)
     mask = jnp.asarray(padding_mask(4, 12))
     free, stats_free = run_router(router, x, mask, dropping=None)
-    routing, stats = run_router(router, x, mask, dropping=TokenDropping(1.0, 0.25))
+    exempt = jnp.asarray([True, False, False, False])
+    routing, stats = run_router(router, x, mask, dropping=Dropping(exempt, TokenDropping(1.0)))
     lost = np.asarray(routing.indices_BTK) == config.num_experts
     assert lost[np.asarray(mask)].any()
-    assert not lost[0][np.asarray(mask[0])].any()  # a quarter of 4 sequences is exempt
+    assert not lost[0][np.asarray(mask[0])].any()
     np.testing.assert_array_equal(np.asarray(routing.gates_BTK)[lost], 0)
     np.testing.assert_array_equal(
         np.asarray(routing.gates_BTK)[~lost], np.asarray(free.gates_BTK)[~lost]
     )
+    for routed in (free, routing):  # padding goes nowhere, whether anything is dropped or not
+        assert (np.asarray(routed.indices_BTK)[~np.asarray(mask)] == config.num_experts).all()
+        assert not np.asarray(routed.gates_BTK)[~np.asarray(mask)].any()
+    assert (np.asarray(free.indices_BTK)[np.asarray(mask)] < config.num_experts).all()
+    _, nothing = run_router(router, x, mask & False, dropping=Dropping(exempt, TokenDropping()))
+    assert float(nothing.dropped) == 0
     share = lost[np.asarray(mask)].mean()
     assert float(stats.dropped) == pytest.approx(share, rel=1e-6)
     # The losses and the load are of the router's wishes, before anything is dropped.

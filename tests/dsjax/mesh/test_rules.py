@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsjax.config import MeshConfig, TokenDropping
 from dsjax.kernels import Kernels
+from dsjax.layers.moe import Dropping
 from dsjax.mesh import (
     BATCH_AXES,
     MESH_AXES,
@@ -28,7 +29,7 @@ from tests.small_models import RUNTIME, SMALL, random_model
 # Divisible over every mesh below: 8 experts, 4 heads; two documents a row, padding behind some.
 CONFIG = replace(SMALL, attention=replace(SMALL.attention, num_heads=4), intermediate_dim=64)
 BATCH, LENGTH = 16, 12
-DROPPING = TokenDropping(capacity_factor=0.7, undropped_fraction=0.25)
+DROPPING = TokenDropping(capacity_factor=0.7, budget_rows=8)
 MESHES = {  # data, fsdp, expert, tensor
     "fsdp": (1, 8, 1, 1),
     "expert": (1, 1, 8, 1),
@@ -63,8 +64,12 @@ def step(model, batch, dropping):
     """Loss, its gradients, and the router's statistics: what a training step computes."""
 
     def loss_of(model):
+        exempt = jnp.arange(BATCH) % 5 == 0
         hidden, stats = model.hidden(
-            batch["tokens"], batch["positions"], batch["segments"], dropping
+            batch["tokens"],
+            batch["positions"],
+            batch["segments"],
+            dropping and Dropping(exempt, dropping),
         )
         log_probs = jax.nn.log_softmax(model.lm_head.logits(hidden))
         nll = -jnp.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
@@ -129,8 +134,14 @@ def test_a_step_on_8_devices_equals_one_on_1(name, kernels):
 def test_token_dropping_does_not_depend_on_the_mesh():
     one = on_one_device(DROPPING)
     assert 0.1 < one[1].dropped.min() < 0.5
-    # Recomputed in the backward pass, as in training: the exchange is too.
+    # Recomputed in the backward pass, as in training: the exchange is too. A budget's sequences lie
+    # on two devices.
     assert_same_step(one, on_mesh(MESHES["data_expert_tensor"], DROPPING, remat="full"))
+
+
+def test_a_budget_that_the_mesh_tears_apart_is_refused():
+    with pytest.raises(ValueError, match="budget_rows=8: must divide the 2 sequences of a slice"):
+        on_mesh(MESHES["fsdp"], DROPPING)
 
 
 def test_inference_rules_give_the_same_logits():

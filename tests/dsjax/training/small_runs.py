@@ -21,7 +21,7 @@ from dsjax.config import (
     to_json,
 )
 from tests.cpu_compiler import xla_flags
-from tests.small_models import RUNTIME, SMALL, SMALL_MOE
+from tests.small_models import LOSS, RUNTIME, SMALL, SMALL_MOE
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LENGTH = 32
@@ -61,6 +61,7 @@ def small_run(directory: Path, corpus: Path, **changes: Any) -> TrainConfig:
         num_steps=6,
         runtime=RUNTIME,
         optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=2),
+        loss=LOSS,
         checkpoint=CheckpointConfig(every=100),
         log=LogConfig(every=1, eval_every=0),
     )

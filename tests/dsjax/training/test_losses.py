@@ -31,7 +31,7 @@ def direct(weight_DW, hidden_BTD, targets_BT, weights_BT):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("length", "chunk"), [(12, 1), (12, 7), (12, 24), (12, 10**6), (13, 10)])
+@pytest.mark.parametrize(("length", "chunk"), [(12, 1), (12, 7), (12, 24), (12, 10**6), (13, 15)])
 def test_chunks_give_the_direct_value_and_gradient(rng, length: int, chunk: int):
     hidden = jnp.asarray(rng.standard_normal((3, length, 8)), jnp.float32)
     weight = jnp.asarray(rng.standard_normal((8, 50)), jnp.float32)
@@ -51,6 +51,23 @@ def test_chunks_give_the_direct_value_and_gradient(rng, length: int, chunk: int)
     np.testing.assert_allclose(found[1], expected[1], rtol=2e-6)
     for a, b in zip(found_gradient, gradient, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prime_length_takes_no_more_chunks_than_another():
+    def chunks(length: int) -> list[tuple[int, ...]]:
+        found: list[tuple[int, ...]] = []
+
+        def logits(hidden_BtD, weight_DW):
+            found.append(hidden_BtD.shape)
+            return float32_matmul(hidden_BtD, weight_DW)
+
+        model = with_head(jnp.ones((4, 7)))
+        model.lm_head.logits = logits
+        tokens, hidden = jnp.ones((2, length), jnp.int32), jnp.ones((2, length, 4))
+        sum_cross_entropy(model, hidden, tokens, jnp.ones((2, length)), 64)
+        return found
+
+    assert chunks(96) == chunks(89) == [(2, 32, 4)] or chunks(89) == [(2, 30, 4)]
 
 
 def test_bfloat16_multiplies_in_bfloat16_and_adds_up_in_float32(rng):

@@ -11,15 +11,19 @@ from flax import nnx
 
 from dsjax.config import (
     BalanceConfig,
+    BatchConfig,
     GuardConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
     RuntimeConfig,
+    TokenDropping,
 )
 from dsjax.configs.models import tiny
 from dsjax.data.loader import make_loader
+from dsjax.mesh import ShardingRules
 from dsjax.model import create_model
+from dsjax.training.dropping import draw_exempt, with_budget
 from dsjax.training.report import step_figures
 from dsjax.training.step import (
     SKIP_REASONS,
@@ -31,7 +35,7 @@ from dsjax.training.step import (
     make_optimizer,
 )
 from tests.dsjax.training.small_runs import MODEL, small_run
-from tests.small_models import RUNTIME
+from tests.small_models import LOSS, RUNTIME
 
 take_step = jitted_train_step(jax.devices()[0].platform)
 OPTIMIZER = OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=2)
@@ -46,7 +50,7 @@ def begin(
     return graphdef, init_train_state(optimizer, params)
 
 
-def step(graphdef, state: TrainState, batch, rate: float, loss=LossConfig(), guard=GuardConfig()):  # noqa: B008
+def step(graphdef, state: TrainState, batch, rate: float, loss=LOSS, guard=GuardConfig()):  # noqa: B008
     """Takes a step and leaves the state that it is given usable."""
     state = jax.tree.map(jnp.copy, state)
     return take_step(graphdef, OPTIMIZER, loss, guard, state, batch, jnp.float32(rate))
@@ -93,7 +97,7 @@ def test_a_step_is_adamw_with_clipped_gradients(batches):
     graphdef, state = begin()
     after, report = step(graphdef, state, batches[0], 1e-2)
     run = jax.jit(accumulate_gradients, static_argnums=(0, 1))
-    gradients, _ = run(graphdef, LossConfig(), state.params, batches[0])
+    gradients, _ = run(graphdef, LOSS, state.params, batches[0])
     norm = float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in leaves(gradients))))
     assert norm > 1  # so that clipping acts
     np.testing.assert_allclose(report.gradient_norm, norm, rtol=1e-5)
@@ -203,6 +207,50 @@ def test_running_means_follow_the_applied_steps(batches):
     np.testing.assert_allclose(means, np.mean(found, axis=0), rtol=1e-5)
 
 
+def test_slices_drop_what_the_whole_batch_drops(batches):
+    """Budgets and exempt sequences are those of the same rows, however the batch is cut up."""
+    dropping = TokenDropping(capacity_factor=0.6, undropped_fraction=0.3, budget_rows=2)
+    loss = replace(LOSS, dropping=dropping)
+    graphdef, state = begin()
+    whole = batches[0]
+    found = []
+    for slices in (1, 2, 4):
+        batch = jax.tree.map(lambda x, n=slices: x.reshape(n, -1, *x.shape[2:]), whole)
+        found.append(step(graphdef, state, batch, 1e-3, loss)[1])
+    for other in found[1:]:
+        # The share is a mean over slices, which have more and less padding.
+        np.testing.assert_allclose(other.loss.dropped, found[0].loss.dropped, rtol=5e-2)
+        np.testing.assert_allclose(other.gradient_norm, found[0].gradient_norm, rtol=1e-4)
+    assert 0.05 < float(found[0].loss.dropped) < 0.4
+
+
+def test_exempt_sequences_are_a_fair_draw():
+    dropping = TokenDropping(undropped_fraction=0.1)
+    draws = [draw_exempt(dropping, jnp.int32(step), (4, 5)) for step in range(60)]
+    share = np.mean(np.asarray(draws))
+    assert 0.07 < share < 0.13  # slices of five would round to none
+    # The same places are drawn in another cut of the batch, and others with another seed.
+    again = draw_exempt(dropping, jnp.int32(3), (1, 20))
+    np.testing.assert_array_equal(again.reshape(4, 5), draws[3])
+    other = [draw_exempt(replace(dropping, seed=1), jnp.int32(s), (4, 5)) for s in range(60)]
+    assert not np.array_equal(other, draws)
+
+
+def test_a_run_keeps_its_budget(tmp_path):
+    config = small_run(tmp_path, tmp_path, loss=replace(LOSS, dropping=TokenDropping()))
+
+    def with_rows(config, rows):
+        return replace(config, loss=replace(LOSS, dropping=TokenDropping(budget_rows=rows)))
+
+    started = with_budget(config, ShardingRules(), None)
+    assert started == with_rows(config, 8)
+    cut = replace(config, batch=BatchConfig(size=8, accumulate=4))
+    assert with_budget(cut, ShardingRules(), None) == with_rows(cut, 2)
+    with pytest.raises(ValueError, match="budget_rows=8: must divide the 2 sequences of a slice"):
+        with_budget(cut, ShardingRules(), started)
+    assert with_budget(config, ShardingRules(), with_rows(cut, 2)) == with_rows(config, 2)
+
+
 @pytest.mark.slow
 def test_the_tiny_model_overfits_one_batch():
     rng = np.random.default_rng(0)
@@ -222,7 +270,7 @@ def test_the_tiny_model_overfits_one_batch():
     for count in range(150):
         rate = 3e-3 * min(1.0, (count + 1) / 10)
         state, report = take_step(
-            graphdef, OPTIMIZER, LossConfig(), GuardConfig(), state, batch, jnp.float32(rate)
+            graphdef, OPTIMIZER, LOSS, GuardConfig(), state, batch, jnp.float32(rate)
         )
         if count == 0:
             assert float(report.loss.cross_entropy) > 5
@@ -233,7 +281,7 @@ def test_the_tiny_model_overfits_one_batch():
 def test_balance_losses_lower_the_load_imbalance(batches):
     imbalance = {}
     for name, balance in (
-        ("without", BalanceConfig()),
+        ("without", BalanceConfig(0, 0, 0)),
         ("with", BalanceConfig(expert=0.1, device=0.1, communication=0.05)),
     ):
         graphdef, state = begin()

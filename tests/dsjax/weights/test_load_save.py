@@ -32,7 +32,7 @@ from dsjax.families.tensors import params_to_hf
 from dsjax.mesh import inference_rules, make_mesh, train_rules
 from dsjax.weights import load_weights, locate, save_assets, save_weights
 from dsjax.weights.convert import convert
-from tests.small_models import SMALL, SMALL_LITE, random_model
+from tests.small_models import LOSS, SMALL, SMALL_LITE, random_model
 
 TOKENIZER = {"tokenizer.json": '{"a": 1}', "tokenizer_config.json": "{}", "README.md": "# é"}
 
@@ -66,6 +66,7 @@ def make_run(folder, model, steps=(3, 12)) -> None:
         data=DataConfig(sources=(SourceConfig("corpus"),), length=16),
         batch=BatchConfig(size=2),
         num_steps=20,
+        loss=LOSS,
     )
     with ocp.training.Checkpointer(folder / "checkpoints") as checkpointer:
         for step in steps:

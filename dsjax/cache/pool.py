@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dsjax.cache.view import Part
 from dsjax.config import ModelConfig
@@ -88,7 +89,7 @@ class LatentPool:
 def allocate_pool(
     config: ModelConfig,
     num_pages: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     *,
     page_size: int = PAGE_SIZE,
     decode_kernel: str = "xla",

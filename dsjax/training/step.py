@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from dsjax.config import GuardConfig, LossConfig, OptimizerConfig
 from dsjax.mesh import ShardingRules
@@ -90,7 +91,7 @@ def init_train_state(optimizer: OptimizerConfig, params: nnx.State) -> TrainStat
     """Returns the state before the first step."""
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
-    def zero(dtype: jnp.dtype) -> jax.Array:
+    def zero(dtype: DTypeLike) -> jax.Array:
         return jnp.zeros((), dtype)  # each its own array: a step donates them all
 
     return TrainState(

@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -146,7 +147,8 @@ def test_generate_takes_ids_and_refuses_what_is_no_prompt(model):
     for one in (conversation, [conversation]):
         with pytest.raises(ValueError, match="has no chat template"):
             model.generate(one)
-    for bad in (3, None, b"a", {"role": "user"}, [None], [1.5], [[]], ["a", [1, "b"]]):
+    unfit: tuple[Any, ...] = (3, None, b"a", {"role": "user"}, [None], [1.5], [[]], ["a", [1, "b"]])
+    for bad in unfit:
         with pytest.raises(TypeError, match="a text, token ids, one conversation"):
             model.generate(bad)
 

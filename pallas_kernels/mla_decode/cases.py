@@ -90,6 +90,9 @@ CASES = (
     Case("part_of_the_sequence", (500, 100, -3, -200), num_tokens=2, table_pages=4),
     Case("long", (3000,), num_heads=16),
     Case("long_128_heads", (1500, 2100), num_heads=128),
+    # Lengths past a table that is not whole blocks of any implementation.
+    Case("past_the_table", (2113, 2112, 2600, 70), table_pages=33),
+    Case("queries_past_the_table", (321, 323, 322, 400), num_tokens=3, table_pages=5),
 )
 
 # Shapes that a kernel need not take; reference and xla do.

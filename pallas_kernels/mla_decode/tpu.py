@@ -74,7 +74,10 @@ def decode(
     ]
     if pages.scale is not None:
         padded = geometry.blocks * geometry.block_tokens
-        scale_BS = pages.scale[page_table_BP].reshape(B, 1, table_tokens)
+        scale_BS = pages.scale[page_table_BP].reshape(B, table_tokens)
+        # Those after the end may be anything, NaN too, and 0 * NaN is NaN.
+        cached_BS = jnp.arange(table_tokens) < lengths_B[:, None]
+        scale_BS = jnp.where(cached_BS, scale_BS, 0.0)[:, None]
         operands.append(jnp.pad(scale_BS, ((0, 0), (0, 0), (0, padded - table_tokens))))
         specs.append(pl.BlockSpec((1, 1, padded), lambda s, b, *_: (b, 0, 0)))
     f32 = jnp.float32
@@ -226,6 +229,8 @@ def _kernel(
     sum_ref[...] = jnp.zeros_like(sum_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
     length = lengths_ref[batch]
+    # The table may end before the sequence does, and within a block.
+    num_keys = jnp.minimum(length, geometry.table_pages * page_size)
     first_block, num_blocks = geometry.split_blocks(length, split)
     q_latent_MC, q_rope_MR = q_latent_ref[0], q_rope_ref[0]
     compute_dtype = q_latent_MC.dtype
@@ -240,7 +245,7 @@ def _kernel(
 
         def cached(start: int, stop: int) -> Array:
             token_S1 = jax.lax.broadcasted_iota(jnp.int32, (stop - start, 1), 0)
-            return token_S1 + (first_token + start) < length
+            return token_S1 + (first_token + start) < num_keys
 
         def key_scale(start: int, stop: int) -> list[Array]:
             here = pl.ds(pl.multiple_of(first_token + start, page_size), stop - start)
@@ -262,7 +267,8 @@ def _kernel(
                 for t in range(1, num_tokens):
                     query_M1 = query_M1 + (row_M1 >= t * num_heads).astype(jnp.int32)
                 token_MS = jax.lax.broadcasted_iota(jnp.int32, scores_MS.shape, 1)
-                last_M1 = length - num_tokens + query_M1 - (first_token + start)
+                last_M1 = jnp.minimum(length - num_tokens + query_M1, num_keys - 1)
+                last_M1 = last_M1 - (first_token + start)
                 scores_MS = jnp.where(token_MS <= last_M1, scores_MS, MASKED)
             old_M1 = max_ref[:, :1]
             new_M1 = jnp.maximum(old_M1, scores_MS.max(axis=1, keepdims=True))

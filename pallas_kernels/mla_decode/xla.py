@@ -32,10 +32,12 @@ def decode(
     page_size, dtype = pages.page_size, q_latent_BTHC.dtype
     block_pages = _block_pages(batch_size, page_size, page_table_BP.shape[1])
     block_keys = block_pages * page_size
+    num_keys_B = jnp.minimum(lengths_B, page_table_BP.shape[1] * page_size)
     # The last block may reach over the table's edge; what it reads there is masked.
     padding = -page_table_BP.shape[1] % block_pages
     page_table_BP = jnp.pad(page_table_BP, ((0, 0), (0, padding)))
     position_BT = lengths_B[:, None] - num_tokens + jnp.arange(num_tokens)
+    position_BT = jnp.minimum(position_BT, num_keys_B[:, None] - 1)
 
     def step(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         acc_BTHC, max_BTH, sum_BTH = carry
@@ -46,7 +48,7 @@ def decode(
 
         key_S = block * block_keys + jnp.arange(block_keys)
         # What lies beyond the length may be anything, NaN too, and 0 * NaN is NaN.
-        cached_BS = key_S < lengths_B[:, None]
+        cached_BS = key_S < num_keys_B[:, None]
         latent_BSC = jnp.where(cached_BS[..., None], gather(pages.latent), 0).astype(dtype)
         rope_BSR = gather(pages.rope).astype(dtype)
         scores_BTHS = _dot("BTHC,BSC->BTHS", q_latent_BTHC, latent_BSC)
@@ -74,8 +76,7 @@ def decode(
         jnp.zeros(rows, jnp.float32),
     )
     carry = vary_like(carry, (q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B))
-    longest = jnp.minimum(lengths_B.max(initial=0), page_table_BP.shape[1] * page_size)
-    num_blocks = (longest + block_keys - 1) // block_keys
+    num_blocks = (num_keys_B.max(initial=0) + block_keys - 1) // block_keys
     acc_BTHC, max_BTH, sum_BTH = jax.lax.fori_loop(0, num_blocks, step, carry)
 
     seen_BTH = sum_BTH > 0

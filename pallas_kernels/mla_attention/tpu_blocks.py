@@ -131,11 +131,12 @@ def make_table(
         ).steps
     else:
         steps = blocks_q * blocks_k
-    return _listed(xp, run, kind, steps, keys_outer, dynamic)
+    squares = causal and block_q == block_k
+    return _listed(xp, run, kind, steps, keys_outer, dynamic, squares)
 
 
 def _listed(
-    xp: Any, run: Any, kind: Any, steps: int, keys_outer: bool, dynamic: bool
+    xp: Any, run: Any, kind: Any, steps: int, keys_outer: bool, dynamic: bool, squares: bool
 ) -> BlockTable:
     rows, _, inner = run.shape
     info = kind + OUTER_FIRST * _is_first(xp, run, 2) + OUTER_LAST * _is_last(xp, run, 2)
@@ -165,9 +166,11 @@ def _listed(
     scalars = tuple(
         xp.asarray(x, dtype=np.int32).reshape(-1) for x in (q_index, k_index, info, completed)
     )
-    kinds = (
-        (FULL, DIAGONAL, MASK) if dynamic else tuple(sorted({*np.unique(info & 3).tolist()} - {0}))
-    )
+    if dynamic:
+        # Code for a kind that cannot occur would be cut for blocks that are no squares.
+        kinds: tuple[int, ...] = (FULL, DIAGONAL, MASK) if squares else (FULL, MASK)
+    else:
+        kinds = tuple(sorted({*np.unique(info & KIND_BITS).tolist()} - {SKIP}))
     return BlockTable(scalars, rows, steps, kinds)
 
 

@@ -66,7 +66,7 @@ def test_tiles_held_between_steps(lag):
     check(case, jnp.bfloat16, 5e-3, seed=5, forward=tile)
 
 
-@pytest.mark.parametrize("case", [CASES[7], CASES[-1]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASES[7], CASES[17], CASES[18]], ids=lambda case: case.name)
 def test_float32(case):
     check(case, jnp.float32, 1e-5, seed=1)
 
@@ -83,6 +83,32 @@ def test_float32(case):
 def test_tiles_of_the_table(case):
     """The sizes that are used on a chip: whole blocks, diagonal blocks, ragged ones."""
     check(case, jnp.bfloat16, 5e-3, seed=2, forward=None, backward=None)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 129), (128, 256), (1024, 300)])
+@pytest.mark.parametrize("mask", ["segments", "offset", "full"])
+def test_blocks_that_are_no_squares(queries, keys, mask):
+    """A chunk of a prompt over more keys than it has queries, with the sizes used on a chip."""
+    case = Case(
+        "chunk",
+        queries=queries,
+        keys=keys,
+        causal=mask != "full",
+        num_segments=2 if mask != "offset" else 0,
+        offsets=(max(0, keys - queries),) if mask == "offset" else (),
+    )
+    arrays, masks, d_out = case.draw(7, jnp.bfloat16)
+    if mask == "offset" and queries < 1024:
+        check(case, jnp.bfloat16, 5e-3, seed=7, forward=None, backward=None)
+        return
+
+    def both(inputs, masks, d_out):
+        options = {"scale": case.scale, "causal": case.causal}
+        out, lse = tpu.forward(inputs, masks, **options)
+        return tpu.backward(inputs, masks, out, lse, d_out, **options)
+
+    grads = jax.eval_shape(both, Inputs(*arrays), Masks(*masks), d_out)
+    assert [grad.shape for grad in grads] == [array.shape for array in arrays]
 
 
 @pytest.mark.parametrize(

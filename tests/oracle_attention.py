@@ -19,13 +19,18 @@ def attend(
     *,
     scale: float,
     causal: bool,
+    sizes: bool = False,
 ) -> tuple[Any, ...]:
     """Returns (out, lse) and, when `d_out_BTHV` is given, the gradients of the five float inputs.
 
     For each sequence and head, out = softmax(scale (q_nope k_nope' + q_rope k_rope')) v. A query
     that sees no key has out 0 and lse -inf.
+
+    With `sizes` the gradients are those of a sum whose terms are all positive: what rounding is
+    relative to, where a sharp softmax leaves next to nothing of terms that cancel.
     """
     f64 = np.float64
+    absolute = np.abs if sizes else np.asarray
     q_nope, q_rope, k_nope, k_rope, v = (
         np.asarray(x).astype(f64)
         for x in (q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV)
@@ -61,10 +66,13 @@ def attend(
             d_weights = d_out @ v[b, :, h].T
             mean = (weights * d_weights).sum(axis=1, keepdims=True)
             d_scores = scale * weights * (d_weights - mean)
-            dq_nope[b, :, h] = d_scores @ k_nope[b, :, h]
-            dq_rope[b, :, h] = d_scores @ k_rope[b]
-            dk_nope[b, :, h] = d_scores.T @ q_nope[b, :, h]
-            dk_rope[b] += d_scores.T @ q_rope[b, :, h]
+            if sizes:
+                d_scores = scale * weights * (abs(d_weights) + abs(mean))
+                d_out = abs(d_out)
+            dq_nope[b, :, h] = d_scores @ absolute(k_nope[b, :, h])
+            dq_rope[b, :, h] = d_scores @ absolute(k_rope[b])
+            dk_nope[b, :, h] = d_scores.T @ absolute(q_nope[b, :, h])
+            dk_rope[b] += d_scores.T @ absolute(q_rope[b, :, h])
             dv[b, :, h] = weights.T @ d_out
     if d_out_BTHV is None:
         return out, lse

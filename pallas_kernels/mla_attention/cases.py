@@ -22,6 +22,7 @@ class Case:
     num_segments: int = 0  # Documents packed into each sequence; 0: no segment ids.
     offsets: tuple[int, ...] = ()  # One per sequence; (): none given.
     foreign_queries: int = 0  # Leading queries of a document that has no keys.
+    sharpness: float = 1  # Factor of the queries: about a quarter of the largest score.
 
     @property
     def scale(self) -> float:
@@ -39,6 +40,7 @@ class Case:
         *arrays, d_out = (
             jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype) for shape in shapes
         )
+        arrays[:2] = (array * self.sharpness for array in arrays[:2])
         masks: list[Array | None] = [None, None, None]
         if self.num_segments:
             k_ids = np.sort(rng.integers(0, self.num_segments, (B, S)), axis=1).astype(np.int32)
@@ -70,6 +72,9 @@ CASES = (
     Case("offset_one_query", batch=3, queries=1, keys=129, offsets=(0, 64, 128)),
     Case("offset_negative", batch=2, queries=140, keys=140, offsets=(-70, -200)),
     Case("offset_segments", batch=2, queries=100, keys=260, num_segments=3, offsets=(160, 140)),
+    Case("scores_of_hundreds", queries=200, keys=200, sharpness=100),
+    Case("scores_of_a_thousand", queries=70, keys=190, offsets=(120,), sharpness=300),
+    Case("fewer_queries_offset", queries=128, keys=256, num_segments=2, offsets=(128,)),
 )
 
 # Slow on a CPU; the last has V2's number of heads.

@@ -184,12 +184,9 @@ def _forward_kernel(
         # Hidden keys, whose values are 0, are held to begin with.
         for n, ref in enumerate(held_refs):
             ref[...] = jnp.full_like(ref, MASKED if n == 0 else 0)
-        # The scale goes into the queries: the vector unit has no cycle to spare for the scores.
-        rope_TR = (q_rope_ref[0].astype(jnp.float32) * (scale * LOG2E)).astype(q_ref.dtype)
-        rope_RT = rope_TR.T
+        rope_RT = q_rope_ref[0].T
         for h in range(shape.heads):
-            nope_TN = q_nope_ref[0, :, h * NOPE : (h + 1) * NOPE].astype(jnp.float32)
-            q_ref[h, :NOPE] = (nope_TN * (scale * LOG2E)).astype(q_ref.dtype).T
+            q_ref[h, :NOPE] = q_nope_ref[0, :, h * NOPE : (h + 1) * NOPE].T
             q_ref[h, NOPE:] = rope_RT[h * ROPE : (h + 1) * ROPE]
 
     def softmax(h: int, queries: slice, scores_ST: Array, v_VS: Array) -> tuple[Any, ...]:
@@ -257,7 +254,10 @@ def _forward_kernel(
         def scores(h: int, queries: slice, keys: slice) -> Array:
             k_nope_SN = k_nope_ref[0, keys, h * NOPE : (h + 1) * NOPE]
             k_SK = jnp.concatenate([k_nope_SN, k_rope_ref[0, keys]], axis=1)
-            return mask.apply(dot(k_SK, q_ref[h, :, queries]), queries, keys)
+            # The scale is the scores', not the queries': rounding it into these would make an error
+            # that grows with the scores, and that the backward pass does not make.
+            scores_ST = dot(k_SK, q_ref[h, :, queries]) * (scale * LOG2E)
+            return mask.apply(scores_ST, queries, keys)
 
         scored, weighted = take_held()
         for h, queries, keys in mask.tiles(tile, shape.heads):

@@ -22,6 +22,7 @@ class Case:
     num_heads: int = 16
     page_size: int = 64
     extra_pages: int = 1  # Columns of the page table past the longest sequence.
+    sharpness: float = 2  # Size of the queries; the largest score is about five times as large.
     table_pages: int = 0  # Columns of the page table, where it holds only a part of the sequence.
 
     @property
@@ -67,8 +68,8 @@ class Case:
             values, scale = row_scaled(values, pages_dtype)
         pages = LatentPages(values.astype(pages_dtype), jnp.asarray(rope, dtype), scale)
         # Sharp enough that a few keys carry most of the weight, as in a trained model.
-        q_latent = jnp.asarray(2 * rng.normal(size=(B, T, H, C)), dtype)
-        q_rope = jnp.asarray(2 * rng.normal(size=(B, T, H, R)), dtype)
+        q_latent = jnp.asarray(self.sharpness * rng.normal(size=(B, T, H, C)), dtype)
+        q_rope = jnp.asarray(self.sharpness * rng.normal(size=(B, T, H, R)), dtype)
         return q_latent, q_rope, pages, jnp.asarray(table), jnp.asarray(self.lengths, jnp.int32)
 
 
@@ -92,6 +93,7 @@ CASES = (
     Case("long_128_heads", (1500, 2100), num_heads=128),
     # Lengths past a table that is not whole blocks of any implementation.
     Case("past_the_table", (2113, 2112, 2600, 70), table_pages=33),
+    Case("scores_of_hundreds", (300, 70, 5), num_tokens=2, sharpness=60),
     Case("queries_past_the_table", (321, 323, 322, 400), num_tokens=3, table_pages=5),
 )
 

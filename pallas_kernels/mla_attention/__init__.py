@@ -11,6 +11,7 @@ without position, R rotary dims, V dims of a head's values.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -64,7 +65,7 @@ def mla_attention(
         k_nope_BSHN: Keys without position; the dtype of `q_nope_BTHN`.
         k_rope_BSR: Rotary part of the keys, rotated, one for all heads; the dtype of `q_nope_BTHN`.
         v_BSHV: Values; the dtype of `q_nope_BTHN`.
-        scale: Factor on the scores before the softmax.
+        scale: Factor on the scores before the softmax; positive and finite.
         causal: Whether key s is visible to query t only if s <= t + `q_offset_B`.
         q_segment_ids_BT: int32 document of each query; a key is visible only from its own document.
         kv_segment_ids_BS: int32 document of each key; given if and only if `q_segment_ids_BT` is.
@@ -138,8 +139,8 @@ def mla_attention_with_lse(
     inputs = Inputs(q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV)
     masks = Masks(q_segment_ids_BT, kv_segment_ids_BS, q_offset_B)
     _check_arguments(inputs, masks, causal=causal)
-    if not scale > 0:
-        raise ValueError(f"scale: {scale} must be positive")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale: {scale} must be positive and finite")
     reason = supported(
         implementation,
         nope_dim=q_nope_BTHN.shape[3],

@@ -10,10 +10,13 @@ Shape letters: B sequences, T query tokens of each, H heads, C numbers in a late
 key, P pages of a sequence.
 """
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementations import IMPLEMENTATIONS, check_supported, load
+from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.mla_decode.limits import supported
 from pallas_kernels.mla_decode.merge import merge_partial_attention
 from pallas_kernels.mla_decode.pages import LatentPages, append_latents, check_query, pad_rope
@@ -49,12 +52,12 @@ def mla_decode(
             keys are padded with zeros, the queries may be narrower.
         pages: the pool, with the T query tokens already appended.
         page_table_BP: the pages of each sequence, in order: indices into the pool. Entries beyond
-            a sequence's length are ignored but must be in range.
+            a sequence's length are ignored but must be in range. Without columns no key is seen.
         lengths_B: tokens of each sequence, the T query tokens included; 0 for a sequence that is
             not there. Where a sequence is spread over several pools, pass its length minus the
             position of this pool's first token. That may be negative or past the table's end: only
             keys of this pool are seen.
-        scale: factor of the scores, before the softmax.
+        scale: factor of the scores, before the softmax; positive and finite.
         implementation: one of IMPLEMENTATIONS.
 
     Returns:
@@ -67,8 +70,8 @@ def mla_decode(
             take (see `supported`).
     """
     check_query(q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B)
-    if not scale > 0:
-        raise ValueError(f"scale: {scale} must be positive")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale: {scale} must be positive and finite")
     _, num_tokens, num_heads, kv_rank = q_latent_BTHC.shape
     reason = supported(
         implementation,
@@ -83,6 +86,12 @@ def mla_decode(
         rope_dtype=pages.rope.dtype,
     )
     check_supported(implementation, reason)
+    if page_table_BP.shape[1] == 0:
+        nothing = (
+            jnp.zeros_like(q_latent_BTHC),
+            jnp.full(q_latent_BTHC.shape[:3], -jnp.inf, jnp.float32),
+        )
+        return vary_like(nothing, (q_latent_BTHC, q_rope_BTHR, pages, page_table_BP, lengths_B))
     return load(__name__, implementation).decode(
         q_latent_BTHC,
         pad_rope(q_rope_BTHR, pages),

@@ -66,6 +66,7 @@ class Case:
         values, scale = jnp.asarray(latent), None
         if pages_dtype.itemsize == 1:
             values, scale = row_scaled(values, pages_dtype)
+            scale = jnp.where(used, scale, unused * scale)
         pages = LatentPages(values.astype(pages_dtype), jnp.asarray(rope, dtype), scale)
         # Sharp enough that a few keys carry most of the weight, as in a trained model.
         q_latent = jnp.asarray(self.sharpness * rng.normal(size=(B, T, H, C)), dtype)

@@ -25,8 +25,9 @@ class LatentPages:
         rope: [num_pages, page_size, R], the shared rotary keys after rotation, never quantised. The
             pool may be as wide as whole lanes of 128, with zeros after the keys: a TPU's memory
             holds these in any case, and XLA would copy a narrower pool before each decode.
-        scale: [num_pages, page_size] float32, a token's factor of its quantised latent; None for
-            latents that are not quantised.
+        scale: [num_pages, page_size] float32, a token's factor of its quantised latent: any finite
+            number, 0 and negative ones too; None for latents that are not quantised. In a slot that
+            holds no token it may be anything, NaN too, as the latent and the rotary key may.
     """
 
     # Any: a pytree's leaves may also be shapes, shardings or None while jax transforms it.
@@ -93,7 +94,10 @@ def append_latents(
 ) -> LatentPages:
     """Writes new tokens into their sequences' pages.
 
-    Token t < num_tokens[b] of sequence b goes to position start[b] + t; the others write nothing.
+    Token t < num_tokens[b] of sequence b goes to position start[b] + t; the others write nothing,
+    nor do those whose position is negative or past the end of the page table: where a sequence is
+    spread over several pools, each takes its own tokens, with `start_B` counted from the position
+    of its first one.
     The pool is updated in place when it is donated to the jitted caller or carried in a loop. A
     quantised pool gets the latents rounded by `row_scaled`.
 
@@ -121,12 +125,16 @@ def append_latents(
     _check_lengths("start_B", start_B, batch_size)
     _check_lengths("num_tokens_B", num_tokens_B, batch_size)
 
+    columns = page_table_BP.shape[1]
+    if columns == 0:
+        return pages
     position_BT = start_B[:, None] + jnp.arange(num_tokens)
     page_BT = jnp.take_along_axis(
         page_table_BP, position_BT // pages.page_size, axis=1, mode="clip"
     )
     # A page past the pool is dropped by the scatter: that is how a token is not written.
     written_BT = jnp.arange(num_tokens) < num_tokens_B[:, None]
+    written_BT &= (position_BT >= 0) & (position_BT < columns * pages.page_size)
     page_BT = jnp.where(written_BT, page_BT, pages.num_pages)
     slot_BT = position_BT % pages.page_size
 
@@ -155,6 +163,8 @@ def check_pages(pages: LatentPages) -> None:
     latent, rope, scale = pages.latent, pages.rope, pages.scale
     if latent.ndim != 3:
         raise ValueError(f"pages.latent: shape {latent.shape} must be [page, token, rank]")
+    if 0 in latent.shape:
+        raise ValueError(f"pages.latent: shape {latent.shape} must not be empty")
     quantised = is_quantised(latent.dtype)
     if not quantised and not jnp.issubdtype(latent.dtype, jnp.floating):
         raise ValueError(

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.mla_decode import (
+    IMPLEMENTATIONS,
     LatentPages,
     append_latents,
     merge_partial_attention,
@@ -75,6 +76,40 @@ def test_what_is_not_cached_may_be_nan():
         compare_decode(case, clean, run(case, poisoned, implementation), 1e-5)
 
 
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_a_scale_may_be_zero_or_negative_and_unused_ones_anything(implementation):
+    """The latent's sign turns with its scale's; NaN in a slot without a token reaches nothing."""
+    case = Case("scales", (70, 0, 3), num_tokens=2)
+    arguments = list(case.draw(seed=6, dims=(32, 16), pages_dtype=jnp.int8))
+    pages, table, lengths = arguments[2:]
+    scale, used = np.array(pages.scale), np.zeros(pages.scale.shape, bool)
+    scale[:, ::3] *= -1
+    scale[:, ::4] = 0
+    for b, length in enumerate(np.asarray(lengths)):
+        for position in range(length):
+            used[table[b, position // 64], position % 64] = True
+    arguments[2] = dataclasses.replace(pages, scale=jnp.asarray(scale))
+    poisoned = dataclasses.replace(pages, scale=jnp.asarray(np.where(used, scale, np.nan)))
+    results = run(case, (*arguments[:2], poisoned, table, lengths), implementation)
+    compare_decode(case, arguments, results, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_table_of_no_columns_holds_no_key(implementation):
+    """As of a shard of the pages that none of a sequence's are on; no kernel is started."""
+    arguments = list(Case("none", (70, 0)).draw(seed=6, dtype=jnp.bfloat16))
+    arguments[3] = arguments[3][:, :0]
+    case = Case("none", (70, 0))
+    out, lse = run(case, arguments, implementation)
+    assert out.dtype == jnp.bfloat16
+    assert not out.any()
+    assert np.isneginf(lse).all()
+    pages, table, zero = arguments[2], arguments[3], jnp.zeros(2, jnp.int32)
+    new = jnp.ones((2, 1, 512), jnp.bfloat16), jnp.ones((2, 1, 64), jnp.bfloat16)
+    same = append_latents(pages, *new, table, zero, zero + 1)
+    jax.tree.map(np.testing.assert_array_equal, same, pages)
+
+
 @pytest.mark.parametrize("bits", ["int8", "float8_e4m3fn"])
 def test_row_scaled(bits):
     latent = np.random.default_rng(7).normal(size=(3, 5, 64)).astype(np.float32)
@@ -122,6 +157,19 @@ def test_append_writes_its_tokens_and_nothing_else(dtype):
             if scale is not None:
                 want.scale[page, slot] = scale[b, t]
     got = jax.jit(append_latents)(pages, latent, rope, table, start, count)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_append_writes_nothing_outside_of_its_table():
+    """Past the table's end, and before its start where another pool has a sequence's beginning."""
+    pages = pool(jnp.float32)
+    latent, rope = jnp.ones((3, 5, 8)), jnp.ones((3, 5, 6))
+    table = jnp.array([[3, 7], [0, 11], [2, 5]], jnp.int32)
+    start, count = jnp.array([6, -3, 2**31 - 3]), jnp.array([5, 5, 2])
+    got = jax.jit(append_latents)(pages, latent, rope, table, start, count)
+    want = jax.tree.map(np.array, pages)
+    for page, slots in ((7, [2, 3]), (0, [0, 1])):
+        want.latent[page, slots], want.rope[page, slots] = 1, 1
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -276,6 +324,7 @@ def replace(arguments, index, change):
         (1, lambda q: q[:, :, :2], "q_rope_BTHR: shape"),
         (1, lambda q: q.astype(jnp.bfloat16), "q_rope_BTHR: dtype bfloat16"),
         (2, lambda p: dataclasses.replace(p, latent=p.latent[0]), "pages.latent: shape"),
+        (2, lambda p: dataclasses.replace(p, latent=p.latent[:0]), "pages.latent: .* not be empty"),
         (2, lambda p: dataclasses.replace(p, rope=p.rope[:, :3]), "pages.rope: shape"),
         (2, lambda p: dataclasses.replace(p, rope=p.rope.astype(FLOAT8)), "pages.rope: dtype"),
         (
@@ -300,6 +349,13 @@ def test_errors_name_the_argument(index, change, message):
     arguments = Case("bad", (20, 3), num_heads=4, page_size=16).draw(seed=15, dims=(16, 8))
     with pytest.raises(ValueError, match=message):
         mla_decode(*replace(arguments, index, change), scale=1.0, implementation="xla")
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.inf, np.nan])
+def test_scale_must_be_positive_and_finite(scale):
+    arguments = Case("bad", (20,), num_heads=4).draw(seed=16, dims=(16, 8))
+    with pytest.raises(ValueError, match="scale: .* must be positive and finite"):
+        mla_decode(*arguments, scale=scale, implementation="xla")
 
 
 def test_unknown_implementation():

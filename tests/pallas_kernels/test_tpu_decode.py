@@ -55,8 +55,11 @@ def test_tiles_of_the_table(case):
 def test_what_is_not_cached_may_be_nan():
     """Slots after the end of a sequence and pages that are not its own never reach the output."""
     case = Case("nan", (70, 0, 3), num_tokens=2)
-    clean, poisoned = (case.draw(seed=4, unused=by) for by in (1, np.nan))
-    compare_decode(case, clean, simulate(case, poisoned, tiles.TPU), 1e-5)
+    for dtype in (jnp.float32, jnp.float8_e4m3fn):
+        clean, poisoned = (
+            case.draw(seed=4, dims=(128, 64), pages_dtype=dtype, unused=by) for by in (1, np.nan)
+        )
+        compare_decode(case, clean, simulate(case, poisoned, tiles.TPU), 1e-5)
 
 
 def test_rope_padded_to_the_lanes():

@@ -20,6 +20,8 @@ from dsjax.layers.moe import Dropping, ExpertWeights, MoE, RouterStats
 from dsjax.layers.norm import RMSNorm
 from dsjax.layers.options import LayerOptions
 from dsjax.mesh import ShardingRules, check_divisible
+from pallas_kernels.grouped_matmul import PRODUCT_NAME
+from pallas_kernels.mla_attention import LSE_NAME, OUT_NAME
 
 
 class Block(nnx.Module):
@@ -250,6 +252,10 @@ def _stack(
     return create(rngs.split(count))
 
 
+# What attention's backward kernel needs of the forward one.
+_ATTENTION_NAMES = (OUT_NAME, LSE_NAME)
+
+
 def _with_remat(run: Any, policy: str) -> Any:
     policies = jax.checkpoint_policies
     match policy:
@@ -257,10 +263,12 @@ def _with_remat(run: Any, policy: str) -> Any:
             return run
         case "full":
             return jax.checkpoint(run)
-        case "save_dots":
-            return jax.checkpoint(run, policy=policies.dots_with_no_batch_dims_saveable)
+        case "save_dots":  # kernels multiply too, where the policy sees no dot
+            products = policies.save_only_these_names(*_ATTENTION_NAMES, PRODUCT_NAME)
+            dots = policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint(run, policy=policies.save_from_both_policies(dots, products))
         case "save_attention":
-            return jax.checkpoint(run, policy=policies.save_only_these_names("attention"))
+            return jax.checkpoint(run, policy=policies.save_only_these_names(*_ATTENTION_NAMES))
     raise ValueError(f"runtime.remat={policy!r}: no such policy")
 
 

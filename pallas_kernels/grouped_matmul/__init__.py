@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from pallas_kernels.grouped_matmul.limits import STACKS_IN_PLACE, supported
@@ -25,6 +26,7 @@ from pallas_kernels.quantised import BlockScaledWeights, block_scaled, dequantis
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "PRODUCT_NAME",
     "STACKS_IN_PLACE",
     "BlockScaledWeights",
     "LayerOfStack",
@@ -36,6 +38,9 @@ __all__ = [
 ]
 
 Weights = Array | BlockScaledWeights | LayerOfStack
+
+# For policies of jax.checkpoint: saving what is named so spares the backward pass a second product.
+PRODUCT_NAME = "grouped_matmul_product"
 
 
 def grouped_matmul(
@@ -218,7 +223,8 @@ def _matmul(
 
 def _matmul_fwd(implementation: str, transpose_rhs: bool, *arrays: Any) -> tuple[Array, Arrays]:
     _refuse_gradient("rhs_GKN", arrays[1])
-    return _matmul(implementation, transpose_rhs, *arrays), arrays
+    out_MN = checkpoint_name(_matmul(implementation, transpose_rhs, *arrays), PRODUCT_NAME)
+    return out_MN, arrays
 
 
 def _matmul_bwd(
@@ -262,9 +268,10 @@ def _swiglu_fwd(
     _refuse_gradient("gate_GKN", gate_GKN)
     _refuse_gradient("up_GKN", up_GKN)
     # The backward pass needs both products, so they are kept rather than made again there.
-    hidden_MN, gate_MN, up_MN = load(__name__, implementation).row_products(
+    products = load(__name__, implementation).row_products(
         (lhs_MK,), (gate_GKN, up_GKN), *groups, activation=True, keep_products=True
     )
+    hidden_MN, gate_MN, up_MN = (checkpoint_name(array, PRODUCT_NAME) for array in products)
     return hidden_MN, (lhs_MK, gate_GKN, up_GKN, gate_MN, up_MN, *groups)
 
 

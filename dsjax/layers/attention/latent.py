@@ -104,8 +104,7 @@ class MLA(nnx.Module):
             attend, in_dims=(_HEADS, _HEADS, _HEADS, shared, _HEADS, ids), out_dims=_HEADS
         )
         out_BTHV = run(q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHV, segment_ids_BT)
-        # Named, so that the "save_attention" remat policy keeps it.
-        return self._output(jax.ad_checkpoint.checkpoint_name(out_BTHV, "attention"))
+        return self._output(out_BTHV)
 
     def extend(
         self, x_BTD: jax.Array, pool: LatentPool, view: View, layer: jax.Array

@@ -35,7 +35,7 @@ class Kernels:
         router: of the experts' affinities; see `KernelConfig`, as for the next three.
         expert_exchange: how tokens move between devices that divide the experts.
         exchange_chunks: parts of a device's tokens that are exchanged one by one.
-        exchange_room: room of a pass over a device's experts, over an even share.
+        exchange_room: room of a pass over a device's experts, over the mean of what they get.
         pass_step: room of a pass comes in multiples of so many tokens or rows.
         expanded_keys: keys of a cached prefix, of each sequence, that are expanded at a time.
     """
@@ -48,7 +48,7 @@ class Kernels:
     router: str = "float32"
     expert_exchange: str = "fixed"
     exchange_chunks: int = 1
-    exchange_room: float = 1.5
+    exchange_room: float = 1.25
     pass_step: int = 128
     expanded_keys: int = 1024
 

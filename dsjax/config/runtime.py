@@ -28,8 +28,9 @@ class KernelConfig:
             and "ragged_parts" (GPUs) send what there is, "fixed" as much as there might be.
         exchange_chunks: parts of a device's tokens that are exchanged one by one, so that one is
             computed while the next is under way.
-        exchange_room: tokens that one pass over a device's experts has room for, over an even
-            share of them. Where there are more, it takes more passes.
+        exchange_room: what a device has room to receive in one pass of an exchange, and rows that
+            one pass over its experts has room for, over the mean. Where there is more, all devices
+            take more passes; nothing is lost.
     """
 
     mla_attention: Implementation = "auto"
@@ -38,7 +39,7 @@ class KernelConfig:
     router: Literal["auto", "float32", "bfloat16_terms"] = "auto"
     expert_exchange: Literal["auto", "fixed", "ragged", "ragged_parts"] = "auto"
     exchange_chunks: int = 1
-    exchange_room: float = 1.5
+    exchange_room: float = 1.25
 
     def __post_init__(self) -> None:
         require_positive(

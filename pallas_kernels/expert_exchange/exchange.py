@@ -18,12 +18,12 @@ from pallas_kernels.expert_exchange.transport import exchange_rows
 
 def _out(rows_S: Array, plan: ExchangePlan) -> Array:
     """Moves sent rows [S, ...] to where they are received [R, ...]."""
-    num_tokens, num_shards = plan.row_NF.shape[0], plan.sizes_PQ.shape[0]
     return exchange_rows(
         rows_S,
         plan.sizes_PQ,
-        num_rows=num_shards * num_tokens,
-        max_size=num_tokens,
+        send_starts_PQ=plan.starts_PQ,
+        num_rows=plan.room,
+        max_size=_max_size(plan),
         axis_name=plan.axis_name,
         transport=plan.transport,
         pieces=plan.pieces,
@@ -35,12 +35,18 @@ def _back(rows_R: Array, plan: ExchangePlan) -> Array:
     return exchange_rows(
         rows_R,
         plan.sizes_PQ.T,
+        receive_starts_PQ=plan.starts_PQ.T,
         num_rows=plan.token_S.shape[0],
-        max_size=plan.row_NF.shape[0],
+        max_size=_max_size(plan),
         axis_name=plan.axis_name,
         transport=plan.transport,
         pieces=plan.pieces,
     )
+
+
+def _max_size(plan: ExchangePlan) -> int:
+    """A bound on the rows that one shard sends to another."""
+    return min(plan.row_NF.shape[0], plan.room)
 
 
 def _sum_of_rows(rows_S: Array, plan: ExchangePlan) -> Array:
@@ -60,11 +66,10 @@ def send_tokens(x_ND: Float[Array, "N D"], plan: ExchangePlan) -> Float[Array, "
 
     Args:
         x_ND: this shard's tokens.
-        plan: from `plan_exchange`.
+        plan: from `plan_exchange`, or one of its passes.
 
     Returns:
-        The tokens received, in x_ND's dtype, `plan.num_received` of them, then zeros; R has
-        room for every token of every shard.
+        The tokens received, in x_ND's dtype, `plan.num_received` of them, then zeros.
     """
     return _out(x_ND[plan.token_S], plan)
 
@@ -89,7 +94,7 @@ def return_tokens(rows_RD: Float[Array, "R D"], plan: ExchangePlan) -> Float[Arr
         plan: the one they came by.
 
     Returns:
-        This shard's tokens, in rows_RD's dtype.
+        This shard's tokens, in rows_RD's dtype; 0 for what the plan, if of one pass, left behind.
     """
     return _sum_of_rows(_back(rows_RD, plan), plan).astype(rows_RD.dtype)
 

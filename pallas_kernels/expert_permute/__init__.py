@@ -19,7 +19,7 @@ from jax import Array
 from jaxtyping import Float
 
 from pallas_kernels.expert_permute.limits import IMPLEMENTATIONS, supported
-from pallas_kernels.expert_permute.order import ExpertOrder, sort_by_expert
+from pallas_kernels.expert_permute.order import ExpertOrder, sort_by_expert, take_rows
 from pallas_kernels.implementations import check_supported, load
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "gather_rows",
     "sort_by_expert",
     "supported",
+    "take_rows",
 ]
 
 

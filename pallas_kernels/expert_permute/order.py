@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 
@@ -45,4 +46,18 @@ def sort_by_expert(
         group_sizes_E=jnp.sum(
             flat_M == jnp.arange(num_experts, dtype=flat_M.dtype)[:, None], axis=1, dtype=jnp.int32
         ),
+    )
+
+
+def take_rows(order: ExpertOrder, first: Int[Array, ""] | int, num_rows: int) -> ExpertOrder:
+    """Cuts out `num_rows` rows from `first` on, as an order of those alone."""
+    token_M = jnp.pad(order.token_M, (0, num_rows))
+    row_NK = order.row_NK - first
+    ends_E = jnp.cumsum(order.group_sizes_E)
+    starts_E = ends_E - order.group_sizes_E
+    return ExpertOrder(
+        token_M=lax.dynamic_slice_in_dim(token_M, first, num_rows),
+        row_NK=jnp.where((row_NK >= 0) & (row_NK < num_rows), row_NK, num_rows),
+        group_sizes_E=jnp.clip(ends_E - first, 0, num_rows)
+        - jnp.clip(starts_E - first, 0, num_rows),
     )

@@ -94,7 +94,9 @@ class Tickets:
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.RefType(),),
-            return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
+            return_type=plgpu.ShapeDtypeStruct(
+                (), jnp.dtype("int32"), layout=plgpu.Layout.WG_SPLAT
+            ),
         )
         def draw(_, counter):  # type: ignore[no-untyped-def]
             i32 = ir.IntegerType.get_signless(32)

@@ -1,7 +1,8 @@
 """DeepSeekMoE: routed experts beside the shared ones (§2.2).
 
 `router` chooses each token's experts, `dispatch` brings tokens to the devices of their experts and
-back, `experts` computes those of one device, `balance` keeps them evenly loaded; `layer` is all.
+back, `experts` computes those of one device, `passes` adds up what there is not room for at once,
+`balance` keeps them evenly loaded; `layer` is all.
 """
 
 from dsjax.layers.moe.balance import Dropping

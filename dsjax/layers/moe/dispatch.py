@@ -8,7 +8,7 @@ tokens between devices that have different ones, as in training.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import jax
@@ -16,14 +16,34 @@ import jax.numpy as jnp
 
 from dsjax.config import MoEConfig
 from dsjax.kernels import Kernels
-from dsjax.layers.moe.experts import PassSize
 from pallas_kernels.expert_exchange import (
     ExchangePlan,
+    most_assignments,
     plan_exchange,
     return_tokens,
     send_choices,
     send_tokens,
 )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routes:
+    """Where a device's tokens go, in how many passes.
+
+    Attributes:
+        experts_NK: int32 experts, counted as `send` needs them.
+        num_passes: int32, the same on all devices that exchange tokens; None for one.
+        exchange: plan of the exchange in all passes, or None.
+        windows: int32, windows of rows that each pass of the exchange is cut into, or None for one.
+        num_rows: rows that a pass has room for, each an expert of a token.
+    """
+
+    experts_NK: jax.Array
+    num_passes: jax.Array | None = None
+    exchange: ExchangePlan | None = None
+    windows: jax.Array | None = None
+    num_rows: int = field(default=0, metadata={"static": True})
 
 
 class Sent(NamedTuple):
@@ -33,17 +53,15 @@ class Sent(NamedTuple):
         x_RD: the tokens, compute dtype.
         experts_RK: int32 experts of this device; their number for one that is elsewhere.
         gates_RK: float32.
-        num_tokens: how many of the R tokens are real; they come first.
-        size: room of a pass over the experts.
-        plan: of the exchange that brought them, or None.
+        first_row: int32, the first row of the pass among those of the R tokens, sorted by expert.
+        exchange: plan of the pass of the exchange that brought them, or None.
     """
 
     x_RD: jax.Array
     experts_RK: jax.Array
     gates_RK: jax.Array
-    num_tokens: jax.Array | int
-    size: PassSize
-    plan: ExchangePlan | None = None
+    first_row: jax.Array | int
+    exchange: ExchangePlan | None = None
 
 
 class Dispatch(Protocol):
@@ -65,13 +83,24 @@ class Dispatch(Protocol):
     @property
     def num_chunks(self) -> int: ...
 
-    def send(self, x_ND: jax.Array, gates_NK: jax.Array, indices_NK: jax.Array) -> Sent:
-        """Brings tokens to the devices of their experts.
+    def plan(self, indices_NK: jax.Array) -> Routes:
+        """Says where tokens go.
 
         Args:
+            indices_NK: int32 experts, counted over all devices; their number for none.
+        """
+        ...
+
+    def send(
+        self, routes: Routes, index: jax.Array | int, x_ND: jax.Array, gates_NK: jax.Array
+    ) -> Sent:
+        """Brings the tokens of one pass to the devices of their experts.
+
+        Args:
+            routes: where they go.
+            index: int32, the pass.
             x_ND: this device's tokens, compute dtype.
             gates_NK: float32.
-            indices_NK: int32 experts, counted over all devices; their number for none.
         """
         ...
 
@@ -92,11 +121,15 @@ class OneDevice:
     waits: bool = False
     num_chunks: int = 1
 
-    def send(self, x_ND: jax.Array, gates_NK: jax.Array, indices_NK: jax.Array) -> Sent:
+    def plan(self, indices_NK: jax.Array) -> Routes:
+        """One pass has room for all."""
+        return Routes(indices_NK, num_rows=indices_NK.size)
+
+    def send(
+        self, routes: Routes, index: jax.Array | int, x_ND: jax.Array, gates_NK: jax.Array
+    ) -> Sent:
         """Returns the tokens as they are."""
-        num_tokens, top_k = indices_NK.shape
-        size = PassSize(num_tokens, num_tokens * top_k)
-        return Sent(x_ND, indices_NK, gates_NK, num_tokens, size)
+        return Sent(x_ND, routes.experts_NK, gates_NK, index * routes.num_rows)
 
     def combine(self, out_RD: jax.Array, sent: Sent) -> jax.Array:
         """Returns the results as they are."""
@@ -118,16 +151,23 @@ class EverywhereAlready:
     waits: bool = False
     num_chunks: int = 1
 
-    def send(self, x_ND: jax.Array, gates_NK: jax.Array, indices_NK: jax.Array) -> Sent:
+    def plan(self, indices_NK: jax.Array) -> Routes:
         """Leaves out the experts of other devices."""
         num_tokens, top_k = indices_NK.shape
         num_local = self.config.num_experts // self.num_shards
-        indices_NK = indices_NK - jax.lax.axis_index("expert") * num_local
-        here_NK = (indices_NK >= 0) & (indices_NK < num_local)
-        indices_NK = jnp.where(here_NK, indices_NK, num_local)
-        gates_NK = jnp.where(here_NK, gates_NK, 0)
-        rows = _with_room(num_tokens * top_k / self.num_shards, self.kernels)
-        return Sent(x_ND, indices_NK, gates_NK, num_tokens, PassSize(num_tokens, rows))
+        experts_NK = indices_NK - jax.lax.axis_index("expert") * num_local
+        here_NK = (experts_NK >= 0) & (experts_NK < num_local)
+        experts_NK = jnp.where(here_NK, experts_NK, num_local)
+        most = num_tokens * min(top_k, num_local)
+        num_rows = min(_with_room(num_tokens * top_k / self.num_shards, self.kernels), most)
+        num_passes = None if num_rows == most else -(-jnp.sum(here_NK) // num_rows)
+        return Routes(experts_NK, num_passes, num_rows=num_rows)
+
+    def send(
+        self, routes: Routes, index: jax.Array | int, x_ND: jax.Array, gates_NK: jax.Array
+    ) -> Sent:
+        """Returns the tokens as they are."""
+        return Sent(x_ND, routes.experts_NK, gates_NK, index * routes.num_rows)
 
     def combine(self, out_RD: jax.Array, sent: Sent) -> jax.Array:
         """Returns this device's part of the sum."""
@@ -140,7 +180,12 @@ class EverywhereAlready:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Devices have different tokens and different experts: tokens are sent, once to each device."""
+    """Devices have different tokens and different experts: tokens are sent, once to each device.
+
+    A device has room for `exchange_room` times the mean of what devices receive. Where one receives
+    more, all take more passes: of the exchange, and, where the tokens of one of its passes have
+    more experts than there is room for, of windows of their rows, for which they are sent again.
+    """
 
     config: MoEConfig
     kernels: Kernels
@@ -153,29 +198,46 @@ class Exchange:
         """Parts of a device's tokens that are sent one by one."""
         return self.kernels.exchange_chunks
 
-    def send(self, x_ND: jax.Array, gates_NK: jax.Array, indices_NK: jax.Array) -> Sent:
+    def plan(self, indices_NK: jax.Array) -> Routes:
         """Sends each token to every device that has any of its experts."""
         config, num_shards = self.config, self.num_shards
-        plan = plan_exchange(
+        num_tokens, top_k = indices_NK.shape
+        room = exchange_room(config, self.kernels, num_shards, num_tokens)
+        most = room * min(top_k, config.num_experts // num_shards)
+        num_rows = min(_with_room(num_tokens * top_k, self.kernels), most)
+        exchange = plan_exchange(
             indices_NK,
             num_experts=config.num_experts,
             max_shards=max_shards(config, num_shards),
             axis_name="expert",
             transport=self.kernels.expert_exchange,
+            room=room,
         )
-        rows_RD = send_tokens(x_ND, plan)
-        experts_RK, gates_RK = send_choices(indices_NK, gates_NK, plan)
-        num_tokens, top_k = indices_NK.shape
-        size = PassSize(
-            tokens=_with_room(num_tokens * _mean_shards(config, num_shards), self.kernels),
-            rows=_with_room(num_tokens * top_k, self.kernels),
-        )
-        return Sent(rows_RD, experts_RK, gates_RK, plan.num_received, size, plan)
+        num_passes = None if room == num_tokens * num_shards else exchange.num_passes
+        windows = None
+        if num_rows < most:
+            windows = jnp.maximum(-(-most_assignments(indices_NK, exchange) // num_rows), 1)
+            num_passes = windows if num_passes is None else num_passes * windows
+        return Routes(indices_NK, num_passes, exchange, windows, num_rows)
+
+    def send(
+        self, routes: Routes, index: jax.Array | int, x_ND: jax.Array, gates_NK: jax.Array
+    ) -> Sent:
+        """Sends the tokens of a pass, with their experts and gates beside them."""
+        assert routes.exchange is not None
+        window: jax.Array | int = 0
+        if routes.windows is not None:
+            index, window = index // routes.windows, index % routes.windows
+        whole = routes.num_passes is None
+        exchange = routes.exchange if whole else routes.exchange.of_pass(index)
+        rows_RD = send_tokens(x_ND, exchange)
+        experts_RK, gates_RK = send_choices(routes.experts_NK, gates_NK, exchange)
+        return Sent(rows_RD, experts_RK, gates_RK, window * routes.num_rows, exchange)
 
     def combine(self, out_RD: jax.Array, sent: Sent) -> jax.Array:
         """Sends results back, and sums each token's."""
-        assert sent.plan is not None
-        return return_tokens(out_RD, sent.plan)
+        assert sent.exchange is not None
+        return return_tokens(out_RD, sent.exchange)
 
     def own(self, shared_ND: jax.Array) -> jax.Array:
         """Returns all of it; the barrier keeps the product out of the sum of what returns."""
@@ -198,6 +260,19 @@ def choose_dispatch(
     if tokens_divided:
         return Exchange(config, kernels, num_shards)
     return EverywhereAlready(config, kernels, num_shards)
+
+
+def exchange_room(config: MoEConfig, kernels: Kernels, num_shards: int, num_tokens: int) -> int:
+    """Returns the tokens that a device has room to receive in one pass of an exchange.
+
+    Args:
+        config: how tokens are routed.
+        kernels: how much room there is, over the mean.
+        num_shards: devices that divide the experts.
+        num_tokens: tokens that each of them sends.
+    """
+    mean = num_tokens * _mean_shards(config, num_shards)
+    return min(_with_room(mean, kernels), num_tokens * num_shards)
 
 
 def max_shards(config: MoEConfig, num_shards: int) -> int:

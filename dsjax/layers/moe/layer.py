@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from dsjax.kernels import Kernels
 from dsjax.layers.linear import Linear
 from dsjax.layers.mlp import MLP
 from dsjax.layers.moe.balance import Dropping
-from dsjax.layers.moe.dispatch import Dispatch, choose_dispatch
-from dsjax.layers.moe.experts import ExpertWeights, apply_local_experts
+from dsjax.layers.moe.dispatch import Dispatch, Routes, Sent, choose_dispatch
+from dsjax.layers.moe.experts import ExpertWeights, apply_experts_to_rows
+from dsjax.layers.moe.passes import sum_passes
 from dsjax.layers.moe.router import Router, RouterStats, Routing
 from dsjax.layers.options import LayerOptions
 
@@ -172,27 +173,40 @@ def _one_chunk(
     dispatch: Dispatch,
     kernels: Kernels,
 ) -> jax.Array:
+    """Sums a chunk of tokens' experts, in as many passes as it takes."""
+    routes = dispatch.plan(indices_NK)
+    first = functools.partial(_first_pass, dispatch=dispatch, kernels=kernels)
+    later = functools.partial(_later_pass, dispatch=dispatch, kernels=kernels)
+    values = _Values(x_ND, gates_NK, experts, shared)
+    return sum_passes(first, later, routes.num_passes, routes, values)
+
+
+class _Values(NamedTuple):
+    """What a pass computes with, and what has gradients."""
+
+    x_ND: jax.Array
+    gates_NK: jax.Array
+    experts: ExpertWeights
+    shared: ExpertWeights | None
+
+
+def _first_pass(
+    routes: Routes, values: _Values, *, dispatch: Dispatch, kernels: Kernels
+) -> jax.Array:
     """Sends tokens to their experts and sums what comes back, the shared experts beside it.
 
     The shared experts wait for no exchange. Barriers hold their two halves where a compiler that
     runs exchanges beside products can hide one exchange by each: hidden rows before what was
     received is sorted, the products with `down` after the experts.
     """
-    sent = dispatch.send(x_ND, gates_NK, indices_NK)
+    x_ND, gates_NK, experts, shared = values
+    sent = dispatch.send(routes, 0, x_ND, gates_NK)
     hidden_NF = None
     if shared is not None and dispatch.waits:
         hidden_NF = _hidden(x_ND, shared)
         experts_RK, hidden_NF = jax.lax.optimization_barrier((sent.experts_RK, hidden_NF))
         sent = sent._replace(experts_RK=experts_RK)
-    out_RD = apply_local_experts(
-        sent.x_RD,
-        sent.experts_RK,
-        sent.gates_RK,
-        sent.num_tokens,
-        experts,
-        sent.size,
-        kernels,
-    )
+    out_RD = _apply(sent, experts, routes, kernels)
     if shared is None:
         return dispatch.combine(out_RD, sent)
     if hidden_NF is None:
@@ -201,6 +215,26 @@ def _one_chunk(
         out_RD, hidden_NF = jax.lax.optimization_barrier((out_RD, hidden_NF))
     shared_ND = dispatch.own(hidden_NF @ shared.down)
     return dispatch.combine(out_RD, sent) + shared_ND
+
+
+def _later_pass(
+    index: jax.Array, routes: Routes, values: _Values, *, dispatch: Dispatch, kernels: Kernels
+) -> jax.Array:
+    """Sends what the passes before had no room for."""
+    sent = dispatch.send(routes, index, values.x_ND, values.gates_NK)
+    return dispatch.combine(_apply(sent, values.experts, routes, kernels), sent)
+
+
+def _apply(sent: Sent, experts: ExpertWeights, routes: Routes, kernels: Kernels) -> jax.Array:
+    return apply_experts_to_rows(
+        sent.x_RD,
+        sent.experts_RK,
+        sent.gates_RK,
+        experts,
+        sent.first_row,
+        routes.num_rows,
+        kernels,
+    )
 
 
 def _hidden(x_ND: jax.Array, shared: ExpertWeights) -> jax.Array:

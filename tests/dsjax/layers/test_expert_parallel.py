@@ -10,9 +10,10 @@ import pytest
 from dsjax.config import MeshConfig, MoEConfig
 from dsjax.configs.models import deepseek_v2, deepseek_v2_lite
 from dsjax.kernels import Kernels
-from dsjax.layers.moe.dispatch import max_shards
-from dsjax.layers.moe.experts import ExpertWeights, PassSize, apply_local_experts
+from dsjax.layers.moe.dispatch import exchange_room, max_shards
+from dsjax.layers.moe.experts import ExpertWeights, apply_experts_to_rows
 from dsjax.layers.moe.layer import apply_experts
+from dsjax.layers.moe.passes import sum_passes
 from dsjax.layers.moe.router import Routing, choose_experts
 from dsjax.layers.options import LayerOptions
 from dsjax.mesh import ShardingRules, inference_rules, make_mesh, train_rules
@@ -40,37 +41,41 @@ def draw_choices(rng, share_here, num_tokens=TOKENS):
     return experts.astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def run_passes(arguments, experts_NK, num_tokens, probe_ND, size):
-    def run(x_ND, gates_NK, *weights):
-        return apply_local_experts(
-            x_ND, experts_NK, gates_NK, num_tokens, ExpertWeights(*weights), size, Kernels()
+@functools.partial(jax.jit, static_argnames="num_rows")
+def run_passes(arguments, experts_NK, probe_ND, num_rows):
+    """All passes over windows of `num_rows` rows; one over all of them where there is room."""
+
+    def window(index, experts_NK, values):
+        x_ND, gates_NK, weights = values
+        first = index * num_rows
+        return apply_experts_to_rows(
+            x_ND, experts_NK, gates_NK, weights, first, num_rows, Kernels()
         )
+
+    def run(x_ND, gates_NK, *weights):
+        values = (x_ND, gates_NK, ExpertWeights(*weights))
+        passes = None
+        if num_rows < TOKENS * TOP_K:
+            passes = -(-jnp.sum(experts_NK < EXPERTS) // num_rows)
+        first = functools.partial(window, 0)
+        return sum_passes(first, window, passes, experts_NK, values)
 
     out_ND, pull = jax.vjp(run, *arguments)
     return out_ND, pull(probe_ND)
 
 
-# Two tokens a pass; one token's rows a pass; both bind; a window that ends behind the arrays.
-@pytest.mark.parametrize("size", [(2, 99), (99, 3), (7, 9), (10, 99)])
-def test_passes_of_any_size_give_one_result(size, rng):
-    whole = PassSize(TOKENS, TOKENS * TOP_K)
+# A row a pass; fewer than a token has; windows that end within the rows, and behind them.
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 50])
+def test_passes_of_any_size_give_one_result(num_rows, rng):
     for share_here, num_tokens in ((0.5, TOKENS), (1.0, 17), (0.1, TOKENS), (0.0, TOKENS)):
         arguments = draw_layer(rng, TOKENS, EXPERTS)
         experts = draw_choices(rng, share_here, num_tokens)
         probe = jnp.asarray(rng.standard_normal((TOKENS, WIDTH)), jnp.float32)
-        want = run_passes(arguments, experts, num_tokens, probe, whole)
-        got = run_passes(arguments, experts, num_tokens, probe, PassSize(*size))
+        want = run_passes(arguments, experts, probe, TOKENS * TOP_K)
+        got = run_passes(arguments, experts, probe, num_rows)
         assert (np.abs(want[0]).max() > 0) == (share_here > 0)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_a_pass_too_small_for_one_token(rng):
-    arguments = draw_layer(rng, TOKENS, EXPERTS)
-    experts = draw_choices(rng, 1.0)
-    with pytest.raises(ValueError, match=r"rows=2\) must be at least 1 token and the 3 rows"):
-        run_passes(arguments, experts, TOKENS, arguments[0], PassSize(4, 2))
 
 
 @pytest.mark.core
@@ -148,6 +153,29 @@ def test_chunks_and_room_change_nothing(mesh, kernels, rng):
     got = run_layer(*batch, MOE, options_of(train_rules(make_mesh(mesh)), pass_step=1, **kernels))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_all_tokens_to_one_device_are_exact(rng):
+    """In as many passes as that takes, which all devices know of before they exchange anything."""
+    x, gates, _, weights, probe = draw_routed_layer(rng, MOE)
+    indices = jnp.broadcast_to(jnp.asarray([4, 5, 8]), gates.shape)  # 8 is no expert
+    batch = (x, gates, indices, weights, probe)
+    want = run_layer(*batch, MOE, options_of(ShardingRules()))
+    rules = train_rules(make_mesh(MeshConfig(data=2, fsdp=1, expert=4)))
+    got = run_layer(*batch, MOE, options_of(rules, exchange_room=0.5, pass_step=1))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("shards", [32, 64])
+def test_room_to_receive_goes_with_the_mean(shards):
+    """V2 over many devices, of 4,096 tokens each: the worst case would be 2.7 GB on 64."""
+    model = deepseek_v2.config
+    assert model.moe is not None
+    tokens = exchange_room(model.moe, Kernels(), shards, 4096)
+    assert tokens * model.hidden_dim * 2 < 300e6
+    assert exchange_room(model.moe, Kernels(exchange_room=99), shards, 4096) == 4096 * shards
 
 
 def test_chunks_that_do_not_divide_the_tokens(rng):

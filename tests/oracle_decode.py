@@ -29,7 +29,7 @@ def decode(
     for b in range(B):
         # The last page of a sequence is cut where its keys end.
         keys = latent[table[b]].reshape(capacity, C)
-        rotary = rope[table[b]].reshape(capacity, -1)
+        rotary = rope[table[b]].reshape(capacity, rope.shape[-1])
         for t in range(T):
             seen = min(int(lengths[b]) - T + t + 1, capacity)
             if seen <= 0:

@@ -34,7 +34,7 @@ def compare_attention(
     # A gradient that is 0 in theory is measured against the size of dv.
     floor = np.linalg.norm(want_grads[4]) * 1e-2
     floors = [floor] * 5
-    if case.sharpness > 1:
+    if case.sharpness != 1:
         *_, sizes = oracle_attention.attend(
             *inputs, scale=case.scale, causal=case.causal, sizes=True
         )
@@ -42,7 +42,7 @@ def compare_attention(
     for name, grad, want, floor in zip(GRADIENTS, grads, want_grads, floors, strict=True):
         assert grad.dtype == dtype
         error = np.linalg.norm(np.asarray(grad).astype(np.float64) - want)
-        assert error / max(np.linalg.norm(want), floor) < tolerance, name
+        assert error <= tolerance * max(np.linalg.norm(want), floor), name
 
 
 def compare_decode(

@@ -324,7 +324,11 @@ def replace(arguments, index, change):
         (1, lambda q: q[:, :, :2], "q_rope_BTHR: shape"),
         (1, lambda q: q.astype(jnp.bfloat16), "q_rope_BTHR: dtype bfloat16"),
         (2, lambda p: dataclasses.replace(p, latent=p.latent[0]), "pages.latent: shape"),
-        (2, lambda p: dataclasses.replace(p, latent=p.latent[:0]), "pages.latent: .* not be empty"),
+        (
+            2,
+            lambda p: dataclasses.replace(p, latent=p.latent[:0]),
+            r"pages.latent: .* be empty",
+        ),
         (2, lambda p: dataclasses.replace(p, rope=p.rope[:, :3]), "pages.rope: shape"),
         (2, lambda p: dataclasses.replace(p, rope=p.rope.astype(FLOAT8)), "pages.rope: dtype"),
         (
@@ -354,7 +358,7 @@ def test_errors_name_the_argument(index, change, message):
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.inf, np.nan])
 def test_scale_must_be_positive_and_finite(scale):
     arguments = Case("bad", (20,), num_heads=4).draw(seed=16, dims=(16, 8))
-    with pytest.raises(ValueError, match="scale: .* must be positive and finite"):
+    with pytest.raises(ValueError, match=r"scale: .* must be positive and finite"):
         mla_decode(*arguments, scale=scale, implementation="xla")
 
 

@@ -103,7 +103,7 @@ def test_blocks_that_are_no_squares(queries, keys, mask):
         return
 
     def both(inputs, masks, d_out):
-        options = {"scale": case.scale, "causal": case.causal}
+        options: dict[str, Any] = {"scale": case.scale, "causal": case.causal}
         out, lse = tpu.forward(inputs, masks, **options)
         return tpu.backward(inputs, masks, out, lse, d_out, **options)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import jax
 
-# Dense bf16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets.
+# Dense bf16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets (NVIDIA's give
+# twice as much, with sparsity), by JAX's whole name of the device: a suffix is another chip, such as
+# PCIe and NVL cards of fewer watts and multiprocessors, or a part of one (MIG).
 _PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -14,16 +16,20 @@ _PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
     "TPU7x": 1153.5e12,  # a chip is two devices
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,  # SXM
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA GH200 144G HBM3e": 989e12,
 }
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Returns a device's dense bf16 FLOP/s, or None where it is not known.
-
-    The longest name that begins the device's kind decides, so "TPU v5 lite" is not a "TPU v5".
-    """
-    names = [name for name in _PEAK_FLOPS if device.device_kind.startswith(name)]
-    return _PEAK_FLOPS[max(names, key=len)] if names else None
+    """Returns a device's dense bf16 FLOP/s, or None where it is not known: then there is no MFU."""
+    return _PEAK_FLOPS.get(device.device_kind)

@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -52,19 +53,29 @@ def test_flops_are_those_of_the_matmuls():
     assert short == 6 * (active - 258 * 128) + 256 * 4 * 4 * (4 * 48 + 3 * 32)
 
 
-def test_the_longest_name_decides_a_chips_peak():
-    class Device:
-        def __init__(self, kind: str) -> None:
-            self.device_kind = kind
-
-    peaks = {
-        "TPU v5 lite": 197e12,
-        "TPU v5p": 459e12,
-        "TPU v5": 459e12,
-        "TPU v6 lite": 918e12,
-        "NVIDIA H200": 989e12,
-        "NVIDIA H100 80GB HBM3": 989e12,
-        "cpu": None,
-    }
-    for kind, peak in peaks.items():
-        assert peak_flops(Device(kind)) == peak
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU v4", 275e12),
+        ("TPU v4 lite", None),  # v4i
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        # A part of a card, and others that only begin like one.
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM-64GB", None),
+        ("NVIDIA H1000", None),
+        ("cpu", None),
+    ],
+)
+def test_a_peak_is_that_of_the_very_chip_or_none(kind, peak):
+    assert peak_flops(SimpleNamespace(device_kind=kind)) == peak

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 
-# Dense bf16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets (NVIDIA's give
-# twice as much, with sparsity), by JAX's whole name of the device: a suffix is another chip, such as
-# PCIe and NVL cards of fewer watts and multiprocessors, or a part of one (MIG).
+# Dense bf16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets (NVIDIA's
+# give twice as much, with sparsity), by JAX's whole name of the device. A suffix is another chip:
+# PCIe and NVL cards have fewer watts and multiprocessors, MIG is a part of a card.
 _PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,

@@ -6,11 +6,13 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dsjax.config import ModelConfig, RuntimeConfig
+from dsjax.mesh import ShardingRules
 from pallas_kernels import expert_permute, grouped_matmul, mla_attention, mla_decode
 from pallas_kernels.chips import TPU_LANES, chip_of
 
@@ -18,6 +20,10 @@ _LOG = logging.getLogger(__name__)
 
 # Tokens of a page of the latent pool.
 PAGE_SIZE = 64
+# Tokens of a sequence that decode together at most: a few, for speculation. `mla_decode` must take
+# them all.
+MAX_DECODE_TOKENS = 4
+ONE_DEVICE = ShardingRules()
 
 
 @dataclass(frozen=True)
@@ -54,29 +60,41 @@ class Kernels:
 
 
 def choose_kernels(
-    device: jax.Device, config: ModelConfig, runtime: RuntimeConfig, tensor: int = 1
+    device: jax.Device,
+    config: ModelConfig,
+    runtime: RuntimeConfig,
+    rules: ShardingRules = ONE_DEVICE,
 ) -> Kernels:
     """Chooses the implementations for a model on a device, and says so once in the log.
 
-    Each op says what it takes. Where an accelerator's own kernel does not take a size, the portable
-    implementation runs, and a warning says which size is to blame.
+    Each op says what it takes, and is asked with the sizes that one device sees. Where an
+    accelerator's own kernel does not take a size, the portable implementation runs, and a warning
+    says which size is to blame.
 
     Args:
         device: one device of the mesh; a compile-only device of a TPU topology counts as a TPU,
             so a CPU host that compiles for a pod gets the pod's kernels.
         config: the model.
         runtime: the compute type, and kernels that the user names.
-        tensor: devices that divide the heads and the experts' hidden width.
+        rules: how devices divide the heads and the experts' hidden width.
 
     Raises:
         ValueError: a kernel that the user names does not take the model's sizes.
     """
-    return _choose(device.platform, device.device_kind, config, runtime, tensor)
+    shards = _Shards(rules.num_shards("heads"), rules.num_shards("mlp"))
+    return _choose(device.platform, device.device_kind, config, runtime, shards)
+
+
+class _Shards(NamedTuple):
+    """Devices that divide the attention's heads, and the hidden width of the experts."""
+
+    heads: int
+    mlp: int
 
 
 @functools.cache  # so that each choice is logged once
 def _choose(
-    platform: str, kind: str, config: ModelConfig, runtime: RuntimeConfig, tensor: int
+    platform: str, kind: str, config: ModelConfig, runtime: RuntimeConfig, shards: _Shards
 ) -> Kernels:
     chip = chip_of(platform, kind)
     gpu, tpu = chip in ("hopper", "gpu"), platform == "tpu"
@@ -107,26 +125,32 @@ def _choose(
         )
 
     def decode_refusal(name: str) -> str | None:
-        return mla_decode.supported(
-            name,
-            kv_rank=attention.kv_lora_rank,
-            rope_dim=pool_rope_dim(attention.qk_rope_head_dim, name),
-            num_heads=attention.num_heads // tensor,
-            page_size=PAGE_SIZE,
-            dtype=dtype,
-            chip=chip,
+        reasons = (
+            mla_decode.supported(
+                name,
+                kv_rank=attention.kv_lora_rank,
+                rope_dim=pool_rope_dim(attention.qk_rope_head_dim, name),
+                num_heads=attention.num_heads // shards.heads,
+                num_tokens=num_tokens,
+                page_size=PAGE_SIZE,
+                dtype=dtype,
+                chip=chip,
+            )
+            for num_tokens in range(1, MAX_DECODE_TOKENS + 1)
         )
+        return next((reason for reason in reasons if reason is not None), None)
 
     def experts_refusal(name: str) -> str | None:
         if config.moe is None:
             return None
-        return grouped_matmul.supported(
-            name,
-            width_in=config.hidden_dim,
-            width_out=config.moe.intermediate_dim // tensor,
-            dtype=dtype,
-            chip=chip,
+        widths = (config.hidden_dim, config.moe.intermediate_dim // shards.mlp)
+        reasons = (  # gate and up, then down
+            grouped_matmul.supported(
+                name, width_in=width_in, width_out=width_out, dtype=dtype, chip=chip
+            )
+            for width_in, width_out in (widths, widths[::-1])
         )
+        return next((reason for reason in reasons if reason is not None), None)
 
     products = choose("grouped_matmul", named.grouped_matmul, experts_refusal)
     permute_refusal = expert_permute.supported(

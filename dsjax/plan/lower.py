@@ -47,7 +47,7 @@ def lower_train_step(
     """
     rules = train_rules(make_mesh(mesh, list(devices)))
     optimizer = OptimizerConfig()
-    kernels = choose_kernels(devices[0], model, runtime, rules.axis_size("tensor"))
+    kernels = choose_kernels(devices[0], model, runtime, rules)
     graphdef, params = abstract_model(model, runtime, rules, kernels)
     state = abstract_train_state(optimizer, params, rules, devices[0])
     shape = (1, rows_per_shard * rules.num_batch_shards(), length)

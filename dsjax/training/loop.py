@@ -83,7 +83,7 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Fit
     mesh = make_mesh(config.mesh, None if devices is None else list(devices))
     rules = train_rules(mesh if mesh.size > 1 else None)
     device = mesh.devices.flat[0]
-    kernels = choose_kernels(device, config.model, config.runtime, rules.axis_size("tensor"))
+    kernels = choose_kernels(device, config.model, config.runtime, rules)
     _check_batch(config, rules)
     stored = read_run_file(run) if (run / RUN_FILE).exists() else None
     config = with_budget(config, rules, stored)

@@ -125,7 +125,7 @@ def load_weights(
     rules = rules or ShardingRules()
     if kernels is None:
         devices = jax.devices() if rules.mesh is None else rules.mesh.devices.flat
-        kernels = choose_kernels(devices[0], config, runtime, rules.axis_size("tensor"))
+        kernels = choose_kernels(devices[0], config, runtime, rules)
     graphdef, abstract = abstract_model(config, runtime, rules, kernels)
     shardings: dict[Any, jax.sharding.Sharding] = {}
     if rules.mesh is not None:

@@ -2,18 +2,28 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any, cast
 
+import jax
 import pytest
 
 from dsjax.config import KernelConfig, RuntimeConfig
-from dsjax.configs.models import deepseek_v2, deepseek_v2_lite, tiny
-from dsjax.kernels import choose_kernels
+from dsjax.configs.models import deepseek_v2, deepseek_v2_5, deepseek_v2_lite, tiny
+from dsjax.kernels import MAX_DECODE_TOKENS, PAGE_SIZE, choose_kernels, pool_rope_dim
+from dsjax.mesh import MESH_AXES, ShardingRules, inference_rules
+from pallas_kernels import expert_permute, grouped_matmul, mla_attention, mla_decode
 
 H200 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
 A100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100-SXM4-40GB")
 V5P = SimpleNamespace(platform="tpu", device_kind="TPU v5")
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 PORTABLE = ("xla", "xla", "xla")
+
+
+def tensor(ways):
+    """Rules of a mesh whose devices divide heads and hidden widths."""
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 1, ways), MESH_AXES)
+    return inference_rules(cast(Any, mesh))
 
 
 BF16, FLOAT32 = RuntimeConfig(), RuntimeConfig(dtype="float32")
@@ -64,9 +74,76 @@ def test_sizes_and_types_that_no_kernel_takes_get_the_portable_ones():
 
 def test_a_divided_width_must_still_fit_the_kernel():
     lite = deepseek_v2_lite.config  # 1,408 wide experts
-    assert [choose_kernels(V5P, lite, BF16, n).grouped_matmul for n in (1, 2)] == ["tpu", "xla"]
-    assert [choose_kernels(H200, lite, BF16, n).grouped_matmul for n in (2, 4)] == ["hopper", "xla"]
-    assert choose_kernels(V5P, deepseek_v2.config, BF16, 4).grouped_matmul == "tpu"
+    assert [choose_kernels(V5P, lite, BF16, tensor(n)).grouped_matmul for n in (1, 2)] == [
+        "tpu",
+        "xla",
+    ]
+    assert [choose_kernels(H200, lite, BF16, tensor(n)).grouped_matmul for n in (2, 4)] == [
+        "hopper",
+        "xla",
+    ]
+    assert choose_kernels(V5P, deepseek_v2.config, BF16, tensor(4)).grouped_matmul == "tpu"
+
+
+def test_what_divides_a_dim_is_the_rules_to_say():
+    """Not the axis "tensor": heads over two axes, hidden widths over none."""
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 2, 2), MESH_AXES)
+    table = dict(inference_rules(None).table) | {"heads": ("context", "tensor"), "mlp": ()}
+    rules = ShardingRules(cast(Any, mesh), tuple(table.items()))
+    kernels = choose_kernels(H200, deepseek_v2_lite.config, BF16, rules)
+    assert (kernels.mla_decode, kernels.grouped_matmul) == ("xla", "hopper")  # 4 heads, 1,408
+
+
+KINDS = (
+    *(("tpu", kind) for kind in ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")),
+    *(("gpu", kind) for kind in ("NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA A100-SXM4-40GB")),
+    ("cpu", "cpu"),
+)
+CONFIGS = (deepseek_v2.config, deepseek_v2_5.config, deepseek_v2_lite.config, tiny.config)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_no_kernel_is_chosen_for_sizes_that_it_refuses(dtype, ways):
+    """Of every released model on every chip, divided as far as the heads go."""
+    for platform, kind in KINDS:
+        device: Any = SimpleNamespace(platform=platform, device_kind=kind)
+        for config in CONFIGS:
+            attention, moe = config.attention, config.moe
+            assert moe is not None
+            if attention.num_heads % ways or moe.intermediate_dim % ways:
+                continue
+            kernels = choose_kernels(device, config, RuntimeConfig(dtype=dtype), tensor(ways))
+            width, hidden = config.hidden_dim, moe.intermediate_dim // ways
+            refusals = [
+                mla_attention.supported(
+                    kernels.mla_attention,
+                    nope_dim=attention.qk_nope_head_dim,
+                    rope_dim=attention.qk_rope_head_dim,
+                    value_dim=attention.v_head_dim,
+                    dtype=dtype,
+                ),
+                expert_permute.supported(kernels.expert_permute, width=width, dtype=dtype),
+                *(
+                    mla_decode.supported(
+                        kernels.mla_decode,
+                        kv_rank=attention.kv_lora_rank,
+                        rope_dim=pool_rope_dim(attention.qk_rope_head_dim, kernels.mla_decode),
+                        num_heads=attention.num_heads // ways,
+                        num_tokens=num_tokens + 1,
+                        page_size=PAGE_SIZE,
+                        dtype=dtype,
+                    )
+                    for num_tokens in range(MAX_DECODE_TOKENS)
+                ),
+                *(
+                    grouped_matmul.supported(
+                        kernels.grouped_matmul, width_in=k, width_out=n, dtype=dtype
+                    )
+                    for k, n in ((width, hidden), (hidden, width))
+                ),
+            ]
+            assert not any(refusals), (kind, config, refusals)
 
 
 def test_the_choice_is_logged_once(caplog):
@@ -94,19 +171,27 @@ def test_a_named_kernel_is_the_one_that_runs():
 def test_a_fallback_on_an_accelerator_is_a_warning_that_names_the_size(caplog):
     config = replace(deepseek_v2_lite.config, vocab_size=4321)  # chosen for nowhere else
     with caplog.at_level("WARNING", logger="dsjax.kernels"):
-        choose_kernels(H200, config, BF16, tensor=4)
+        choose_kernels(H200, config, BF16, tensor(4))
     (message,) = [record.getMessage() for record in caplog.records if "grouped" in record.message]
     assert message.startswith("grouped_matmul on NVIDIA H200: the portable implementation runs")
     assert "352" in message  # 1,408 over four
     caplog.clear()
-    choose_kernels(CPU, config, BF16, tensor=4)
+    choose_kernels(CPU, config, BF16, tensor(4))
     assert not caplog.records
+
+
+def test_few_tokens_that_decode_together_must_fit_the_kernel_too():
+    """256 heads are 512 rows of two tokens, the most for a TPU, but 1,024 of four."""
+    wide = replace(deepseek_v2.config.attention, num_heads=256)
+    config = replace(deepseek_v2.config, attention=wide)
+    ways = [choose_kernels(V5P, config, BF16, tensor(n)).mla_decode for n in (1, 2)]
+    assert ways == ["xla", "tpu"]
 
 
 @pytest.mark.core
 def test_a_named_kernel_never_falls_back():
     named = RuntimeConfig(kernels=KernelConfig(grouped_matmul="hopper"))
     with pytest.raises(ValueError, match=r"runtime.kernels.grouped_matmul='hopper': .*352"):
-        choose_kernels(H200, deepseek_v2_lite.config, named, tensor=4)
+        choose_kernels(H200, deepseek_v2_lite.config, named, tensor(4))
     with pytest.raises(ValueError, match=r"runtime.kernels.grouped_matmul='hopper': .*chip"):
         choose_kernels(CPU, deepseek_v2_lite.config, named)

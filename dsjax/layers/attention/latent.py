@@ -10,6 +10,7 @@ from flax import nnx
 
 from dsjax.cache import LatentPool, Part, View
 from dsjax.config import AttentionConfig
+from dsjax.kernels import MAX_DECODE_TOKENS
 from dsjax.layers.linear import Linear
 from dsjax.layers.norm import RMSNorm
 from dsjax.layers.options import LayerOptions
@@ -20,9 +21,6 @@ from pallas_kernels.mla_decode import supported as mla_decode_supported
 
 # The released code builds the latents' norms with this epsilon whatever `rms_norm_eps` says.
 _LATENT_NORM_EPS = 1e-6
-
-# Tokens of a sequence that decode together at most: a few, for speculation.
-MAX_DECODE_TOKENS = 4
 
 _HEADS = ("batch", "length", "heads", "head_dim")
 

@@ -197,7 +197,15 @@ def test_hopper(case):
     check(case, "hopper", jnp.bfloat16, 5e-3, seed=11)
 
 
-SIMULATED = ("one_token", "65", "129_full", "foreign", "offset_negative", "offset_segments")
+SIMULATED = (
+    "one_token",
+    "65",
+    "129_full",
+    "foreign",
+    "offset_negative",
+    "offset_segments",
+    "scores_of_hundreds",
+)
 
 
 @pytest.mark.slow

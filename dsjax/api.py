@@ -17,6 +17,7 @@ from dsjax.inference.generate import generate
 from dsjax.inference.sampler import Sampling
 from dsjax.mesh import inference_rules
 from dsjax.model import DeepSeekV2
+from dsjax.processes import initialize_processes
 from dsjax.training.loop import FitResult, fit
 from dsjax.weights import load_weights, locate, save_weights
 
@@ -221,7 +222,16 @@ def train(config: TrainConfig | str | Path, overrides: Sequence[str] = ()) -> Fi
     Args:
         config: the run, its name ("quickstart") or its file.
         overrides: dotted fields such as "model.moe.top_k=2", for a name or a file.
+
+    Under SLURM, MPI or JAX's own variables it joins the run's other processes first, which JAX
+    allows before its first use only.
+
+    Raises:
+        ValueError: a field of the config does not fit the devices, the data or the checkpoint.
+        RuntimeError: another run is going on in the folder, JAX was used too early to join, or a
+            checkpoint could not be saved.
     """
     if not isinstance(config, TrainConfig):
         config = load_train_config(config, overrides)
+    initialize_processes()
     return fit(config)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import errno
+import fcntl
 import json
+import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +17,45 @@ from typing import Any
 
 # Ends the name of a file that is still being written.
 DRAFT_SUFFIX = ".draft"
+
+_LOG = logging.getLogger(__name__)
+# What a file system says that keeps no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+class LockHeldError(RuntimeError):
+    """Another process, or another part of this one, holds a lock."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock on a file while the body runs.
+
+    The lock ends with the process, however it ends: the file stays, but is nothing by itself.
+
+    Args:
+        path: the file, made where there is none; says who holds it.
+
+    Raises:
+        LockHeldError: it is held already; says by which host and process, and since when.
+        OSError: the file cannot be made; names it.
+    """
+    with naming(path), path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise LockHeldError(f"{path.parent}: in use by {holder}") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _LOG.warning("%s: this file system keeps no locks: start nothing else here", path)
+        now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+        file.flush()
+        yield
 
 
 @contextmanager

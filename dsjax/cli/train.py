@@ -15,12 +15,10 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Trains a model; run again to go on from the last complete checkpoint."""
-    from dsjax.processes import initialize_processes
-    from dsjax.training.loop import fit
-
     run = load_train_config(config, overrides or ())
-    initialize_processes()
-    result = fit(run)
+    from dsjax.api import train as train_here
+
+    result = train_here(run)
     if result.bits_per_byte is not None:
         print(f"held-out bits per byte: {result.bits_per_byte:.4f}")
     print(

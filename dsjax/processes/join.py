@@ -26,12 +26,15 @@ def initialize_processes() -> None:
     - Open MPI's `mpirun` with several processes.
     - TPU hosts, alone or in a pod, of Cloud TPU or GKE.
 
-    A machine by itself needs none of these.
+    A machine by itself needs none of these. Processes that have joined stay as they are.
 
     Raises:
         ValueError: one of the three JAX variables is missing or no number.
+        RuntimeError: JAX was used before, so that it is too late to join.
     """
     env = os.environ
+    if jax.distributed.is_initialized():
+        return
     if any(name in env for name in _DESCRIPTION):
         address, count, index = (_described(name) for name in _DESCRIPTION)
         jax.distributed.initialize(
@@ -47,7 +50,9 @@ def initialize_processes() -> None:
     elif _on_tpu_host():
         try:
             jax.distributed.initialize()
-        except ValueError as error:  # what JAX raises where it finds no pod
+        except (ValueError, RuntimeError) as error:  # JAX finds no pod, or was used before
+            if isinstance(error, RuntimeError) and jax.process_count() > 1:
+                raise
             _LOG.info("a TPU host by itself: %s", error)
             return
     else:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from dsjax.config import CheckpointConfig
+from dsjax.training.folder import gather_json
 from dsjax.training.step import Guard, TrainState
 from dsjax.weights.layouts import current_path, format_1_path, is_format_1, renamed
 from dsjax.weights.param_store import saving_context, stored_paths
@@ -71,7 +69,7 @@ class RunCheckpoints:
                 step,
                 {"params": nnx.to_pure_dict(params), "optimizer": optimizer},
                 force=True,
-                custom_metadata={"data": _gather_json(data_state)},
+                custom_metadata={"data": gather_json(data_state)},
             )
         except OSError as error:
             raise RuntimeError(f"{self._folder / str(step)}: not saved: {error}") from error
@@ -170,15 +168,3 @@ def _renamed(
         "params": renamed(items["params"], rename),
         "optimizer": {**items["optimizer"], **moments},
     }
-
-
-def _gather_json(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns every process's value, on every process."""
-    if jax.process_count() == 1:
-        return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(text.size))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: text.size] = text
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row[:size]).decode()) for row, size in zip(rows, sizes, strict=True)]

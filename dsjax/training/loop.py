@@ -30,6 +30,7 @@ from dsjax.processes import HostShard
 from dsjax.progress import JobProgress
 from dsjax.training.checkpoints import RunCheckpoints, optimizer_to_dict, state_from_dict
 from dsjax.training.dropping import with_budget
+from dsjax.training.folder import only_run_in
 from dsjax.training.metrics import MetricsWriter
 from dsjax.training.preemption import Preemption
 from dsjax.training.report import Throughput, one_line, step_figures
@@ -77,7 +78,7 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Fit
     Raises:
         ValueError: a field of the config does not fit the devices, the data or the checkpoint.
         TrainingStopped: `guard.max_skipped` bad steps in a row.
-        RuntimeError: a checkpoint could not be saved.
+        RuntimeError: another run is going on in the folder, or a checkpoint could not be saved.
     """
     run = Path(config.directory).absolute()
     mesh = make_mesh(config.mesh, None if devices is None else list(devices))
@@ -87,13 +88,20 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Fit
     _check_batch(config, rules)
     stored = read_run_file(run) if (run / RUN_FILE).exists() else None
     config = with_budget(config, rules, stored)
+    with only_run_in(run):
+        return _fit_alone(config, run, mesh, rules, kernels)
+
+
+def _fit_alone(
+    config: TrainConfig, run: Path, mesh: Mesh, rules: ShardingRules, kernels: Kernels
+) -> FitResult:
+    device = mesh.devices.flat[0]
     _prepare_data(config.data)
     _check_vocabulary(config)
     shard = HostShard(rules)
     loader = make_loader(config.data, process_index=shard.index, process_count=shard.count)
     with contextlib.closing(loader):
         eval_batches = _eval_batches(config, shard)
-        run.mkdir(parents=True, exist_ok=True)
         graphdef, params = abstract_model(config.model, config.runtime, rules, kernels)
         abstract = abstract_train_state(config.optimizer, params, rules, device)
         with RunCheckpoints(run, config.checkpoint) as checkpoints:

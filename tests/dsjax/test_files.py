@@ -2,11 +2,23 @@
 
 import errno
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dsjax.files import copy_file, draft_of, read_json, write_bytes, write_json, write_text
+from dsjax.files import (
+    LockHeldError,
+    copy_file,
+    draft_of,
+    locked,
+    read_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 pytestmark = pytest.mark.core
 
@@ -53,3 +65,26 @@ def test_what_is_no_json_object_is_named(content: bytes, message: str, tmp_path:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_json(tmp_path / "a.json")
+
+
+def test_a_lock_is_refused_with_its_holder_and_ends_with_it(tmp_path: Path):
+    path = tmp_path / "run.lock"
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom dsjax.files import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            holder = f"process {other.pid} on {socket.gethostname()} since 2"
+            with pytest.raises(LockHeldError, match=holder), locked(path):
+                pass
+        finally:
+            other.kill()
+    here = f"process {os.getpid()} on "
+    with locked(path), pytest.raises(LockHeldError, match=here), locked(path):
+        pass
+    with locked(path):
+        pass

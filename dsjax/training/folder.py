@@ -1,0 +1,55 @@
+"""A run's folder is one run's: whoever starts another in it is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dsjax.files import LockHeldError, locked
+
+LOCK_FILE = "run.lock"
+
+
+@contextlib.contextmanager
+def only_run_in(run: Path) -> Iterator[None]:
+    """Makes a run's folder and keeps other runs out of it while the body runs.
+
+    The first process holds the lock for all; all of them are refused together.
+
+    Raises:
+        LockHeldError: another run is going on there; says whose.
+        OSError: the folder cannot be made.
+    """
+    with contextlib.ExitStack() as held:
+        refused: OSError | LockHeldError | None = None
+        if jax.process_index() == 0:
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(run / LOCK_FILE))
+            except (OSError, LockHeldError) as error:
+                refused = error
+        (message, *_) = gather_json({"refused": "" if refused is None else str(refused)})
+        if refused is not None:
+            raise refused
+        if message["refused"]:
+            raise LockHeldError(message["refused"])
+        yield
+
+
+def gather_json(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns every process's value, on every process."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(text.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:size]).decode()) for row, size in zip(rows, sizes, strict=True)]

@@ -1,0 +1,42 @@
+"""A run's folder: one run at a time, whoever starts it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsjax import api
+from dsjax.files import LockHeldError, locked
+from dsjax.processes import join
+from dsjax.training.folder import LOCK_FILE
+from tests.dsjax.training.small_runs import small_run
+
+pytestmark = pytest.mark.core
+
+
+def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(corpus: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
+    with locked(run / LOCK_FILE):
+        with pytest.raises(LockHeldError, match=f"{run}: in use by process"):
+            api.train(small_run(run, corpus))
+        assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", LOCK_FILE]
+        assert (run / "metrics.jsonl").read_text() == json.dumps({"step": 1}) + "\n"
+
+
+def test_training_from_python_joins_the_other_processes(corpus: Path, tmp_path: Path, monkeypatch):
+    order: list[str] = []
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    monkeypatch.setattr(join.jax.distributed, "initialize", lambda *_, **__: order.append("joined"))
+    monkeypatch.setattr(api, "fit", lambda config: order.append(config.directory))
+    config = small_run(tmp_path, corpus)
+    api.train(config)
+    assert order == ["joined", str(tmp_path)]
+    # A second call in one process finds it joined.
+    monkeypatch.setattr(join.jax.distributed, "is_initialized", lambda: True)
+    api.train(replace(config, directory="second"))
+    assert order == ["joined", str(tmp_path), "second"]

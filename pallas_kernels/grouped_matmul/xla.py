@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.grouped_matmul import portable
 from pallas_kernels.grouped_matmul.groups import group_of_tile, local_groups
+from pallas_kernels.precision import precision_of
 from pallas_kernels.quantised import BlockScaledWeights, dequantise
 
 MIN_TILE, MAX_TILE = 8, 512
@@ -77,7 +78,10 @@ def num_tiles_of(sizes_G: Array, tile: int) -> Array:
 
 def _dot(lhs_TK: Array, rhs_KN: Array, transpose_rhs: bool = False) -> Array:
     letters = "TK,NK->TN" if transpose_rhs else "TK,KN->TN"
-    return jnp.einsum(letters, lhs_TK, rhs_KN, preferred_element_type=jnp.float32)
+    precision = precision_of(lhs_TK.dtype)
+    return jnp.einsum(
+        letters, lhs_TK, rhs_KN, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def row_products(
@@ -133,7 +137,8 @@ def weight_gradient(
     def product(letters: str, lhs: Array, d_out: Array, valid: Array) -> Array:
         # Both sides are masked: a row of another group may hold inf or nan.
         masked = (jnp.where(valid[..., None], side, 0) for side in (lhs, d_out))
-        return jnp.einsum(letters, *masked, preferred_element_type=jnp.float32)
+        precision = precision_of(lhs.dtype)
+        return jnp.einsum(letters, *masked, precision=precision, preferred_element_type=jnp.float32)
 
     # The first tile of every group: as many rows as there are, and padding of at most twice that.
     rows_GT = starts_G[:, None] + index_T

@@ -13,16 +13,17 @@ from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.reference import visible_BTS
 from pallas_kernels.mla_attention.tiles import XLA_BLOCK
+from pallas_kernels.precision import precision_of
 
 
 def _einsum(spec: str, left: Array, right: Array) -> Array:
-    """Multiplies and sums in float32."""
+    """Multiplies and sums in float32, also where a chip would round float32 operands."""
+    if left.dtype == jnp.float32:
+        return jnp.einsum(spec, left, right.astype(jnp.float32), precision=precision_of(left.dtype))
 
     def widened(left: Array, right: Array) -> Array:
         return jnp.einsum(spec, left.astype(jnp.float32), right.astype(jnp.float32))
 
-    if left.dtype == jnp.float32:
-        return widened(left, right)
     # The CPU backend has no batched dot of bfloat16 with a float32 result.
     narrow = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
     return jax.lax.platform_dependent(left, right, cpu=widened, default=narrow)

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.mla_decode.pages import LatentPages
+from pallas_kernels.precision import precision_of
 
 # Keys gathered per step over the whole batch: enough for one step to fill a device, little enough
 # that the gathered copy stays a small part of the cache (36 MiB at 576 numbers of bfloat16).
@@ -92,5 +93,5 @@ def _block_pages(batch_size: int, page_size: int, table_pages: int) -> int:
 
 def _dot(spec: str, lhs: Array, rhs: Array) -> Array:
     """Contracts in the operands' dtype, float32 products exactly, and sums in float32."""
-    precision = jax.lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
+    precision = precision_of(lhs.dtype)
     return jnp.einsum(spec, lhs, rhs, precision=precision, preferred_element_type=jnp.float32)

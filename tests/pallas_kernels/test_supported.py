@@ -275,3 +275,17 @@ def test_transports():
 )
 def test_chip_of_a_device(platform, kind, chip):
     assert chips.chip_of(platform, kind) == chip
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize("draw", [draw_attention, draw_decode, draw_grouped])
+def test_portable_products_of_float32_keep_all_their_bits(draw):
+    """Where a GPU or TPU would round them by default: the CPU's results cannot show it."""
+    rng = np.random.default_rng(0)
+    while (drawn := draw(rng))[0]["dtype"] != "float32":
+        pass
+    _, call, arrays = drawn
+    text = str(jax.make_jaxpr(functools.partial(call, "xla"))(*arrays))
+    products = text.count("dot_general[")
+    assert products > 0
+    assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products

@@ -35,5 +35,5 @@ config = TrainConfig(
     optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=50, decay_at=(0.6, 0.85)),
     loss=LossConfig(balance=BalanceConfig(expert=0.003, device=0.05, communication=0.02)),
     checkpoint=CheckpointConfig(every=250),
-    log=LogConfig(every=5, eval_every=100, eval_rows=64),
+    log=LogConfig(every=5, eval_every=125),
 )

@@ -244,7 +244,8 @@ class LogConfig:
     Attributes:
         every: steps between lines of metrics.
         eval_every: steps between held-out evaluations; 0 evaluates at the end alone.
-        eval_rows: held-out rows per evaluation; 0 takes all.
+        eval_rows: held-out rows per evaluation, spread evenly over all of them and the same each
+            time; 0 takes all.
         tensorboard: also write event files.
         wandb_project: also log to this Weights & Biases project; "" for none.
     """

@@ -8,7 +8,8 @@ documents the state is each host's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dsjax.data.sources import open_documents
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
+Rows = Iterable[Row]
 
 
 class Loader(grain.DatasetIterator[Row]):
@@ -147,7 +149,10 @@ def make_loader(data: DataConfig, *, process_index: int = 0, process_count: int 
 
 
 class EvalBatches:
-    """The held-out rows in order, as batches of one size; may be iterated again.
+    """Held-out rows in order, as batches of one size; may be iterated again.
+
+    A part of the rows is spread evenly over all of them, so that it holds of every document what
+    its share is: the first rows can be those of one long document. It is the same each time.
 
     Every host sees the same number of batches. The last one is filled with padding: weights,
     segment ids and byte counts of 0. Sums over all hosts do not depend on their number.
@@ -168,6 +173,7 @@ class EvalBatches:
         self._process_index = process_index
         self._process_count = process_count
         self._max_rows = max_rows
+        self._drawn: list[Row] | None = None
         self._sources = [_eval_rows(source, data, tokenizer) for source in data.eval_sources]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -184,13 +190,46 @@ class EvalBatches:
             yield stack_rows(rows[first : first + self._batch_size])
 
     def _rows(self) -> Iterator[Row]:
-        num_rows = 0
-        for source in self._sources:
-            for row in source:
-                yield row
-                num_rows += 1
-                if num_rows == self._max_rows:
-                    return
+        if not self._max_rows:
+            return itertools.chain.from_iterable(map(_read_ahead, self._sources))
+        if self._drawn is None:
+            # Rows packed as they are read have no number before they have been read once.
+            counts = [_count_rows(source) for source in self._sources]
+            wanted = set(spread_evenly(self._max_rows, sum(counts)))
+            self._drawn = list(_rows_at(self._sources, counts, wanted))
+        return iter(self._drawn)
+
+
+def spread_evenly(count: int, total: int) -> list[int]:
+    """Returns `count` of the numbers below `total`, at even distances; all of them if fewer."""
+    return (
+        [(2 * i + 1) * total // (2 * count) for i in range(count)]
+        if count < total
+        else [*range(total)]
+    )
+
+
+def _read_ahead(source: Rows) -> Rows:
+    if not isinstance(source, PackedRows):
+        return source
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
+    return grain.MapDataset.source(source).to_iter_dataset(options)
+
+
+def _count_rows(source: Rows) -> int:
+    return len(source) if isinstance(source, PackedRows) else sum(1 for _ in source)
+
+
+def _rows_at(sources: list[Rows], counts: list[int], wanted: set[int]) -> Iterator[Row]:
+    first = 0
+    for source, count in zip(sources, counts, strict=True):
+        inside = [number - first for number in sorted(wanted) if first <= number < first + count]
+        first += count
+        if isinstance(source, PackedRows):
+            yield from (source[number] for number in inside)
+        else:
+            chosen = set(inside)
+            yield from (row for number, row in enumerate(source) if number in chosen)
 
 
 def make_eval_batches(
@@ -208,7 +247,7 @@ def make_eval_batches(
         batch_size: rows of a batch on each host.
         process_index: this host.
         process_count: hosts in all.
-        max_rows: rows over all hosts; 0 for all.
+        max_rows: rows over all hosts, spread evenly over all sources and kept in memory; 0 for all.
 
     Returns:
         An iterable of batches as `Loader.next_batch` gives them.
@@ -233,12 +272,9 @@ def stack_rows(rows: list[Row]) -> Batch:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _eval_rows(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) -> grain.IterDataset:
+def _eval_rows(source: SourceConfig, data: DataConfig, tokenizer: Tokenizer) -> Rows:
     if source.format == "arrayrecord":
-        packed = _open_packed(source, data, tokenizer)
-        return grain.MapDataset.source(packed).to_iter_dataset(
-            grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
-        )
+        return _open_packed(source, data, tokenizer)
     return _packed(documents_of(open_documents(source)), data, tokenizer)
 
 

@@ -8,10 +8,11 @@ it is an unfinished packing and is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
@@ -139,8 +140,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-class PackedRows:
-    """Rows of a packed dataset by index; reads from the disk what is asked for.
+class PackedRows(Sequence[Row]):
+    """Rows of a packed dataset as a sequence; reads from the disk what is asked for.
+
+    A slice is a list of rows.
 
     Attributes:
         folder: where it lies.
@@ -164,11 +167,24 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Row:
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        given = operator.index(index)
+        number = given + len(self) if given < 0 else given
+        # An IndexError is how a sequence says where it ends; list() and iter() stop at it.
+        if not 0 <= number < len(self):
+            raise IndexError(f"{self.folder}: row {given} of {len(self)} rows")
         try:
-            return decode_row(self._records[index], self.length)
+            return decode_row(self._records[number], self.length)
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{self.folder}: row {index}: {error}") from None
+            raise ValueError(f"{self.folder}: row {number}: {error}") from None
 
 
 def _check_shard(path: Path, num_rows: int) -> None:

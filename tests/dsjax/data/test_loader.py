@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -231,6 +232,51 @@ def test_evaluation_stops_at_max_rows(data: DataConfig) -> None:
     for max_rows, full in ((5, [4, 1]), (8, [4, 4]), (1, [1])):
         batches = list(make_eval_batches(data, 4, max_rows=max_rows))
         assert [int((b["segment_ids"][:, 0] > 0).sum()) for b in batches] == full
+
+
+def test_a_part_of_the_held_out_rows_is_close_to_all(tmp_path) -> None:
+    """One long document at the start is no sample: the part holds its share of every one."""
+    for i in range(20):
+        (tmp_path / f"{i:02d}.txt").write_text(("a" if i == 0 else "z") * (2000 if i == 0 else 200))
+    source = SourceConfig(str(tmp_path), "text")
+    data = DataConfig(sources=(source,), eval_sources=(source,), length=LENGTH)
+    folder = tmp_path / "packed"
+    pack([source], folder, tokenizer="bytes", length=LENGTH, num_shards=1)
+
+    def share(data: DataConfig, max_rows: int) -> float:
+        batches = list(make_eval_batches(data, 4, max_rows=max_rows))
+        tokens = np.concatenate([batch["tokens"] for batch in batches])
+        return (tokens == ord("a")).sum() / np.isin(tokens, [ord("a"), ord("z")]).sum()
+
+    for kind in (data, replace(data, eval_sources=(SourceConfig(str(folder)),))):
+        assert share(kind, 0) == pytest.approx(2000 / 5800, abs=0.01)
+        assert share(kind, 16) == pytest.approx(2000 / 5800, abs=0.07)
+
+
+def test_evaluation_of_a_part_is_the_same_on_any_hosts_each_time(data: DataConfig) -> None:
+    batches = make_eval_batches(data, 4, max_rows=8)
+    first = [batch["tokens"].tobytes() for batch in batches]
+    assert [batch["tokens"].tobytes() for batch in batches] == first
+    hosts = [
+        make_eval_batches(data, 2, max_rows=8, process_index=p, process_count=2) for p in (0, 1)
+    ]
+    steps = zip(*hosts, strict=True)
+    assert [b"".join(b["tokens"].tobytes() for b in step) for step in steps] == first
+
+
+def test_packed_rows_are_a_sequence(packed: DataConfig) -> None:
+    rows = PackedRows(packed.sources[0].path)
+    listed = [row["tokens"].tobytes() for row in rows]
+    assert len(list(rows)) == len(rows) == len(listed)
+    assert rows[-1]["tokens"].tobytes() == rows[np.int64(len(rows) - 1)]["tokens"].tobytes()
+    assert [row["tokens"].tobytes() for row in rows[1:-1:2]] == listed[1:-1:2]
+    assert [row["tokens"].tobytes() for row in reversed(rows)] == listed[::-1]
+    for beyond in (len(rows), -len(rows) - 1):
+        with pytest.raises(IndexError, match=f"row {beyond} of"):
+            rows[beyond]
+    for wrong in (1.0, "1"):
+        with pytest.raises(TypeError):
+            rows[cast(Any, wrong)]
 
 
 def test_data_that_does_not_fit_is_named(packed: DataConfig, documents: DataConfig, tmp_path):

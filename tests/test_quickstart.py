@@ -1,0 +1,46 @@
+"""The quickstart's parts that need no training: whose folder it clears, what it draws."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import quickstart
+
+
+def test_a_folder_that_it_did_not_make_is_left_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        quickstart.main()
+    assert "was not made by the quickstart" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_its_own_folder_loses_only_what_it_made(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    output = tmp_path / "new" / "folder"
+    quickstart.start_afresh(output)
+    (output / "run").mkdir()
+    (output / "hf").symlink_to(elsewhere)
+    (output / "notes.txt").touch()
+    quickstart.start_afresh(output)
+    assert sorted(path.name for path in output.iterdir()) == [quickstart.MARKER, "notes.txt"]
+    assert (elsewhere / "kept").exists()
+    with pytest.raises(ValueError, match="is a file"):
+        quickstart.start_afresh(output / "notes.txt")
+
+
+def test_the_smoothed_course_lags_on_no_side():
+    assert quickstart.smoothed([3.0] * 7) == pytest.approx([3.0] * 7)
+    falling = [100.0 - step for step in range(100)]
+    assert quickstart.smoothed(falling)[20:80] == pytest.approx(falling[20:80])
+
+
+def test_every_evaluation_of_the_quickstart_is_of_the_same_rows_as_xz():
+    from dsjax.config.load import load_train_config
+
+    assert load_train_config(quickstart.RUN).log.eval_rows == 0

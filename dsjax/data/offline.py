@@ -16,7 +16,7 @@ from concurrent import futures
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from dsjax.files import DRAFT_SUFFIX, read_json, write_json
 from dsjax.progress import JobProgress
 
 PLAN = "packing.json"
+SKIPPED = "skipped.txt"
 _BYTES_PER_SHARD = 1 << 22
 _MAX_SHARDS = 1024
 # Documents are shuffled within windows, so that a row mixes them but a shard reads nearly in order.
@@ -48,6 +49,7 @@ def pack(
     seed: int = 0,
     num_packing_bins: int = 32,
     long_documents: LongDocuments = "split",
+    on_error: Literal["stop", "skip"] = "stop",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Packs documents into a dataset of fixed-length rows.
@@ -62,6 +64,8 @@ def pack(
         seed: of the order of documents.
         num_packing_bins: rows filled at a time.
         long_documents: what becomes of a document longer than a row.
+        on_error: whether a document that cannot be read stops the packing or is left out; those
+            left out are counted in the manifest ("num_skipped") and listed in `skipped.txt`.
         progress: whether to show how far it is, as a bar on a terminal and as lines in a log.
 
     Returns:
@@ -72,6 +76,8 @@ def pack(
         ValueError: when a source is missing, empty or damaged, or when the destination holds a
             dataset of other settings or other files.
     """
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error={on_error!r} must be 'stop' or 'skip'")
     weights = [source.weight for source in sources]
     if len(set(weights)) > 1:
         raise ValueError(
@@ -90,6 +96,8 @@ def pack(
         "seed": seed,
         "num_packing_bins": num_packing_bins,
         "long_documents": long_documents,
+        # Named where it is not the default, so that what was packed without it goes on.
+        **({"on_error": on_error} if on_error != "stop" else {}),
         "num_shards": min(num_shards, len(documents)),
         "tokenizer": {
             "spec": tokenizer,
@@ -162,7 +170,7 @@ class _Job:
     def pack_shard(self, shard: int, count: Counter) -> None:
         """Packs one shard; its counts are written last and say that it is whole."""
         order = _shuffled(self.documents_in(shard), (self.plan["seed"], shard))
-        documents = _Counting(self.corpus, order, count)
+        documents = _Counting(self.corpus, order, count, skip=self.plan.get("on_error") == "skip")
         rows = pack_rows(
             tokenized(
                 documents_of(documents),
@@ -184,13 +192,17 @@ class _Job:
                 counts["num_bytes"] += int(row["num_bytes"])
         counts["num_documents"] = documents.num_documents
         counts["num_replaced"] = documents.num_replaced
-        write_json(self.counts_path(shard), {"file": self.rows_path(shard).name, **counts})
+        counts["num_skipped"] = len(documents.skipped)
+        parts = {"file": self.rows_path(shard).name, "skipped": list(documents.skipped.values())}
+        write_json(self.counts_path(shard), parts | counts)
 
 
 class _Counting:
     """Documents of one shard in their order, counted as they are read (each once)."""
 
-    def __init__(self, corpus: Corpus, order: np.ndarray, count: Counter) -> None:
+    def __init__(self, corpus: Corpus, order: np.ndarray, count: Counter, *, skip: bool) -> None:
+        self._skip = skip
+        self.skipped: dict[int, str] = {}  # by document: why it was left out
         self._corpus = corpus
         self._order = order
         self._count = count
@@ -202,7 +214,14 @@ class _Counting:
         return len(self._order)
 
     def __getitem__(self, index: int) -> Document:
-        document = self._corpus[int(self._order[index])]
+        number = int(self._order[index])
+        try:
+            document = self._corpus[number]
+        except ValueError as error:
+            if not self._skip:
+                raise
+            self.skipped[number] = str(error)
+            document = Document("", "")
         self.num_documents += bool(document.text)
         self.num_replaced += not document.intact
         self._count.add()
@@ -262,9 +281,21 @@ def _prepare(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
 
 def _finish(job: _Job) -> dict[str, Any]:
     shards = [read_json(job.counts_path(shard)) for shard in range(job.num_shards)]
-    totals = {name: sum(s[name] for s in shards) for name in shards[0] if name != "file"}
+    skipped = [why for shard in shards for why in shard.get("skipped", ())]
+    totals = {
+        name: sum(shard.get(name, 0) for shard in shards)
+        for name in shards[0]
+        if name not in ("file", "skipped")
+    }
     if totals["num_rows"] == 0:
-        raise ValueError("sources are empty: none of the documents has any text")
+        why = f" (left out: {skipped[0]})" if skipped else ""
+        raise ValueError(f"sources are empty: none of the documents has any text{why}")
+    if skipped:
+        (job.folder / SKIPPED).write_text("".join(f"{why}\n" for why in skipped), "utf-8")
+        logger.warning(
+            "%d documents could not be read and were left out, the first: %s (all of them in %s)",
+            *(len(skipped), skipped[0], job.folder / SKIPPED),
+        )
     files = [{"file": s["file"], "num_rows": s["num_rows"]} for s in shards]
     write_json(job.folder / MANIFEST, job.plan | totals | {"shards": files})
     # The manifest stands: what was only there to resume from can go.

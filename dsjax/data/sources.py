@@ -7,6 +7,7 @@ picklable, so that workers can open it again. Sources of packed rows are in `pac
 from __future__ import annotations
 
 import bisect
+import codecs
 import json
 import logging
 from pathlib import Path
@@ -15,9 +16,18 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from dsjax.config import SourceConfig
+from dsjax.data.find_files import (
+    PlainCopies,
+    matching_files,
+    open_plain,
+    read_plain,
+    refuse_binary,
+)
 
 _DEFAULT_GLOBS = {"text": "**/*.txt", "jsonl": "**/*.jsonl", "parquet": "**/*.parquet"}
+_SUFFIXES = ("", ".gz", ".zst")
 _SCAN_BYTES = 1 << 24
+_FIRST_BYTES = 4096
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +57,7 @@ class DocumentSource(Protocol):
 
 
 class TextSource:
-    """Each non-empty file is a document."""
+    """Each non-empty file is a document; gzip and zstd are read through."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = [file for file in files if file.stat().st_size > 0]
@@ -57,17 +67,27 @@ class TextSource:
 
     def __getitem__(self, index: int) -> Document:
         file = self.files[index]
-        return _document(file.read_bytes(), str(file))
+        data = read_plain(file)
+        refuse_binary(data, str(file))
+        return _document(data, str(file))
 
 
 class JsonLinesSource:
-    """Each non-blank line of the files is a JSON object with the text in one field."""
+    """Each non-blank line of the files is a JSON object with the text in one field.
+
+    Files of gzip or zstd are unpacked to the temporary folder, where lines are found at random.
+    """
 
     def __init__(self, files: list[Path], text_field: str) -> None:
         self.text_field = text_field
-        spans = [_line_spans(file) for file in files]
+        for file in files:
+            with open_plain(file) as stream:
+                refuse_binary(stream.read(_FIRST_BYTES), str(file))
+        self._copies = PlainCopies(files)
+        spans = [_line_spans(file) for file in self._copies.files]
         kept = [i for i, span in enumerate(spans) if len(span)]
         self.files = [files[i] for i in kept]
+        self._plain = [self._copies.files[i] for i in kept]
         self._spans = [spans[i] for i in kept]
         self._ends = np.cumsum([len(span) for span in self._spans]).tolist()
 
@@ -78,9 +98,11 @@ class JsonLinesSource:
         which, row = _locate(self._ends, index)
         start, end, number = self._spans[which][row].tolist()
         origin = f"{self.files[which]}:{number}"
-        with self.files[which].open("rb") as stream:
+        with self._plain[which].open("rb") as stream:
             stream.seek(start)
             line = stream.read(end - start)
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
+            return Document("", origin)
         try:
             text, intact = _decode(line)
             value = json.loads(text)[self.text_field]
@@ -88,13 +110,19 @@ class JsonLinesSource:
                 raise TypeError(f"field {self.text_field!r} is {type(value).__name__}, not text")
         except json.JSONDecodeError as error:
             problem = f"not JSON: {error.msg}"
+        except RecursionError:
+            problem = "JSON nested too deeply"
         except KeyError:
             problem = f"no field {self.text_field!r}"
         except TypeError as error:
             problem = str(error) if "field" in str(error) else "not a JSON object"
+        except ValueError as error:  # a number of too many digits
+            problem = f"not JSON: {error}"
         else:
             # A lone surrogate is legal JSON but no text: it cannot be written as UTF-8.
-            clean = value.encode("utf-8", errors="replace").decode("utf-8")
+            clean = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if clean != value:
+                logger.warning("%s: lone surrogates replaced by U+FFFD", origin)
             return Document(clean, origin, intact and clean == value)
         raise ValueError(f"{origin}: {problem}")
 
@@ -189,7 +217,8 @@ def _find_files(source: SourceConfig) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"source.path={source.path!r} must be a folder or a file that exists")
     pattern = source.glob or _DEFAULT_GLOBS[source.format]
-    files = sorted(file for file in path.glob(pattern) if file.is_file())
+    suffixes = _SUFFIXES if not source.glob and source.format != "parquet" else ("",)
+    files = sorted({f for end in suffixes for f in matching_files(path, pattern + end)})
     if not files:
         raise ValueError(f"source.path={source.path!r} is empty: no file matches {pattern!r}")
     return files
@@ -220,9 +249,9 @@ def _line_spans(file: Path) -> np.ndarray:
 
 def _decode(data: bytes) -> tuple[str, bool]:
     try:
-        return data.decode("utf-8"), True
+        return data.decode("utf-8-sig"), True  # a byte order mark is no text
     except UnicodeDecodeError:
-        return data.decode("utf-8", errors="replace"), False
+        return data.decode("utf-8-sig", errors="replace"), False
 
 
 def _document(data: bytes, origin: str) -> Document:

@@ -229,3 +229,17 @@ def test_damaged_datasets_are_named(tmp_path: Path, damage: str) -> None:
     (out / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=expected):
         PackedRows(out)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_unreadable_documents_are_left_out_counted_and_listed(tmp_path, num_workers: int) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": 7}\nno JSON\n{"text": "fine"}\n')
+    source = SourceConfig(str(tmp_path / "a.jsonl"), "jsonl")
+    options: dict[str, Any] = {"tokenizer": "bytes", "length": 8, "num_workers": num_workers}
+    with pytest.raises(ValueError, match=r"a.jsonl:"):
+        pack([source], tmp_path / "stopped", **options)
+    manifest = pack([source], tmp_path / "out", **options, on_error="skip")
+    assert (manifest["num_documents"], manifest["num_skipped"]) == (2, 2)
+    listed = (tmp_path / "out/skipped.txt").read_text().splitlines()
+    assert sorted(line.partition("a.jsonl:")[2][:1] for line in listed) == ["2", "3"]
+    assert pack([source], tmp_path / "out", **options, on_error="skip") == manifest

@@ -1,5 +1,6 @@
 """Sources of documents: what they hold, and what they say of damaged input."""
 
+import gzip
 import json
 import pickle
 import sys
@@ -10,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from dsjax.config.data import SourceConfig
+from dsjax.data.find_files import infer_format
 from dsjax.data.sources import open_documents
 
 TEXTS = ["one\r\ntwo\n", "ünï 🤗", "x" * 100, "last"]
@@ -75,7 +77,65 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
 def test_a_lone_surrogate_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n')
     document = open_documents(SourceConfig(str(tmp_path), "jsonl"))[0]
-    assert (document.text, document.intact) == ("a?b", False)
+    assert (document.text, document.intact) == ("a\ufffdb", False)
+
+
+def test_linked_folders_are_followed_once_and_sidecars_left_out(tmp_path: Path, caplog) -> None:
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    (corpus / "sub").mkdir(parents=True)
+    (other / "deep").mkdir(parents=True)
+    for file in (corpus / "a.txt", corpus / "sub/b.txt", other / "deep/c.txt", corpus / "._a.txt"):
+        file.write_text(file.name)
+    (corpus / "linked").symlink_to(other)
+    (corpus / "again").symlink_to(corpus / "sub")  # reached by its own name already
+    (other / "loop").symlink_to(corpus)
+    (corpus / "gone.txt").symlink_to(tmp_path / "nothing")
+    assert texts_of(SourceConfig(str(corpus), "text")) == ["a.txt", "c.txt", "b.txt"]
+    assert "gone.txt: a link to nothing" in caplog.text
+
+
+def test_compressed_files_are_read_through(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    with pyarrow.output_stream(str(tmp_path / "b.jsonl.zst"), compression="zstd") as stream:
+        stream.write(lines)
+    assert texts_of(SourceConfig(str(tmp_path), "jsonl")) == 2 * TEXTS
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"text"))
+    assert texts_of(SourceConfig(str(tmp_path), "text")) == ["text"]
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"text" * 99)[:-9])
+    with pytest.raises(ValueError, match=r"c.txt.gz: damaged compressed file"):
+        texts_of(SourceConfig(str(tmp_path), "text"))
+
+
+def test_the_format_is_told_by_suffix_and_first_bytes(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "x.data")
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}'))
+    (tmp_path / "README").write_text("text")
+    found = [infer_format(tmp_path / name) for name in ("x.data", "x.jsonl.gz", "README")]
+    assert found == ["parquet", "jsonl", "text"]
+    assert infer_format(tmp_path) == "jsonl"
+    (tmp_path / "y.txt").write_text("text")
+    with pytest.raises(ValueError, match="name the format"):
+        infer_format(tmp_path)
+    for data in (b"PK\x03\x04zip", "text".encode("utf-16"), b"\x7fELF\0\0", b"%PDF-1.7"):
+        (tmp_path / "binary").write_bytes(data)
+        with pytest.raises(ValueError, match="binary: "):
+            infer_format(tmp_path / "binary")
+
+
+def test_what_is_no_text_is_refused_as_text(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet: a Parquet file, not UTF-8 text"):
+        open_documents(SourceConfig(str(tmp_path / "a.parquet"), "text"))[0]
+    with pytest.raises(ValueError, match=r"a.parquet: a Parquet file"):
+        open_documents(SourceConfig(str(tmp_path / "a.parquet"), "jsonl"))
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    assert texts_of(SourceConfig(str(tmp_path), "text")) == ["text"]
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n   \n\t\r\n{"text": "two"}')
+    assert [t for t in texts_of(SourceConfig(str(tmp_path), "jsonl")) if t] == ["one", "two"]
 
 
 def test_parquet(tmp_path: Path) -> None:

@@ -178,6 +178,7 @@ def load(
     dtype: Literal["bfloat16", "float32"] | None = "bfloat16",
     mesh: jax.sharding.Mesh | None = None,
     kernels: KernelConfig | None = None,
+    step: int | None = None,
 ) -> LanguageModel:
     """Loads a model.
 
@@ -187,11 +188,12 @@ def load(
         dtype: of parameters and computation; None keeps the stored one.
         mesh: devices to divide the model over; None uses one.
         kernels: implementations to run; None, like "auto" in its fields, chooses for the devices.
+        step: of a training run; None takes the newest that is not damaged.
 
     Raises:
         ValueError: there is no model there, or it is damaged; names the file.
     """
-    source = locate(path_or_hub_name)
+    source = locate(path_or_hub_name, step)
     model = load_weights(source.path, dtype=dtype, rules=inference_rules(mesh), kernels=kernels)
     tokenizer = None if source.tokenizer is None else load_tokenizer(source.tokenizer)
     return LanguageModel.of(model, tokenizer, source.path)

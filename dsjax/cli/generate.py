@@ -22,6 +22,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="String that ends a text.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    step: Annotated[int | None, typer.Option(help="Of a training run, else the newest.")] = None,
     kernels: Annotated[
         list[str] | None, typer.Option(help="OP=IMPLEMENTATION, such as mla_decode=xla.")
     ] = None,
@@ -30,7 +31,7 @@ def generate(
     named = override(KernelConfig(), kernels or ())
     from dsjax.api import load
 
-    model = load(checkpoint, dtype=dtype, kernels=named)  # type: ignore[arg-type]
+    model = load(checkpoint, dtype=dtype, kernels=named, step=step)  # type: ignore[arg-type]
     prompts: list[Any] = list(prompt)
     if chat:
         before = [{"role": "system", "content": system}] if system else []

@@ -16,7 +16,10 @@ from dsjax.training.folder import gather_json
 from dsjax.training.step import Guard, TrainState
 from dsjax.weights.layouts import current_path, format_1_path, is_format_1, renamed
 from dsjax.weights.param_store import saving_context, stored_paths
-from dsjax.weights.sources import STEPS_FOLDER
+from dsjax.weights.sources import STEPS_FOLDER, first_readable, steps_of
+
+# Of a run; steps that could not be read are moved here.
+DAMAGED_FOLDER = "damaged"
 
 
 class RunCheckpoints:
@@ -32,12 +35,17 @@ class RunCheckpoints:
         kept: list[Any] = [training.preservation_policies.LatestN(config.keep_latest)]
         if config.keep_every is not None:
             kept.append(training.preservation_policies.EveryNSteps(config.keep_every))
+        self._run = run
         self._folder = run / STEPS_FOLDER
-        self._checkpointer = training.Checkpointer(
+        self._kept = training.preservation_policies.AnyPreservationPolicy(kept)
+        self._checkpointer = self._open()
+
+    def _open(self) -> Any:
+        return ocp.training.Checkpointer(
             self._folder,
             # Cut so that generation and conversion can read a layer or an expert by itself.
             context=saving_context(),
-            preservation_policy=training.preservation_policies.AnyPreservationPolicy(kept),
+            preservation_policy=self._kept,
             cleanup_tmp_directories=True,
         )
 
@@ -46,6 +54,36 @@ class RunCheckpoints:
         """The newest complete step, or None."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
+
+    def restore_newest(
+        self, params: nnx.State, optimizer: dict[str, Any]
+    ) -> tuple[nnx.State, dict[str, Any], list[dict[str, Any]]] | None:
+        """Loads the newest step that is not damaged, as `restore`; None where there is no step.
+
+        A damaged step is said loudly and moved to `<run>/damaged`, out of the way of the steps
+        that come again.
+
+        Raises:
+            ValueError: every step is damaged, or of another config; nothing was moved.
+        """
+        steps = steps_of(self._run)
+        if not steps:
+            return None
+
+        def read(step: Path) -> tuple[int, Any]:
+            number = int(step.name)
+            return number, self.restore(number, params, optimizer)
+
+        taken, restored = first_readable(self._run, read)
+        passed_over = [step for step in steps if int(step.name) > taken]
+        if passed_over:
+            self._checkpointer.close()
+            if jax.process_index() == 0:
+                for step in passed_over:
+                    _move_away(step, self._run / DAMAGED_FOLDER)
+            gather_json({})  # all wait until they are gone
+            self._checkpointer = self._open()
+        return restored
 
     def save(
         self, step: int, params: nnx.State, optimizer: dict[str, Any], data_state: dict[str, Any]
@@ -110,7 +148,7 @@ class RunCheckpoints:
             loaded = self._checkpointer.load_checkpointables(step, abstract)
             if old:
                 loaded = _renamed(loaded, current_path)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, OSError) as error:
             # Orbax names the handlers it tried, which is no help.
             raise ValueError(
                 f"{self._folder / str(step)}: is damaged, or of another config.model or "
@@ -119,6 +157,8 @@ class RunCheckpoints:
         restored = jax.tree.map(lambda leaf: leaf, params)
         nnx.replace_by_pure_dict(restored, loaded["params"])
         metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        if not metadata or "data" not in metadata:
+            raise ValueError(f"{self._folder / str(step)}: is damaged: the data's place is missing")
         return restored, loaded["optimizer"], metadata["data"]
 
     def __enter__(self) -> RunCheckpoints:
@@ -129,6 +169,16 @@ class RunCheckpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+
+
+def _move_away(step: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    target = folder / step.name
+    count = 1
+    while target.exists():
+        count += 1
+        target = folder / f"{step.name}_{count}"
+    step.rename(target)
 
 
 def optimizer_to_dict(state: TrainState) -> dict[str, Any]:

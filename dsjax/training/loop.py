@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dsjax.config import DataConfig, LogConfig, ModelConfig, TrainConfig, to_json
-from dsjax.config.run_file import RUN_FILE, read_run_file, write_run_file
+from dsjax.config.run_file import RUN_FILE, write_run_file
 from dsjax.config.serialize import differing_fields
+from dsjax.config.stored import run_from_json
 from dsjax.data.loader import Loader, make_eval_batches, make_loader
 from dsjax.data.prepare import prepare_data
 from dsjax.data.tokenizer import load_tokenizer
+from dsjax.files import read_json
 from dsjax.kernels import Kernels, choose_kernels
 from dsjax.mesh import ShardingRules, make_mesh, train_rules
 from dsjax.model import DeepSeekV2, abstract_model, create_model
@@ -45,6 +48,9 @@ from dsjax.training.step import (
     jitted_train_step,
 )
 from dsjax.weights import load_weights, save_assets
+from dsjax.weights.sources import steps_of
+
+_LOG = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
@@ -86,15 +92,20 @@ def fit(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Fit
     device = mesh.devices.flat[0]
     kernels = choose_kernels(device, config.model, config.runtime, rules)
     _check_batch(config, rules)
-    stored = read_run_file(run) if (run / RUN_FILE).exists() else None
+    stored = _stored_config(run)
     config = with_budget(config, rules, stored)
     with only_run_in(run):
-        return _fit_alone(config, run, mesh, rules, kernels)
+        return _fit_alone(config, stored, mesh, rules, kernels)
 
 
 def _fit_alone(
-    config: TrainConfig, run: Path, mesh: Mesh, rules: ShardingRules, kernels: Kernels
+    config: TrainConfig,
+    stored: TrainConfig | None,
+    mesh: Mesh,
+    rules: ShardingRules,
+    kernels: Kernels,
 ) -> FitResult:
+    run = Path(config.directory).absolute()
     device = mesh.devices.flat[0]
     _prepare_data(config.data)
     _check_vocabulary(config)
@@ -105,11 +116,11 @@ def _fit_alone(
         graphdef, params = abstract_model(config.model, config.runtime, rules, kernels)
         abstract = abstract_train_state(config.optimizer, params, rules, device)
         with RunCheckpoints(run, config.checkpoint) as checkpoints:
-            if checkpoints.latest is None:
+            if stored is not None and steps_of(run):
+                _check_same(stored.model, config.model, f"directory={str(run)!r}")
+            state = _restored_state(abstract, checkpoints, loader, shard)
+            if state is None:
                 state = _fresh_state(config, abstract, rules, kernels)
-            else:
-                _check_model(config.model, run)
-                state = _restored_state(abstract, checkpoints, loader, shard)
             if jax.process_index() == 0:
                 write_run_file(run, config)
                 save_assets(config.data.tokenizer, config.init_from, run)
@@ -273,10 +284,18 @@ def _check_vocabulary(config: TrainConfig) -> None:
         )
 
 
-def _check_model(config: ModelConfig, run: Path) -> None:
-    """Refuses to go on from the checkpoints of another model."""
-    if (run / RUN_FILE).exists():
-        _check_same(read_run_file(run).model, config, f"directory={str(run)!r}")
+def _stored_config(run: Path) -> TrainConfig | None:
+    """Returns what the run's folder says that it is; None where it says nothing."""
+    path = run / RUN_FILE
+    if not path.exists():
+        return None
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        # The steps' own shapes are checked in any case, and the file is written anew.
+        _LOG.warning("%s: damaged, so this run's config is not compared with it", error)
+        return None
+    return run_from_json(content, str(path))
 
 
 def _check_same(there: ModelConfig, here: ModelConfig, where: str) -> None:
@@ -329,12 +348,11 @@ def _fresh_state(
 
 def _restored_state(
     abstract: TrainState, checkpoints: RunCheckpoints, loader: Loader, shard: HostShard
-) -> TrainState:
-    step = checkpoints.latest
-    assert step is not None
-    params, optimizer, data_states = checkpoints.restore(
-        step, abstract.params, optimizer_to_dict(abstract)
-    )
+) -> TrainState | None:
+    found = checkpoints.restore_newest(abstract.params, optimizer_to_dict(abstract))
+    if found is None:
+        return None
+    params, optimizer, data_states = found
     by_shard = {saved["shard"]: saved["state"] for saved in data_states}
     # Of packed data all states are one; documents refuse another number of hosts themselves.
     loader.set_state(by_shard.get(shard.index, by_shard[0]))

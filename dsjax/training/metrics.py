@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 import secrets
 from pathlib import Path
 from typing import Any
 
 from dsjax.config import LogConfig
-from dsjax.files import write_text
+from dsjax.files import write_bytes
+
+_LOG = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -85,18 +89,33 @@ def _is_not_finite(value: Any) -> bool:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a last one that a kill cut short."""
+    """Drops the lines of later steps, and those that a kill or a power loss damaged."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = path.read_bytes().splitlines(keepends=True)
+    steps = [_step_of(line) for line in lines]
+    # The last line cut short is what any kill leaves.
+    if damaged := steps[:-1].count(None):
+        _LOG.warning("%s: %d damaged lines were dropped", path, damaged)
+    kept = [line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
     if kept != lines:
-        write_text(path, "".join(kept))
+        write_bytes(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    """Returns the step of a whole line, or None."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError):  # UnicodeDecodeError is a ValueError
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _wandb_id(directory: Path) -> str:
     """Returns the id by which Weights & Biases knows the run, the same after every restart."""
     path = directory / "wandb_id"
-    if not path.exists():
-        write_text(path, secrets.token_hex(8))
-    return path.read_text(encoding="utf-8")
+    found = path.read_bytes() if path.exists() else b""
+    if not re.fullmatch(rb"[0-9a-f]{16}", found):  # absent, or damaged
+        found = secrets.token_hex(8).encode()
+        write_bytes(path, found)
+    return found.decode()

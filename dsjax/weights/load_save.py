@@ -47,7 +47,10 @@ from dsjax.weights.safetensors import INDEX_NAME
 from dsjax.weights.sources import (
     MANIFEST,
     WeightSource,
+    chosen_step,
     describe,
+    first_readable,
+    is_run,
     open_source,
     resolve,
     weight_dtype,
@@ -76,18 +79,19 @@ class Source:
     tokenizer: str | None
 
 
-def locate(path_or_hub_name: str | FilePath) -> Source:
+def locate(path_or_hub_name: str | FilePath, step: int | None = None) -> Source:
     """Finds a model, and downloads it where a Hub name is given.
 
     Args:
         path_or_hub_name: a Hugging Face folder, a checkpoint of ours, a training run or one of
             its steps, or a name on the Hugging Face Hub.
+        step: of a training run; None takes the newest that is not damaged.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or has no such step.
         FileNotFoundError: there is nothing there.
     """
-    path = resolve(path_or_hub_name)
+    path = chosen_step(resolve(path_or_hub_name), step)
     config, assets = describe(path)
     tokenizer = str(assets[TOKENIZER_FILE]) if TOKENIZER_FILE in assets else None
     return Source(path, config, assets, tokenizer)
@@ -116,13 +120,26 @@ def load_weights(
         FileNotFoundError: there is nothing there.
     """
     wanted = None if dtype is None else weight_dtype(dtype)
-    source = open_source(resolve(path_or_hub_name))
+    where = resolve(path_or_hub_name)
+
+    def load_from(where: FilePath) -> DeepSeekV2:
+        return _load(open_source(where), wanted, runtime, rules or ShardingRules(), kernels)
+
+    return first_readable(where, load_from) if is_run(where) else load_from(where)
+
+
+def _load(
+    source: WeightSource,
+    wanted: DType | None,
+    runtime: RuntimeConfig | None,
+    rules: ShardingRules,
+    kernels: Kernels | KernelConfig | None,
+) -> DeepSeekV2:
     config = source.config
     if runtime is None:
         runtime = RuntimeConfig(dtype=wanted or _exact_dtype(source))
     if isinstance(kernels, KernelConfig):
         runtime, kernels = replace(runtime, kernels=kernels), None
-    rules = rules or ShardingRules()
     if kernels is None:
         devices = jax.devices() if rules.mesh is None else rules.mesh.devices.flat
         kernels = choose_kernels(devices[0], config, runtime, rules)

@@ -6,7 +6,9 @@ loading and conversion do not know which they have before them.
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Any, Literal, Protocol, cast
 
@@ -26,6 +28,17 @@ from dsjax.weights.safetensors import SafetensorsFolder, float_dtype
 
 MANIFEST = "dsjax.json"  # its presence says that a model checkpoint is complete
 STEPS_FOLDER = "checkpoints"  # of a run; each step is a folder in it
+# Files without which a step is damaged.
+_STEP_PARTS = (
+    "_CHECKPOINT_METADATA",
+    *(
+        f"{item}/{name}"
+        for item in (ITEM, "optimizer")
+        for name in (METADATA_FILE, "manifest.ocdbt")
+    ),
+)
+
+_LOG = logging.getLogger(__name__)
 
 # A repository of the Hub: "deepseek-ai/DeepSeek-V2-Lite".
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -195,7 +208,7 @@ def find_kind(where: FilePath) -> tuple[Kind, FilePath, FilePath]:
         raise FileNotFoundError(f"{where}: no such checkpoint")
     if (where / MANIFEST).is_file():
         return "model", where, where
-    if (where / RUN_FILE).is_file():
+    if is_run(where):
         return "step", latest_step(where), where
     run = where.absolute().parent.parent
     if (where / ITEM).is_dir() and (run / RUN_FILE).is_file():
@@ -206,6 +219,11 @@ def find_kind(where: FilePath) -> tuple[Kind, FilePath, FilePath]:
         f"{where}: neither a Hugging Face folder (config.json), nor a model checkpoint "
         f"({MANIFEST}), nor a run ({RUN_FILE}) or one of its steps"
     )
+
+
+def is_run(where: FilePath) -> bool:
+    """Whether a folder is a training run's, whose newest step is meant."""
+    return (where / RUN_FILE).is_file() and not (where / MANIFEST).is_file()
 
 
 def describe(where: FilePath) -> tuple[ModelConfig, Assets]:
@@ -235,20 +253,87 @@ def open_source(where: FilePath) -> HFSource | CheckpointSource:
     config, assets = describe(where)
     if kind == "hf":
         return HFSource(weights, config, assets)
+    if is_run(where):
+        return first_readable(where, lambda step: CheckpointSource(step, config, assets))
     return CheckpointSource(weights, config, assets)
+
+
+def steps_of(run: FilePath) -> list[FilePath]:
+    """Returns the folders of a run's steps in the order in which they are to be tried.
+
+    The newest is first; those that lack a part, as after a power loss, come last.
+    """
+    folder = run / STEPS_FOLDER
+    steps = [step for step in (folder.iterdir() if folder.is_dir() else ()) if _is_step(step)]
+    steps.sort(key=lambda step: int(step.name), reverse=True)
+    return sorted(steps, key=lambda step: bool(_missing_parts(step)))  # is stable
 
 
 def latest_step(run: FilePath) -> FilePath:
     """Returns the folder of a run's latest complete step."""
-    folder = run / STEPS_FOLDER
-    steps = [
-        step
-        for step in (folder.iterdir() if folder.is_dir() else ())
-        if re.fullmatch(r"\d+", step.name) and (step / ITEM / METADATA_FILE).is_file()
-    ]
+    steps = [step for step in steps_of(run) if (step / ITEM / METADATA_FILE).is_file()]
     if not steps:
-        raise ValueError(f"{folder}: holds no complete step")
-    return max(steps, key=lambda step: int(step.name))
+        raise ValueError(f"{run / STEPS_FOLDER}: holds no complete step")
+    return steps[0]
+
+
+def chosen_step(where: FilePath, step: int | None) -> FilePath:
+    """Returns the folder of a step of a run; without a step, the path as it is.
+
+    Raises:
+        ValueError: it is no run, or has no such step; names those that it has.
+    """
+    if step is None:
+        return where
+    chosen = where / STEPS_FOLDER / str(step)
+    if not (where / RUN_FILE).is_file():
+        raise ValueError(f"step={step}: {where} is no training run, so it has no steps")
+    if not chosen.is_dir():
+        there = ", ".join(sorted((path.name for path in steps_of(where)), key=int)) or "none"
+        raise ValueError(f"step={step}: {where} has no such step; it has {there}")
+    return chosen
+
+
+def first_readable[T](run: FilePath, read: Callable[[FilePath], T]) -> T:
+    """Reads the newest step of a run that can be read, and says loudly what it passed over.
+
+    Args:
+        run: the run's folder.
+        read: reads one step; ValueError and OSError say that it is damaged.
+
+    Raises:
+        ValueError: no step can be read; of the newest one, what `read` raised.
+    """
+    faults: dict[FilePath, Exception] = {}
+    steps = steps_of(run)
+    for taken in steps:
+        try:
+            result = read(taken)
+        except (ValueError, OSError) as error:
+            faults[taken] = error
+            continue
+        for step in steps:
+            if int(step.name) > int(taken.name):
+                reason = f"it lacks {', '.join(_missing_parts(step))}"
+                if step in faults:
+                    reason = str(faults[step]).splitlines()[0]
+                _LOG.warning("DAMAGED: %s: %s; taking step %s instead", step, reason, taken.name)
+        return result
+    if not steps:
+        raise ValueError(f"{run / STEPS_FOLDER}: holds no complete step")
+    raise faults[steps[0]]
+
+
+def _is_step(path: FilePath) -> bool:
+    return bool(re.fullmatch(r"\d+", path.name)) and path.is_dir()
+
+
+def _missing_parts(step: FilePath) -> list[str]:
+    return [part for part in _STEP_PARTS if not _is_written(step / part)]
+
+
+def _is_written(path: FilePath) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def weight_dtype(dtype: Any) -> DType:

@@ -102,3 +102,12 @@ def test_weights_and_biases_gets_the_scalars_of_one_run(monkeypatch, tmp_path: P
     assert first == second  # the same id: the restarted run goes on in the same place
     assert (first["project"], first["config"], first["resume"]) == ("p", {"a": 1}, "allow")
     assert len(first["id"]) == 16
+
+
+@pytest.mark.parametrize("line", [b"\0" * 60, b'{"step": 2, "lo', b"[1]", b"7", b"\xff{}", b"{}"])
+def test_a_damaged_line_is_dropped_and_said(tmp_path: Path, caplog, line: bytes):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"step": 3}\n')
+    with MetricsWriter(tmp_path, LogConfig(), {}, start=2):
+        assert lines(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert f"{path}: 1 damaged lines were dropped" in caplog.text

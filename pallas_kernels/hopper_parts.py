@@ -23,6 +23,19 @@ PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
+def store_global(ref: Any, array: Array) -> None:
+    """Stores to global memory, in pieces of any size.
+
+    jax 0.12 refuses pieces that are not whole sectors of 32 bytes unless told otherwise, as a
+    result's are where they are stored once and transposed; jax 0.11 has no such rule.
+    """
+    store = getattr(plgpu, "store", None)
+    if store is None:
+        ref[...] = array
+    else:
+        store(ref, array, optimized=False)
+
+
 def swizzled(swizzle: int = 128) -> tuple[plgpu.SwizzleTransform]:
     """The layout of whole rows of so many bytes."""
     return (plgpu.SwizzleTransform(swizzle),)  # type: ignore[abstract]

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxtyping import Array
 
-from pallas_kernels.hopper_parts import COMPILER_PARAMS, tiled_smem
+from pallas_kernels.hopper_parts import COMPILER_PARAMS, store_global, tiled_smem
 from pallas_kernels.mla_decode.hopper_accumulators import opaque
 from pallas_kernels.mla_decode.hopper_split import find_share, num_units, part_of
 from pallas_kernels.mla_decode.limits import HOPPER_KEYS as KEYS
@@ -266,18 +266,18 @@ def attend_narrow(
 
                 @pl.when(whole)
                 def _():
-                    lse_gmem.at[sequence, rows][...] = lse
+                    store_global(lse_gmem.at[sequence, rows], lse)
                     for n, acc in enumerate(accs):
                         target = out_gmem.at[sequence, rows, pl.ds(n * TILE, TILE)]
                         value = (acc * inverse).astype(dtype)
-                        target.transpose((1, 0))[...] = _turned(value)
+                        store_global(target.transpose((1, 0)), _turned(value))
 
                 @pl.when(jnp.logical_not(whole))
                 def _():
-                    piece_lse_gmem.at[slot, rows][...] = lse
+                    store_global(piece_lse_gmem.at[slot, rows], lse)
                     for n, acc in enumerate(accs):
                         target = piece_out_gmem.at[slot, rows, pl.ds(n * TILE, TILE)]
-                        target.transpose((1, 0))[...] = _turned(acc * inverse)
+                        store_global(target.transpose((1, 0)), _turned(acc * inverse))
                     # All threads have written before one of them says so.
                     plgpu.commit_smem()
                     _count(done.at[pl.ds(sequence * num_tiles + tile, 1)])
@@ -339,7 +339,7 @@ def attend_narrow(
             for r, (acc, top, total) in enumerate(lax.fori_loop(0, steps, step, start)):
                 seen = total > 0
                 acc *= jnp.where(seen, 1 / total, 0.0)
-                out_gmem.at[sequence, first_row + r, here][...] = acc.astype(dtype)
+                store_global(out_gmem.at[sequence, first_row + r, here], acc.astype(dtype))
                 lse = top * (1 / LOG2E) + jnp.log(total)
                 lse_gmem[sequence, first_row + r] = jnp.where(seen, lse, -jnp.inf)
 

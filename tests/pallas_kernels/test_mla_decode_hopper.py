@@ -106,6 +106,7 @@ def lower_for_cuda(batch, num_tokens, num_heads, columns, page_size, pages_dtype
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.core  # what Mosaic takes changes with jax
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "num_kernels"),

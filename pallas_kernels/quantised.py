@@ -73,7 +73,7 @@ def block_scaled(weights: Float[Array, "G K N"], dtype: DTypeLike) -> BlockScale
         dtype: int8 or float8_e4m3fn.
 
     Returns:
-        The quantised weights. A block of zeros has scale 1.
+        The quantised weights. A block of zeros has scale 1, one with NaN or infinity scale NaN.
 
     Raises:
         ValueError: when dtype is neither int8 nor float8_e4m3fn.
@@ -114,7 +114,7 @@ def row_scaled(
 
     Returns:
         (values of `dtype`, float32 scales), with rows ~ values * scales. A row of zeros has
-        scale 1.
+        scale 1, one with NaN or infinity scale NaN.
 
     Raises:
         ValueError: when dtype is neither int8 nor float8_e4m3fn.
@@ -130,6 +130,10 @@ def _round_to(x: Array, dtype: DTypeLike, axes: tuple[int, ...]) -> tuple[Array,
     whole = dtype == jnp.int8
     largest = float(jnp.iinfo(dtype).max if whole else jnp.finfo(dtype).max)
     magnitude = jnp.abs(x).max(axis=axes, keepdims=True)
-    scales = jnp.where(magnitude > 0, magnitude / largest, 1.0)
+    scales = magnitude / largest
+    # Not 0, of numbers that are next to nothing: 0 / 0 is NaN.
+    scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 1.0, scales)
+    # An integer cannot hold NaN or infinity, and a CPU's maximum may pass over NaN.
+    scales = jnp.where(jnp.isfinite(x).all(axis=axes, keepdims=True), scales, jnp.nan)
     values = jnp.clip(x / scales, -largest, largest)
     return (jnp.round(values) if whole else values).astype(dtype), scales.squeeze(axes)

@@ -95,9 +95,9 @@ def append_latents(
     """Writes new tokens into their sequences' pages.
 
     Token t < num_tokens[b] of sequence b goes to position start[b] + t; the others write nothing,
-    nor do those whose position is negative or past the end of the page table: where a sequence is
-    spread over several pools, each takes its own tokens, with `start_B` counted from the position
-    of its first one.
+    nor do those whose position is negative or past the end of the page table, or whose page is
+    none of the pool's, such as -1: where a sequence is spread over several pools, each takes its
+    own tokens, with `start_B` counted from the position of its first one.
     The pool is updated in place when it is donated to the jitted caller or carried in a loop. A
     quantised pool gets the latents rounded by `row_scaled`.
 
@@ -128,13 +128,15 @@ def append_latents(
     columns = page_table_BP.shape[1]
     if columns == 0:
         return pages
-    position_BT = start_B[:, None] + jnp.arange(num_tokens)
+    page_table_BP = page_table_BP.astype(jnp.int32)
+    position_BT = start_B.astype(jnp.int32)[:, None] + jnp.arange(num_tokens)
     page_BT = jnp.take_along_axis(
         page_table_BP, position_BT // pages.page_size, axis=1, mode="clip"
     )
     # A page past the pool is dropped by the scatter: that is how a token is not written.
     written_BT = jnp.arange(num_tokens) < num_tokens_B[:, None]
     written_BT &= (position_BT >= 0) & (position_BT < columns * pages.page_size)
+    written_BT &= page_BT >= 0  # The scatter would count a negative one from the pool's end.
     page_BT = jnp.where(written_BT, page_BT, pages.num_pages)
     slot_BT = position_BT % pages.page_size
 
@@ -182,6 +184,8 @@ def check_pages(pages: LatentPages) -> None:
             f"pages.scale: {scale if scale is None else scale.shape} must be one scale per token, "
             f"{latent.shape[:2]}, for latents of dtype {latent.dtype}"
         )
+    if quantised and scale.dtype != jnp.float32:
+        raise ValueError(f"pages.scale: dtype {scale.dtype} must be float32")
     if not quantised and scale is not None:
         raise ValueError(
             f"pages.scale: must be None for latents that are not quantised, of dtype {latent.dtype}"

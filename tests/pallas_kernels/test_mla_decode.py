@@ -110,22 +110,6 @@ def test_a_table_of_no_columns_holds_no_key(implementation):
     jax.tree.map(np.testing.assert_array_equal, same, pages)
 
 
-@pytest.mark.parametrize("bits", ["int8", "float8_e4m3fn"])
-def test_row_scaled(bits):
-    latent = np.random.default_rng(7).normal(size=(3, 5, 64)).astype(np.float32)
-    latent[1, 2] = 0
-    values, scale = row_scaled(jnp.asarray(latent), bits)
-    assert values.dtype == jnp.dtype(bits)
-    assert scale.shape == (3, 5)
-    assert scale[1, 2] == 1
-    back = np.asarray(values).astype(np.float64) * np.asarray(scale)[..., None]
-    amax = np.abs(latent).max(axis=-1, keepdims=True)
-    # Half a step: 1/254 of the largest for int8, 2^-4 of each number (3 mantissa bits) for float8.
-    allowed = amax / 254 if bits == "int8" else np.abs(latent) / 16 + amax * 2**-17
-    assert (np.abs(back - latent) <= allowed * 1.001).all()
-    np.testing.assert_allclose(np.abs(back).max(axis=-1), amax[..., 0], rtol=1e-6)
-
-
 def pool(dtype, num_pages=12, page_size=4, dims=(8, 6)):
     rng = np.random.default_rng(8)
     pages = LatentPages.zeros(num_pages, page_size, *dims, dtype=dtype)
@@ -169,6 +153,18 @@ def test_append_writes_nothing_outside_of_its_table():
     got = jax.jit(append_latents)(pages, latent, rope, table, start, count)
     want = jax.tree.map(np.array, pages)
     for page, slots in ((7, [2, 3]), (0, [0, 1])):
+        want.latent[page, slots], want.rope[page, slots] = 1, 1
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_append_writes_to_no_page_that_the_pool_does_not_have():
+    """Entries of the table that stand for no page: -1, which is not the last one, and 12 of 12."""
+    pages = pool(jnp.float32)
+    latent, rope = jnp.ones((2, 5, 8)), jnp.ones((2, 5, 6))
+    table = jnp.array([[3, -1], [12, 5]], jnp.int32)
+    got = append_latents(pages, latent, rope, table, jnp.array([2, 2]), jnp.array([5, 5]))
+    want = jax.tree.map(np.array, pages)
+    for page, slots in ((3, [2, 3]), (5, [0, 1, 2])):
         want.latent[page, slots], want.rope[page, slots] = 1, 1
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
@@ -342,6 +338,13 @@ def replace(arguments, index, change):
             "pages.scale: None",
         ),
         (2, lambda p: dataclasses.replace(p, scale=p.latent[..., 0]), "pages.scale: must be None"),
+        (
+            2,
+            lambda p: LatentPages(
+                p.latent.astype(jnp.int8), p.rope, p.latent[..., 0].astype(jnp.bfloat16)
+            ),
+            "pages.scale: dtype bfloat16 must be float32",
+        ),
         (3, lambda table: table[:1], "page_table_BP: shape"),
         (3, lambda table: table.astype(jnp.float32), "page_table_BP: dtype"),
         (4, lambda lengths: lengths[:1], "lengths_B: shape"),

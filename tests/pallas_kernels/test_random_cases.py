@@ -119,7 +119,7 @@ def draw_attention(seed: int, implementation: str) -> tuple[AttentionCase, Any, 
     return case, arrays, masks, d_out
 
 
-@cases(xla=5, tpu=4, hopper=20)
+@cases(xla=4, tpu=3, hopper=20)
 def test_mla_attention(implementation, seed, simulated):
     case, arrays, masks, d_out = draw_attention(seed, implementation)
     if implementation == "tpu" and seed % 2:  # else the tiles of the table
@@ -208,7 +208,7 @@ def draw_decode(seed: int, implementation: str) -> tuple[DecodeCase, Any]:
     return case, (q_latent, q_rope, pages, table, lengths_B)
 
 
-@cases(xla=6, tpu=5, hopper=20)
+@cases(xla=5, tpu=4, hopper=20)
 def test_mla_decode(implementation, seed, simulated):
     case, arguments = draw_decode(seed, implementation)
     if implementation == "tpu":

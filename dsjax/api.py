@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
@@ -24,16 +25,40 @@ from dsjax.weights import load_weights, locate, save_weights
 Message = dict[str, Any]
 
 
+# What belongs to a model beside its graph, whose every attribute nnx sees. There they would be part
+# of jit's keys; or, made to compare equal, nnx.jit would give a second model the first one's.
+_TOKENIZERS: WeakKeyDictionary[LanguageModel, Tokenizer | None] = WeakKeyDictionary()
+_SOURCES: WeakKeyDictionary[LanguageModel, Path | None] = WeakKeyDictionary()
+
+
 class LanguageModel(DeepSeekV2):
     """A model with its tokenizer: what `load` gives.
 
     Attributes:
         tokenizer: turns text into token ids and back, or None where none was found.
         source: the folder that the model came from.
+
+    Neither is computed with, so neither is part of what jit compares: a second model of the same
+    config runs what was compiled for the first. A copy that nnx makes has neither; set them.
     """
 
-    tokenizer: Tokenizer | None = None
-    source: Path | None = None
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Turns text into token ids and back."""
+        return _TOKENIZERS.get(self)
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        _TOKENIZERS[self] = tokenizer
+
+    @property
+    def source(self) -> Path | None:
+        """The folder that the model came from."""
+        return _SOURCES.get(self)
+
+    @source.setter
+    def source(self, source: Path | None) -> None:
+        _SOURCES[self] = source
 
     def __call__(
         self,
@@ -106,7 +131,10 @@ class LanguageModel(DeepSeekV2):
             ValueError: there is no tokenizer, or a prompt does not fit the context.
         """
         if self.tokenizer is None:
-            raise ValueError(f"{self.source}: holds no tokenizer.json, so text cannot be generated")
+            where = (
+                f"{self.source}: holds no tokenizer.json" if self.source else "no tokenizer is set"
+            )
+            raise ValueError(f"{where}, so text cannot be generated")
         single = _is_prompt(prompt)
         prompts = [prompt] if single else _list_of_prompts(prompt)
         ids = [self._encode(self.tokenizer, one, chat) for one in prompts]

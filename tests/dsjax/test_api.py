@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import dsjax
 from dsjax.config import TrainConfig
@@ -157,3 +158,30 @@ def test_generate_takes_ids_and_refuses_what_is_no_prompt(model):
 def test_ids_out_of_range_are_refused(model, bad):
     with pytest.raises(ValueError, match=rf"token {bad} is outside model\.vocab_size=264"):
         model(TOKENS_BT.at[1, 3].set(bad))
+
+
+def test_a_second_load_runs_what_was_compiled_for_the_first(trained_run: TrainConfig):
+    folder = Path(trained_run.directory)
+    first = dsjax.load(folder, dtype="float32")
+    second = dsjax.load(folder / "checkpoints" / "2", dtype="float32")
+    for model in (first, second):
+        assert model.tokenizer is not None
+    second.tokenizer = None
+    graphs = [nnx.graphdef(model) for model in (first, second)]
+    assert graphs[0] == graphs[1]
+    assert hash(graphs[0]) == hash(graphs[1])
+    traced = 0
+
+    @nnx.jit
+    def add(model: dsjax.LanguageModel) -> None:
+        nonlocal traced
+        traced += 1
+        model.norm.weight[...] += 1
+
+    for model in (first, second):
+        add(model)
+    assert traced == 1
+    # Each keeps its own.
+    assert first.tokenizer is not None
+    assert second.tokenizer is None
+    assert (first.source, second.source) == (folder, folder / "checkpoints" / "2")

@@ -80,7 +80,7 @@ def mla_decode(
         num_heads=num_heads,
         num_tokens=num_tokens,
         page_size=pages.page_size,
-        table_entries=page_table_BP.size,
+        table_pages=page_table_BP.shape[1],
         dtype=q_latent_BTHC.dtype,
         pages_dtype=pages.latent.dtype,
         rope_dtype=pages.rope.dtype,

@@ -23,7 +23,8 @@ HOPPER_KEYS = 64
 HOPPER_ROWS = 8  # What the number of query rows must divide by: shared memory is cut into eights.
 TPU_PAGE_ROWS = 32  # Rows of a TPU's register of 8-bit latents.
 TPU_MAX_ROWS = 512
-# int32 entries of the page table: half of the megabyte of scalar memory.
+# int32 entries of the page table that a call takes: half of the megabyte of scalar memory. Of more
+# sequences a call takes a part.
 TPU_MAX_TABLE = 131072
 
 
@@ -35,7 +36,7 @@ def supported(
     num_heads: int,
     num_tokens: int = 1,
     page_size: int,
-    table_entries: int = 0,
+    table_pages: int = 0,
     dtype: DTypeLike,
     pages_dtype: DTypeLike | None = None,
     rope_dtype: DTypeLike | None = None,
@@ -50,7 +51,7 @@ def supported(
         num_heads: H, heads of the queries of one call (of one tensor shard).
         num_tokens: T, query tokens of a sequence.
         page_size: tokens in a page.
-        table_entries: B * P, entries of the page table; 0 where it is not known.
+        table_pages: P, columns of the page table; 0 where they are not known.
         dtype: dtype of the queries.
         pages_dtype: dtype of the pool's latents; None for that of the queries.
         rope_dtype: dtype of the pool's rotary keys; None for that of the queries.
@@ -71,7 +72,7 @@ def supported(
             not_multiple("kv rank", kv_rank, TPU_LANES),
             too_large(rows_name, rows, TPU_MAX_ROWS),
             not_multiple("page size", page_size, TPU_PAGE_ROWS),
-            too_large("page table entries", table_entries, TPU_MAX_TABLE),
+            too_large("page table columns", table_pages, TPU_MAX_TABLE),
         )
     if implementation == "hopper":
         pages_dtypes = (jnp.bfloat16, *QUANTISED_DTYPES)

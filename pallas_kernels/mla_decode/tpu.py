@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import TPU_LANES
 from pallas_kernels.manual_axes import output_like
+from pallas_kernels.mla_decode.limits import TPU_MAX_TABLE
 from pallas_kernels.mla_decode.merge import merge_partial_attention
 from pallas_kernels.mla_decode.pages import LatentPages
 from pallas_kernels.mla_decode.tiles import TPU, TPU_VMEM_BYTES, TpuTile
@@ -44,9 +45,28 @@ def decode(
     *,
     scale: float,
     tile: TpuTile = TPU,
+    max_table: int = TPU_MAX_TABLE,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
-    """Attends from the last tokens to the cached latents; the arguments are `mla_decode`'s."""
+    """Attends from the last tokens to the cached latents; the arguments are `mla_decode`'s.
+
+    Scalar memory holds `max_table` entries of the page table, so of more sequences a kernel takes
+    as many as fit.
+    """
+    most = max(1, max_table // page_table_BP.shape[1])
+    if most < page_table_BP.shape[0]:
+        arrays = (q_latent_BTHC, q_rope_BTHR, page_table_BP, lengths_B)
+        results = []
+        for first in range(0, page_table_BP.shape[0], most):
+            q_latent, q_rope, table, lengths = (x[first : first + most] for x in arrays)
+            results.append(
+                decode(
+                    q_latent, q_rope, pages, table, lengths,
+                    scale=scale, tile=tile, max_table=max_table, interpret=interpret,
+                )
+            )  # fmt: skip
+        out, lse = (jnp.concatenate(x) for x in zip(*results, strict=True))
+        return out, lse
     B, T, H, C = q_latent_BTHC.shape
     # A pool made for TPUs holds rotary keys of 128 lanes, of which those past the query's are 0.
     R = max(q_rope_BTHR.shape[-1], pages.rope.shape[-1])

@@ -82,7 +82,7 @@ def draw_decode(rng):
     def call(implementation, *arrays):
         return mla_decode.mla_decode(*arrays, scale=0.1, implementation=implementation)
 
-    return sizes | {"table_entries": B * P}, call, arrays
+    return sizes | {"table_pages": P}, call, arrays
 
 
 def draw_grouped(rng):

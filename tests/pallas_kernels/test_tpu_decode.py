@@ -1,14 +1,16 @@
 """Absorbed decode's TPU kernel: values simulated on the CPU, and compilation."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mla_decode import mla_decode, tiles, tpu
+from pallas_kernels.mla_decode import LatentPages, mla_decode, tiles, tpu
 from pallas_kernels.mla_decode.cases import CASES, Case
 from pallas_kernels.mla_decode.limits import TPU_MAX_TABLE
 from tests import oracle_decode
@@ -94,8 +96,31 @@ def test_errors_name_the_argument(case, dtype, message):
 def test_error_of_a_large_page_table():
     arguments: list[Any] = list(Case("e", (5,)).draw(seed=7))
     arguments[3] = jnp.zeros((1, TPU_MAX_TABLE + 1), jnp.int32)
-    with pytest.raises(ValueError, match="page table entries 131073 must be at most 131072"):
+    with pytest.raises(ValueError, match="page table columns 131073 must be at most 131072"):
         mla_decode(*arguments, scale=1.0, implementation="tpu")
+
+
+def test_table_larger_than_scalar_memory():
+    """Three sequences of five pages where there is room for eleven entries: two calls."""
+    case = Case("divided", (300, 70, 5), table_pages=5)
+    arguments = case.draw(seed=8)
+    interpret = pltpu.InterpretParams(detect_races=True)
+    decode = functools.partial(
+        tpu.decode, scale=case.scale, tile=SMALL, max_table=11, interpret=interpret
+    )
+    assert str(jax.make_jaxpr(decode)(*arguments)).count("pallas_call[") == 2
+    compare_decode(case, arguments, without_races(decode(*arguments)), 1e-5)
+
+
+def test_takes_the_table_of_many_long_sequences():
+    """128 sequences of 163,840 tokens: 327,680 entries, which once were refused."""
+    B, P, heads = 128, 2560, 16
+    pages = LatentPages(*(jax.ShapeDtypeStruct((P, 64, n), jnp.bfloat16) for n in (512, 128)))
+    queries = [jax.ShapeDtypeStruct((B, 1, heads, n), jnp.bfloat16) for n in (512, 64)]
+    table, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B, P), (B,)))
+    decode = functools.partial(mla_decode, scale=0.1, implementation="tpu")
+    out, _ = jax.eval_shape(decode, *queries, pages, table, lengths)
+    assert out.shape == (B, 1, heads, 512)
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ class MLA(nnx.Module):
             num_heads=config.num_heads // self.options.rules.num_shards("heads"),
             num_tokens=part.num_tokens,
             page_size=pool.page_size,
-            table_entries=part.page_table_BP.size,
+            table_pages=part.page_table_BP.shape[1],
             dtype=self.options.dtype,
             pages_dtype=pool.pages.latent.dtype,
             rope_dtype=pool.pages.rope.dtype,

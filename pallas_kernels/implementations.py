@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from pallas_kernels.chips import TPU_NAMES
@@ -88,3 +90,14 @@ def too_small(name: str, size: int, least: int) -> str | None:
 def _listed(names: Iterable[str]) -> str:
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def keep(array: Array, name: str, implementation: str) -> Array:
+    """Names a kernel's result that the backward pass keeps, for policies of jax.checkpoint.
+
+    XLA writes what a scan keeps of a GPU's kernel by a second run of that kernel, unless something
+    stands between the result and what is kept: seen with `xla_gpu_enable_dynamic_slice_fusion`.
+    """
+    if implementation == "hopper":
+        array = lax.optimization_barrier(array)
+    return checkpoint_name(array, name)

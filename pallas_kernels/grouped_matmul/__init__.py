@@ -15,12 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from pallas_kernels.grouped_matmul.limits import STACKS_IN_PLACE, supported
 from pallas_kernels.grouped_matmul.stacks import LayerOfStack
-from pallas_kernels.implementations import IMPLEMENTATIONS, check_supported, load
+from pallas_kernels.implementations import IMPLEMENTATIONS, check_supported, keep, load
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.quantised import BlockScaledWeights, block_scaled, dequantise
 
@@ -223,8 +222,8 @@ def _matmul(
 
 def _matmul_fwd(implementation: str, transpose_rhs: bool, *arrays: Any) -> tuple[Array, Arrays]:
     _refuse_gradient("rhs_GKN", arrays[1])
-    out_MN = checkpoint_name(_matmul(implementation, transpose_rhs, *arrays), PRODUCT_NAME)
-    return out_MN, arrays
+    out_MN = _matmul(implementation, transpose_rhs, *arrays)
+    return keep(out_MN, PRODUCT_NAME, implementation), arrays
 
 
 def _matmul_bwd(
@@ -271,7 +270,7 @@ def _swiglu_fwd(
     products = load(__name__, implementation).row_products(
         (lhs_MK,), (gate_GKN, up_GKN), *groups, activation=True, keep_products=True
     )
-    hidden_MN, gate_MN, up_MN = (checkpoint_name(array, PRODUCT_NAME) for array in products)
+    hidden_MN, gate_MN, up_MN = (keep(array, PRODUCT_NAME, implementation) for array in products)
     return hidden_MN, (lhs_MK, gate_GKN, up_GKN, gate_MN, up_MN, *groups)
 
 

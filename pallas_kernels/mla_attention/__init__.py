@@ -16,10 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.implementations import IMPLEMENTATIONS, check_supported, load
+from pallas_kernels.implementations import IMPLEMENTATIONS, check_supported, keep, load
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
 from pallas_kernels.mla_attention.limits import supported
@@ -217,8 +216,8 @@ def _attend_forward(
     inputs: Inputs, masks: Masks, scale: float, causal: bool, implementation: str
 ) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
     out_BTHV, lse_BHT = _attend(inputs, masks, scale, causal, implementation)
-    out_BTHV = checkpoint_name(out_BTHV, OUT_NAME)
-    lse_BHT = checkpoint_name(lse_BHT, LSE_NAME)
+    out_BTHV = keep(out_BTHV, OUT_NAME, implementation)
+    lse_BHT = keep(lse_BHT, LSE_NAME, implementation)
     return (out_BTHV, lse_BHT), (inputs, masks, out_BTHV, lse_BHT)
 
 

@@ -47,7 +47,7 @@ from dsjax.training.step import (
     init_train_state,
     jitted_train_step,
 )
-from dsjax.weights import load_weights, save_assets
+from dsjax.weights import load_weights, locate, save_assets
 from dsjax.weights.sources import steps_of
 
 _LOG = logging.getLogger(__name__)
@@ -298,6 +298,24 @@ def _stored_config(run: Path) -> TrainConfig | None:
     return run_from_json(content, str(path))
 
 
+def _check_start(config: TrainConfig) -> None:
+    """Compares with the model to start from, before any weight is read.
+
+    What fine-tuning changes is said and taken from the run; all else must be the same.
+    """
+    here, there = config.model, locate(config.init_from).config
+    as_here = dataclasses.replace(
+        there,
+        **{name: getattr(here, name) for name in ("max_length", "norm_eps", "init_std")},
+        attention=dataclasses.replace(
+            there.attention, yarn=here.attention.yarn, rope_theta=here.attention.rope_theta
+        ),
+    )
+    _check_same(as_here, here, f"init_from={config.init_from!r}")
+    for field in differing_fields(there, here, "model."):
+        _LOG.warning("init_from=%r: %s; going on with this run's", config.init_from, field)
+
+
 def _check_same(there: ModelConfig, here: ModelConfig, where: str) -> None:
     # How long a context may be is a limit of use: it changes no parameter.
     there = dataclasses.replace(there, max_length=here.max_length)
@@ -331,6 +349,7 @@ def _fresh_state(
     config: TrainConfig, abstract: TrainState, rules: ShardingRules, kernels: Kernels
 ) -> TrainState:
     if config.init_from:
+        _check_start(config)
         model = load_weights(
             config.init_from,
             dtype=config.runtime.param_dtype,
@@ -338,7 +357,6 @@ def _fresh_state(
             rules=rules,
             kernels=kernels,
         )
-        _check_same(model.config, config.model, f"init_from={config.init_from!r}")
     else:
         model = create_model(config.model, config.seed, config.runtime, rules, kernels)
     create = functools.partial(init_train_state, config.optimizer)

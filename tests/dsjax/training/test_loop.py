@@ -14,7 +14,7 @@ from flax import nnx
 from dsjax.config import BatchConfig, CheckpointConfig, GuardConfig, LogConfig, TrainConfig
 from dsjax.data.loader import make_eval_batches
 from dsjax.data.offline import pack
-from dsjax.training import report
+from dsjax.training import loop, report
 from dsjax.training.loop import TrainingStopped, fit
 from tests.dsjax.training.small_runs import (
     LENGTH,
@@ -249,3 +249,22 @@ def test_weights_of_another_run_are_a_start(trained_run: TrainConfig, corpus, tm
     run(config)
     last = losses(Path(trained_run.directory))
     assert losses(tmp_path / "run")[1] < last[5]
+
+
+def test_fine_tuning_may_change_what_is_no_architecture(
+    trained_run: TrainConfig, corpus: Path, tmp_path: Path, caplog, monkeypatch
+):
+    attention = replace(MODEL.attention, yarn=None, rope_theta=5e4)
+    model = replace(MODEL, norm_eps=1e-5, init_std=0.3, max_length=128, attention=attention)
+    config = small_run(tmp_path / "run", corpus, init_from=trained_run.directory, model=model)
+    run(replace(config, num_steps=1))
+    for name in ("norm_eps", "init_std", "max_length", "attention.yarn", "attention.rope_theta"):
+        assert f"model.{name}=" in caplog.text
+
+    def read(*_, **__):
+        raise AssertionError("weights were read before the configs were compared")
+
+    monkeypatch.setattr(loop, "load_weights", read)
+    wider = replace(model, intermediate_dim=64)
+    with pytest.raises(ValueError, match=r"init_from=.*model\.intermediate_dim=48, not 64"):
+        run(replace(config, directory=str(tmp_path / "other"), model=wider))

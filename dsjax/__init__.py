@@ -22,3 +22,7 @@ def __getattr__(name: str) -> Any:
     from dsjax import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__", "__doc__", "__file__", "__name__", "__path__"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +79,17 @@ class LanguageModel(DeepSeekV2):
                 if not 0 <= token < vocab_size:
                     raise ValueError(f"token {token} is outside model.vocab_size={vocab_size}")
         return super().__call__(tokens_BT, positions, segment_ids)
+
+    def __repr__(self) -> str:
+        c = self.config
+        leaves = jax.tree.leaves(nnx.state(self, nnx.Param))
+        size = sum(math.prod(leaf.shape) for leaf in leaves)
+        kind = leaves[0].dtype if leaves else "no parameters"
+        return (
+            f"{type(self).__name__}({size:,} parameters in {kind}, {c.num_layers} layers, "
+            f"hidden_dim={c.hidden_dim}, vocab_size={c.vocab_size}, "
+            f"max_length={c.max_length}, source={str(self.source)!r})"
+        )
 
     @classmethod
     def of(cls, model: DeepSeekV2, tokenizer: Tokenizer | None, source: Path) -> LanguageModel:

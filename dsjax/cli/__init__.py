@@ -6,12 +6,15 @@ wait for what training imports.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+from typing import Annotated, Any
 
 import typer
 
+from dsjax import __version__
 from dsjax.cli import convert, data, generate, info, train
 
 app = typer.Typer(
@@ -19,14 +22,36 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+# Typer exports no base of its usage errors, which is its own class or click's, by its version.
+_USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
 for command in (info.info, train.train, generate.generate, convert.convert, info.check):
     app.command()(command)
 app.add_typer(data.app, name="data")
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"dsjax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Runs the command line; what a user can mend is one line, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII shows "?" for the rest
+            stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("orbax", "jax", "httpx", "tensorstore"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -35,11 +60,31 @@ def main() -> None:
     if not os.environ.get("DSJAX_TRACEBACK"):
         sys.unraisablehook = lambda _: None  # what orbax's threads leave
     try:
-        app()
+        for argument in sys.argv[1:]:
+            if any("\ud800" <= letter <= "\udfff" for letter in argument):
+                raise ValueError(f"argument {argument!r} is not UTF-8")
+        _run()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("DSJAX_TRACEBACK"):
             raise
         first, *rest = str(error).strip().splitlines() or [type(error).__name__]
         more = " (DSJAX_TRACEBACK=1 shows all of it)" if rest else ""
         print(f"error: {first}{more}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run() -> None:
+    """Runs a command; what is wrong with its options is one line too."""
+    command = typer.main.get_command(app)
+    try:
+        sys.exit(command.main(prog_name="dsjax", standalone_mode=False) or 0)
+    except typer.Abort:
+        sys.exit(130)
+    except _USAGE_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        message = " ".join(error.format_message().split())
+        hint = error.ctx.command_path if getattr(error, "ctx", None) else "dsjax"
+        print(f"error: {message} (see {hint} --help)", file=sys.stderr)
         sys.exit(2)

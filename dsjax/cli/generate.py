@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dsjax.cli.arguments import DType, Verbose
 from dsjax.config import KernelConfig
 from dsjax.config.load import override
 
@@ -21,17 +22,31 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep the best tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="String that ends a text.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     step: Annotated[int | None, typer.Option(help="Of a training run, else the newest.")] = None,
+    dtype: Annotated[DType, typer.Option(help="Of parameters and computation.")] = "bfloat16",
     kernels: Annotated[
         list[str] | None, typer.Option(help="OP=IMPLEMENTATION, such as mla_decode=xla.")
     ] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Continues prompts, streamed to the terminal."""
     named = override(KernelConfig(), kernels or ())
+    if system and not chat:
+        raise ValueError("--system needs --chat: only a chat has a system message")
+    from dsjax.inference.sampler import Sampling
+
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop or (),
+    }
+    Sampling(**options)  # what is wrong with them is said before minutes of reading weights
     from dsjax.api import load
 
-    model = load(checkpoint, dtype=dtype, kernels=named, step=step)  # type: ignore[arg-type]
+    model = load(checkpoint, dtype=dtype, kernels=named, step=step)
     prompts: list[Any] = list(prompt)
     if chat:
         before = [{"role": "system", "content": system}] if system else []
@@ -41,16 +56,7 @@ def generate(
         if len(prompts) == 1:  # several at once would be mixed up on the terminal
             print(text, end="", flush=True)
 
-    texts = model.generate(
-        prompts,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=stop or (),
-        on_text=show,
-    )
+    texts = model.generate(prompts, **options, on_text=show)
     if len(texts) == 1:
         print()
         return

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from dsjax.cli.arguments import Overrides
+from dsjax.cli.arguments import Overrides, Verbose
 from dsjax.config.load import load_train_config
 
 
 def train(
     config: Annotated[str, typer.Argument(help="A run's name, such as quickstart, or its file.")],
     overrides: Overrides = None,
+    verbose: Verbose = False,
 ) -> None:
     """Trains a model; run again to go on from the last complete checkpoint."""
     run = load_train_config(config, overrides or ())

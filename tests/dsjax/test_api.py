@@ -185,3 +185,10 @@ def test_a_second_load_runs_what_was_compiled_for_the_first(trained_run: TrainCo
     assert first.tokenizer is not None
     assert second.tokenizer is None
     assert (first.source, second.source) == (folder, folder / "checkpoints" / "2")
+
+
+def test_a_models_repr_fits_a_screen(model):
+    shown = repr(model)
+    assert shown.startswith("LanguageModel(")
+    assert "parameters in float32" in shown
+    assert len(shown.replace(str(model.source), "")) < 200

@@ -1,6 +1,7 @@
 """The command line: what it prints, and one line with exit code 2 for what a user can mend."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import dsjax as dsjax_package
 from dsjax.cli import main
 from dsjax.config import BatchConfig, MeshConfig, TrainConfig
+from dsjax.kernels import _choose
 from tests.dsjax.training.small_runs import MODEL, REPOSITORY, small_run, write_run
 from tests.released_models import SIZES
 
@@ -191,3 +194,83 @@ def test_check_prints_the_config(dsjax, trained_run, tmp_path: Path):
     assert code == 0
     assert "seed=7" in out
     assert "top_groups=2" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["generate", "x", "--prompt", "a", "--dtype", "fp32"], "fp32"),
+        (["convert", "x", "y", "--dtype", "fp32"], "fp32"),
+        (["generate", "x", "--prompt", "a", "--max-tokens", "2.5"], "--max-tokens"),
+        (["generate", "x", "--prompt", "a", "--top-k", "3000000000"], "top_k=3000000000"),
+        (["generate", "x", "--prompt", "a", "--seed", "-1"], "seed=-1"),
+        (["generate", "x", "--prompt", "a", "--temperature", "nan"], "temperature=nan"),
+        (["generate", "x", "--prompt", "a", "--system", "b"], "--system needs --chat"),
+        (["generate", "x", "--prompt", "caf\udce9"], "not UTF-8"),
+        (["generate", "x"], "--prompt"),
+        (["info", "tiny", "--length", "0"], "--length"),
+        (["info", "tiny", "--nonsense"], "--nonsense"),
+        (["info", "README.md"], "README.md"),
+        (["data", "pack", "x", "y", "--length", "0", "--tokenizer", "bytes"], "--length"),
+        (
+            ["data", "pack", "x", "y", "--length", "8", "--tokenizer", "bytes", "--format", "p"],
+            "'p'",
+        ),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_any_file_is_read(dsjax, arguments, named: str):
+    code, out, err = dsjax(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("error: ")
+    assert named in err
+
+
+def test_a_terminal_of_ascii_replaces_what_it_cannot_show(trained_run: TrainConfig):
+    for encoding in ("ascii", "latin-1", "cp1252"):
+        result = subprocess.run(
+            [sys.executable, "-m", "dsjax", "info", "\u8def\u5f84"],
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+            capture_output=True,
+        )
+        assert result.returncode == 2
+        assert b"error: ??: no such config" in result.stderr
+
+
+def test_info_takes_what_load_takes(dsjax, trained_run: TrainConfig, monkeypatch):
+    def figures(*name: object) -> str:
+        code, out, err = dsjax("info", *name, "--json")
+        assert code == 0, err
+        return out
+
+    run = Path(trained_run.directory)
+    step = run / "checkpoints" / "6"
+    assert figures(run) == figures(step)
+    assert json.loads(figures(run, "num_layers=2"))["parameters"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, err = dsjax("info", "deepseek-ai/no-such-model")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "deepseek-ai/no-such-model: no such config or folder" in err
+
+
+def test_kernels_are_named_with_v_only(dsjax, trained_run: TrainConfig, caplog):
+    for flags, shown in ((), False), (("-v",), True):
+        caplog.clear()
+        _choose.cache_clear()  # each choice is logged once a process
+        dsjax("generate", trained_run.directory, "--prompt", "a", "--max-tokens", 1, *flags)
+        assert ("kernels on" in caplog.text) == shown
+
+
+def test_help_and_version(dsjax):
+    assert dsjax("--version") == (0, f"dsjax {dsjax_package.__version__}\n", "")
+    for arguments in (["-h"], ["info", "-h"], ["data", "pack", "-h"]):
+        code, out, _ = dsjax(*arguments)
+        assert code == 0
+        assert "Usage" in out
+
+
+def test_dir_shows_the_api_before_it_is_used():
+    program = "import dsjax; print(set(dsjax.__all__) <= set(dir(dsjax)), 'Any' in dir(dsjax))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "True False\n"

@@ -143,7 +143,9 @@ def route(
         chosen = sorted(allowed, key=lambda e: (-s[e], e))[: moe.top_k]
         gate = np.array([s[e] for e in chosen])
         gates.append(
-            gate / (gate.sum() + 1e-20) if moe.normalize_weights else gate * moe.routed_scale
+            gate / (gate.sum() + 1e-20)
+            if moe.normalize_weights and moe.top_k > 1
+            else gate * moe.routed_scale
         )
         indices.append(chosen)
     return scores, np.array(indices), np.array(gates)

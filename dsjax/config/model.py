@@ -111,7 +111,8 @@ class MoEConfig:
         top_groups: groups a token may be sent to (topk_group, the paper's M).
         routing: "greedy" takes the best experts anywhere, "group_limited_greedy" (§2.2.2) those
             of the best `top_groups` groups.
-        normalize_weights: divide the chosen weights by their sum; otherwise scale them.
+        normalize_weights: divide the chosen weights by their sum, where top_k > 1; otherwise scale
+            them.
         routed_scale: factor on the weights when they are not normalised.
     """
 

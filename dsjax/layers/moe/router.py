@@ -213,7 +213,7 @@ def choose_experts(scores_BTE: jax.Array, config: MoEConfig) -> tuple[jax.Array,
         selectable_BTE = jnp.where(kept_BTE, scores_BTE, -jnp.inf)
     _, indices_BTK = jax.lax.top_k(selectable_BTE, config.top_k)
     gates_BTK = jnp.take_along_axis(scores_BTE, indices_BTK, axis=-1)
-    if config.normalize_weights:
+    if config.normalize_weights and config.top_k > 1:  # of one gate nothing but 1 would be left
         gates_BTK /= jnp.sum(gates_BTK, axis=-1, keepdims=True) + 1e-20
     else:
         gates_BTK *= config.routed_scale

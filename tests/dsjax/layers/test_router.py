@@ -45,6 +45,7 @@ CASES = {
     ),
     "normalised_greedy": moe_config(8, 2, 1, 1, "greedy", normalize_weights=True),
     "top_1": moe_config(6, 1, 2, 1, "group_limited_greedy"),
+    "normalised_top_1": moe_config(6, 1, 1, 1, "greedy", normalize_weights=True, routed_scale=2.0),
     "all_of_a_group": moe_config(8, 4, 2, 1, "group_limited_greedy"),
     "one_expert_a_group": moe_config(5, 3, 5, 3, "group_limited_greedy"),
 }

@@ -29,7 +29,11 @@ def _require_fields(hf: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
     """Reads `rope_scaling` (older files) or `rope_parameters` (newer ones)."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    newer, older = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    for name, value in (("rope_parameters", newer), ("rope_scaling", older)):
+        require(isinstance(value, Mapping), f"config.json {name}", value, "must be an object")
+    _require_agreement(hf, newer, older)
+    rope = newer or older
     theta = _field({"rope_theta": 10000.0, **hf, **rope}, "rope_theta", float)
     kind = rope.get("rope_type", rope.get("type", "default"))
     _require_fields(rope, {"partial_rotary_factor": 1.0})
@@ -50,6 +54,46 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
     return theta, yarn
 
 
+def _require_agreement(
+    hf: Mapping[str, Any], newer: Mapping[str, Any], older: Mapping[str, Any]
+) -> None:
+    """Requires that what is spelled twice says one thing: readers differ in which they take."""
+    for rope in (newer, older):
+        if rope.get("type") and rope.get("rope_type"):
+            _require_fields(rope, {"type": rope["rope_type"]})
+    if newer and older:
+        rotation = [
+            {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+            | {name: rope[name] for name in rope if name not in ("type", "rope_type", "rope_theta")}
+            for rope in (newer, older)
+        ]
+        require(
+            rotation[0] == rotation[1],
+            "config.json rope_parameters",
+            dict(newer),
+            f"must agree with rope_scaling={dict(older)!r}",
+        )
+    thetas = [rope["rope_theta"] for rope in (hf, newer, older) if rope.get("rope_theta")]
+    require(
+        all(theta == thetas[0] for theta in thetas),
+        "config.json rope_theta",
+        thetas,
+        "must be one number wherever it is given",
+    )
+
+
+def _refuse_quantised(hf: Mapping[str, Any]) -> None:
+    for name in ("quantization_config", "compression_config"):
+        found = hf.get(name)
+        method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found
+        require(
+            not found,
+            f"config.json {name}",
+            method,
+            "the weights are quantised, which is not read: convert them to bfloat16 first",
+        )
+
+
 def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Builds the ModelConfig that a DeepSeek-V2-family `config.json` describes.
 
@@ -63,6 +107,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     require(
         model_type == "deepseek_v2", "config.json model_type", model_type, "must be deepseek_v2"
     )
+    _refuse_quantised(hf)
     num_layers, num_heads = (
         _field(hf, "num_hidden_layers", int),
         _field(hf, "num_attention_heads", int),

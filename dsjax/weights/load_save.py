@@ -60,6 +60,8 @@ from dsjax.weights.sources import (
 _HOST_BYTES = 256 << 20
 # Times that what an unfinished save left is looked for, a tenth of a second apart.
 _CLEARINGS = 50
+# What orbax adds to the name of a folder that it is still writing.
+_ORBAX_WORKS_IN = ".orbax-checkpoint-tmp"
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def save_weights(
     stored = None if dtype is None else jnp.dtype(weight_dtype(dtype))
     files = {} if assets is None else describe(resolve(assets))[1]
     files = {name: file for name, file in files.items() if name != INDEX_NAME}
-    draft = path.with_name(path.name + ".partial")
+    draft = path.with_name(path.name + ".saving")  # `.partial` is a conversion's
     first = jax.process_index() == 0
     if first:
         draft.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +226,11 @@ def _clear(draft: FilePath) -> None:
     """Removes what an unfinished save left, orbax's own working folder included."""
     # The threads of a save that failed may still be writing into it.
     for _ in range(_CLEARINGS):
-        folders = list(draft.parent.glob(f"{draft.name}*"))
+        folders = [
+            folder
+            for folder in draft.parent.iterdir()
+            if folder.name == draft.name or folder.name.startswith(f"{draft.name}{_ORBAX_WORKS_IN}")
+        ]
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         if not folders:

@@ -51,7 +51,7 @@ class ParamStore:
         Raises:
             ValueError: the folder holds no such parameters, or one of them cannot be opened.
         """
-        folder = (directory / ITEM).absolute()
+        folder = (directory / ITEM).resolve()  # tensorstore takes no `..`
         metadata = _read_metadata(directory)
         keys = _paths(metadata)
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
@@ -94,7 +94,7 @@ class ParamStore:
             _write_skeleton(directory, params)
         arrays = {}
         for path, (shape, dtype) in params.items():
-            folder = (directory / ITEM / ".".join(path)).absolute()
+            folder = (directory / ITEM / ".".join(path)).resolve()
             chunk = chunk_shape(shape, dtype, num_stacked[path])
             spec = {
                 "driver": "zarr3",

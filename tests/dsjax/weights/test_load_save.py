@@ -264,6 +264,20 @@ def test_what_is_no_model_is_refused_in_one_line(places, tmp_path, monkeypatch):
         load_weights(tmp_path)
 
 
+def test_a_path_with_dots_is_read_like_any_other(places, model):
+    for place in ("ours", "run"):
+        assert_same_weights(load_weights(places / "hf" / ".." / place), model)
+
+
+def test_saving_removes_nothing_but_what_a_save_left(model, tmp_path):
+    left = ["new.saving", "new.saving.orbax-checkpoint-tmp-1"]
+    kept = ["new.partial", "new.partial-notes", "new.saving-mine"]
+    for name in left + kept:
+        (tmp_path / name).mkdir()
+    save_weights(model, tmp_path / "new", format="hf")
+    assert {file.name for file in tmp_path.iterdir()} == {"new", *kept}
+
+
 def test_saving_never_overwrites(places, model):
     with pytest.raises(FileExistsError, match="hf: exists already"):
         save_weights(model, places / "hf", format="hf")
@@ -291,8 +305,8 @@ def test_a_save_that_fails_names_the_file_and_leaves_nothing(places, tmp_path):
     args = [sys.executable, "-c", FULL, places / "hf", tmp_path / "new"]
     done = subprocess.run(args, capture_output=True, text=True, check=True)
     of_hf, of_ours = done.stdout.splitlines()
-    assert f"{tmp_path}/new.partial/model.safetensors" in of_hf
-    assert f"{tmp_path}/new.partial/params: cannot be written: " in of_ours
+    assert f"{tmp_path}/new.saving/model.safetensors" in of_hf
+    assert f"{tmp_path}/new.saving/params: cannot be written: " in of_ours
     assert list(tmp_path.iterdir()) == []
 
 

@@ -43,7 +43,7 @@ def make_folder(
         content = {"weight_map": weight_map, "metadata": {"total_size": 7}}
         (folder / INDEX_NAME).write_text(json.dumps(content))
     dtype_name = jnp.dtype(dtype).name
-    hf = to_hf_config(config, dtype=dtype_name, bos_id=1, eos_id=2) | {"unknown": [1, "é"]}
+    hf = to_hf_config(config, dtype=dtype_name, bos_id=1, eos_id=2) | {"auto_map": [1, "é"]}
     (folder / "config.json").write_text(json.dumps(hf, indent=3))
     (folder / "generation_config.json").write_text('{"temperature": 0.3}')
     (folder / "tokenizer.json").write_bytes(bytes(range(256)))

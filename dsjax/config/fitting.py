@@ -26,6 +26,8 @@ def fit(value: Any, hint: Any) -> Any:
         return None if value is None else MISFIT
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # as other software may write a whole number
     return value if type(value) is hint else MISFIT
 
 

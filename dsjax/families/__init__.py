@@ -1,6 +1,7 @@
-"""Families of models: what other software's files say of them. A family is a file.
+"""Families of models: what other software's files say of them.
 
-`deepseek_v2` is the one there is; `tensors` is the language of its table of tensors.
+`deepseek_v2` is the one there is, its tensors and beside them its `config.json`; `tensors` is the
+language of its table of tensors.
 """
 
 from __future__ import annotations
@@ -10,10 +11,18 @@ from pathlib import Path
 
 from dsjax.config import ModelConfig
 from dsjax.config.load import find_config, load_model_config, override
-from dsjax.families.deepseek_v2 import from_hf_config, hf_table, to_hf_config
+from dsjax.families.deepseek_v2 import hf_table
+from dsjax.families.deepseek_v2_config import from_hf_config, to_hf_config
 from dsjax.files import read_json
 
-__all__ = ["find_model_config", "from_hf_config", "hf_table", "hf_tensor_shapes", "to_hf_config"]
+__all__ = [
+    "find_model_config",
+    "from_hf_config",
+    "hf_table",
+    "hf_tensor_shapes",
+    "read_hf_config",
+    "to_hf_config",
+]
 
 
 def hf_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -35,4 +44,19 @@ def find_model_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -
     path = find_config(name_or_path)
     if path.suffix != ".json":
         return load_model_config(path, overrides)
-    return override(from_hf_config(read_json(path)), overrides)
+    return override(read_hf_config(path), overrides)
+
+
+def read_hf_config(path: Path) -> ModelConfig:
+    """Reads a Hugging Face `config.json`.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: what it holds does not describe such a model; names the file and the field.
+    """
+    fields = read_json(path)
+    try:
+        return from_hf_config(fields)
+    except ValueError as error:
+        fault = str(error).removeprefix("config.json").removeprefix(":").strip()
+        raise ValueError(f"{path}: {fault}") from None

@@ -19,7 +19,7 @@ from dsjax.config import ModelConfig
 from dsjax.config.run_file import RUN_FILE, read_run_file
 from dsjax.config.runtime import DType
 from dsjax.config.stored import model_from_json
-from dsjax.families import from_hf_config, hf_table
+from dsjax.families import hf_table, read_hf_config
 from dsjax.families.tensors import HFTable, Path
 from dsjax.files import read_json
 from dsjax.weights.assets import ASSETS, Assets, small_files
@@ -85,10 +85,16 @@ class HFSource:
         self.assets = assets
         self.table = hf_table(config)
         self.folder = SafetensorsFolder(where)
-        self.table.check_names(self.folder.tensors, str(where))
+        # Other software writes experts that a model does not have as tensors of no numbers.
+        empty = {
+            name
+            for name, (_, stored) in self.folder.tensors.items()
+            if name not in self.table.tensors and 0 in stored.shape
+        }
+        self.table.check_names(self.folder.tensors.keys() - empty, str(where))
         found: dict[Path, dict[np.dtype, list[str]]] = {}
         for name, (_, stored) in self.folder.tensors.items():
-            if self.table.is_ignored(name):
+            if name in empty or self.table.is_ignored(name):
                 continue
             tensor, where_stored = self.table.tensors[name], self.folder.describe(name)
             dtype = float_dtype(stored.dtype, where_stored)
@@ -235,7 +241,7 @@ def describe(where: FilePath) -> tuple[ModelConfig, Assets]:
     """
     kind, _, folder = find_kind(where)
     if kind == "hf":
-        return from_hf_config(read_json(folder / "config.json")), small_files(folder)
+        return read_hf_config(folder / "config.json"), small_files(folder)
     if kind == "step":
         return read_run_file(folder).model, small_files(folder / ASSETS)
     content = read_json(folder / MANIFEST)

@@ -31,6 +31,7 @@ from dsjax.config.load import (
 )
 from dsjax.configs.models import tiny
 from dsjax.families import find_model_config, from_hf_config, to_hf_config
+from dsjax.families.deepseek_v2_config import attention_factor
 from tests.small_models import LOSS, SMALL, SMALL_LITE
 
 pytestmark = pytest.mark.core
@@ -118,6 +119,12 @@ def test_rope_parameters_are_read_as_rope_scaling_is(repository):
         ({"num_key_value_heads": 8}, "num_key_value_heads=8: must be 128"),
         ({"hidden_size": "wide"}, "hidden_size='wide'"),
         ({"num_attention_heads": 1.5}, "num_attention_heads=1.5"),
+        ({"n_group": "8"}, "n_group='8': must be int"),
+        ({"n_group": 8.5}, "n_group=8.5: must be int"),
+        ({"sliding_window": 4096}, r"config.json: unknown fields \['sliding_window'\]"),
+        ({"qk_head_dim": 128}, "qk_head_dim=128: must be 192"),
+        ({"head_dim": 100}, "head_dim=100: must be 64"),
+        ({"rope_scaling": {"type": "default", "llama_4_scale": 2}}, "unknown fields"),
         ({"n_group": 7}, "moe.num_groups=7: must divide moe.num_experts=160"),
         ({"num_experts_per_tok": 61}, "moe.top_k=61: must not exceed the 60 experts"),
     ],
@@ -127,6 +134,42 @@ def test_config_json_that_is_not_this_model(change, message, repository):
     with pytest.raises(ValueError, match=message) as error:
         from_hf_config(hf_fields(repository) | change)
     assert "\n" not in str(error.value)
+
+
+def test_two_spellings_of_one_rope_agree(repository):
+    fields = hf_fields(repository)
+    both = fields | {"rope_parameters": fields["rope_scaling"]}
+    assert from_hf_config(both) == from_hf_config(fields)
+
+
+def test_whole_numbers_as_floats_and_null_for_absent(repository):
+    fields = hf_fields(repository)
+    loose = fields | {"hidden_size": 5120.0, "rms_norm_eps": None, "topk_group": 3.0}
+    loose |= {"head_dim": 64, "qk_head_dim": 192, "sliding_window": None}
+    assert from_hf_config(loose) == from_hf_config(fields)
+
+
+def test_a_fault_of_config_json_names_its_path(repository, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hf_fields(repository) | {"n_group": 7}))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config.json: moe.num_groups=7"):
+        find_model_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4}))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config.json: the field"):
+        find_model_config(tmp_path)
+
+
+@pytest.mark.parametrize(("mscale", "all_dim"), [(0.8, 0.0), (0.0, 0.7), (0.8, 0.7), (1.0, 0.0)])
+def test_exported_yarn_is_transformers_own(mscale, all_dim):
+    """Which takes another factor than ours where there is one of the two scales."""
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    yarn = YarnConfig(factor=8, original_length=16, mscale=mscale, mscale_all_dim=all_dim)
+    config = replace(SMALL, attention=replace(SMALL.attention, yarn=yarn))
+    fields = to_hf_config(config, dtype="float32", bos_id=0, eos_id=1)
+    assert from_hf_config(json.loads(json.dumps(fields))) == config
+    theirs = transformers.DeepseekV2Config(**fields)
+    _, factor = rope_utils.ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+    assert factor == pytest.approx(attention_factor(yarn), rel=1e-6)
 
 
 @pytest.mark.parametrize("extra", ["attention_factor", "partial_rotary_factor", "truncate"])

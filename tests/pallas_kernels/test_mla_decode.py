@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def test_what_is_not_cached_may_be_nan():
 def test_a_scale_may_be_zero_or_negative_and_unused_ones_anything(implementation):
     """The latent's sign turns with its scale's; NaN in a slot without a token reaches nothing."""
     case = Case("scales", (70, 0, 3), num_tokens=2)
-    arguments = list(case.draw(seed=6, dims=(32, 16), pages_dtype=jnp.int8))
+    arguments: list[Any] = list(case.draw(seed=6, dims=(32, 16), pages_dtype=jnp.int8))
     pages, table, lengths = arguments[2:]
     scale, used = np.array(pages.scale), np.zeros(pages.scale.shape, bool)
     scale[:, ::3] *= -1
@@ -97,7 +98,7 @@ def test_a_scale_may_be_zero_or_negative_and_unused_ones_anything(implementation
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_table_of_no_columns_holds_no_key(implementation):
     """As of a shard of the pages that none of a sequence's are on; no kernel is started."""
-    arguments = list(Case("none", (70, 0)).draw(seed=6, dtype=jnp.bfloat16))
+    arguments: list[Any] = list(Case("none", (70, 0)).draw(seed=6, dtype=jnp.bfloat16))
     arguments[3] = arguments[3][:, :0]
     case = Case("none", (70, 0))
     out, lse = run(case, arguments, implementation)

@@ -96,7 +96,7 @@ def test_a_cast_is_the_cast_of_every_tensor(tmp_path):
     for name, values in tensors.items():
         np.testing.assert_array_equal(found[name], values.astype(jnp.bfloat16))
     content = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert (content["torch_dtype"], content["unknown"]) == ("bfloat16", [1, "é"])
+    assert (content["torch_dtype"], content["auto_map"]) == ("bfloat16", [1, "é"])
 
 
 def test_tensors_that_follow_from_the_config_are_left_out(tmp_path):

@@ -70,6 +70,8 @@ class DataConfig:
         num_packing_bins: rows filled at a time while packing documents.
         long_documents: what becomes of a document longer than a row.
         prepare: how the run makes its data first; None finds them ready.
+        on_change: what a run does that goes on with other data than it had: "stop", "keep" its
+            place as a count in the new data, or "restart" at their beginning.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -81,6 +83,7 @@ class DataConfig:
     num_packing_bins: int = 32
     long_documents: Literal["split", "error", "truncate"] = "split"
     prepare: PrepareConfig | None = None
+    on_change: Literal["stop", "keep", "restart"] = "stop"
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "data.sources", self.sources, "must name at least one")

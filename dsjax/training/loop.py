@@ -32,6 +32,7 @@ from dsjax.model import DeepSeekV2, abstract_model, create_model
 from dsjax.processes import HostShard
 from dsjax.progress import JobProgress
 from dsjax.training.checkpoints import RunCheckpoints, optimizer_to_dict, state_from_dict
+from dsjax.training.data_place import check_data, keeps_place, restore_place
 from dsjax.training.dropping import with_budget
 from dsjax.training.folder import only_run_in
 from dsjax.training.metrics import MetricsWriter
@@ -118,7 +119,9 @@ def _fit_alone(
         with RunCheckpoints(run, config.checkpoint) as checkpoints:
             if stored is not None and steps_of(run):
                 _check_same(stored.model, config.model, f"directory={str(run)!r}")
-            state = _restored_state(abstract, checkpoints, loader, shard)
+                check_data(stored.data, config.data, str(run))
+            keep_place = stored is None or keeps_place(stored.data, config.data)
+            state = _restored_state(abstract, checkpoints, loader if keep_place else None, shard)
             if state is None:
                 state = _fresh_state(config, abstract, rules, kernels)
             if jax.process_index() == 0:
@@ -365,13 +368,12 @@ def _fresh_state(
 
 
 def _restored_state(
-    abstract: TrainState, checkpoints: RunCheckpoints, loader: Loader, shard: HostShard
+    abstract: TrainState, checkpoints: RunCheckpoints, loader: Loader | None, shard: HostShard
 ) -> TrainState | None:
     found = checkpoints.restore_newest(abstract.params, optimizer_to_dict(abstract))
     if found is None:
         return None
     params, optimizer, data_states = found
-    by_shard = {saved["shard"]: saved["state"] for saved in data_states}
-    # Of packed data all states are one; documents refuse another number of hosts themselves.
-    loader.set_state(by_shard.get(shard.index, by_shard[0]))
+    if loader is not None:
+        restore_place(loader, data_states, shard.index)
     return state_from_dict(optimizer, params, abstract)

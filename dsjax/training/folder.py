@@ -27,6 +27,7 @@ def only_run_in(run: Path) -> Iterator[None]:
         LockHeldError: another run is going on there; says whose.
         OSError: the folder cannot be made.
     """
+    new = not run.exists()
     with contextlib.ExitStack() as held:
         refused: OSError | LockHeldError | None = None
         if jax.process_index() == 0:
@@ -40,7 +41,19 @@ def only_run_in(run: Path) -> Iterator[None]:
             raise refused
         if message["refused"]:
             raise LockHeldError(message["refused"])
-        yield
+        try:
+            yield
+        except BaseException:
+            if new and jax.process_index() == 0:
+                _remove_if_unused(run)
+            raise
+
+
+def _remove_if_unused(run: Path) -> None:
+    """Removes a run's folder that holds nothing but its lock: of a run that did not begin."""
+    if [path.name for path in run.iterdir()] == [LOCK_FILE]:
+        (run / LOCK_FILE).unlink()
+        run.rmdir()
 
 
 def gather_json(value: dict[str, Any]) -> list[dict[str, Any]]:

@@ -40,7 +40,9 @@ def locked(path: Path) -> Iterator[None]:
         LockHeldError: it is held already; says by which host and process, and since when.
         OSError: the file cannot be made; names it.
     """
-    with naming(path), path.open("a+", encoding="utf-8") as file:
+    with naming(path):  # and not the body: its errors are of other files
+        file = path.open("a+", encoding="utf-8")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

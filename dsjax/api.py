@@ -119,6 +119,7 @@ class LanguageModel(DeepSeekV2):
         top_p: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] | None = (),
+        parse_special: bool | None = None,
         on_text: Callable[[int, str], None] | None = None,
     ) -> Any:
         """Continues a prompt, or several at once.
@@ -133,6 +134,9 @@ class LanguageModel(DeepSeekV2):
             top_p: keep the smallest set of best tokens with this probability.
             seed: of the draws.
             stop: a string that ends a text, or several.
+            parse_special: whether special tokens written out in a prompt become their ids. None:
+                in a text they do, in the messages of a conversation they stay text, so that no
+                user can end a turn.
             on_text: called with a prompt's index and each new piece of its text.
 
         Returns:
@@ -149,7 +153,7 @@ class LanguageModel(DeepSeekV2):
             raise ValueError(f"{where}, so text cannot be generated")
         single = _is_prompt(prompt)
         prompts = [prompt] if single else _list_of_prompts(prompt)
-        ids = [self._encode(self.tokenizer, one, chat) for one in prompts]
+        ids = [self._encode(self.tokenizer, one, chat, parse_special) for one in prompts]
         sampling = Sampling(
             max_tokens=max_tokens,
             temperature=temperature,
@@ -162,14 +166,16 @@ class LanguageModel(DeepSeekV2):
         return texts[0] if single else texts
 
     @staticmethod
-    def _encode(tokenizer: Tokenizer, prompt: Any, chat: bool) -> list[int]:
+    def _encode(
+        tokenizer: Tokenizer, prompt: Any, chat: bool, parse_special: bool | None
+    ) -> list[int]:
         if _is_ids(prompt):
             return [int(token) for token in prompt]
         if isinstance(prompt, str) and chat:
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, str):
-            prompt = tokenizer.apply_chat_template(prompt)
-        return tokenizer.encode_prompt(prompt)
+            return tokenizer.encode_chat(prompt, parse_special=bool(parse_special))
+        return tokenizer.encode_prompt(prompt, parse_special=parse_special is not False)
 
 
 def _is_list(value: Any) -> bool:

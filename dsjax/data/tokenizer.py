@@ -11,6 +11,7 @@ import abc
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ class Tokenizer(abc.ABC):
         self.special_ids = special_ids
         self.chat_template = chat_template
         self._token_bytes = list(token_bytes)
+        # The longest first, as one may begin another.
+        spellings = {token_bytes[i].decode("utf-8", "replace"): i for i in special_ids}
+        self._special_spellings = {
+            text: spellings[text] for text in sorted(spellings, key=len, reverse=True) if text
+        }
         self._token_lengths = np.array(
             [0 if i in special_ids else len(b) for i, b in enumerate(token_bytes)], np.int32
         )
@@ -100,9 +106,58 @@ class Tokenizer(abc.ABC):
             Token ids.
         """
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Returns the ids of a prompt; BOS comes first and once, also when the text spells it."""
-        ids = self.encode(text)
+        return self._with_bos(self.encode(text, parse_special=parse_special))
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        parse_special: bool = False,
+    ) -> list[int]:
+        """Returns the ids of a conversation, with BOS.
+
+        Args:
+            messages: dicts with "role" and "content".
+            tools: JSON schemas of functions the model may call.
+            add_generation_prompt: whether it ends where the assistant's answer begins.
+            parse_special: whether special tokens written out in messages and tools become their
+                ids. If not, they stay text, so that no user can end a turn or begin another's;
+                those of the template always become ids.
+
+        Raises:
+            ValueError: without a chat template, or when the template refuses the messages.
+        """
+        if parse_special or not self._special_spellings:
+            text = self.apply_chat_template(messages, tools, add_generation_prompt)
+            return self.encode_prompt(text)
+        # What messages spell is torn apart by a character that nothing else here has.
+        content = json.dumps([messages, tools], ensure_ascii=False, default=str)
+        mark = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in content)
+        spelled = re.compile("|".join(map(re.escape, self._special_spellings)))
+
+        def torn(value: Any) -> Any:
+            if isinstance(value, str):
+                return spelled.sub(lambda found: found[0][0] + mark + found[0][1:], value)
+            if isinstance(value, Mapping):
+                return {key: torn(item) for key, item in value.items()}
+            return [torn(item) for item in value] if isinstance(value, list | tuple) else value
+
+        text = self.apply_chat_template(torn(messages), torn(tools), add_generation_prompt)
+        ids: list[int] = []
+        start = 0
+        for found in spelled.finditer(text):
+            ids += self.encode(text[start : found.start()].replace(mark, ""), parse_special=False)
+            ids.append(self._special_spellings[found[0]])
+            start = found.end()
+        return self._with_bos(
+            ids + self.encode(text[start:].replace(mark, ""), parse_special=False)
+        )
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
         start = 0
         while start < len(ids) and ids[start] == self.bos_id:
             start += 1

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from dsjax.data.tokenizer import (
     BOS_TOKEN,
@@ -73,6 +73,12 @@ def _write(bpe: tokenizers.Tokenizer, bos: str, eos: str, folder: Path) -> None:
     """Adds the special tokens and writes both files; `tokenizer.json` last."""
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in (bos, eos)])
+    # Other software adds BOS by what the file says, and the model was trained with it.
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B:1",
+        special_tokens=[(bos, bpe.token_to_id(bos))],
+    )
     config = {
         "add_bos_token": True,
         "add_eos_token": False,

@@ -185,7 +185,9 @@ class _Loop:
                     self.throughput.restart(step)  # compilation is not a step's time
                     compiled_size = size
                 if step % config.checkpoint.every == 0:
-                    self._save(state, step)
+                    jax.block_until_ready(report)  # the step's own time is counted
+                    with self.throughput.leaving_out():
+                        self._save(state, step)
                 if log.eval_every and step % log.eval_every == 0:
                     self._read(unread)
                     unread = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,8 +29,16 @@ class Throughput:
         self._since: tuple[int, float] | None = None
 
     def restart(self, step: int) -> None:
-        """Starts to count at a step; called after compilation, evaluation and saves."""
+        """Starts to count at a step; called after compilation and evaluation."""
         self._since = (step, time.perf_counter())
+
+    @contextlib.contextmanager
+    def leaving_out(self) -> Iterator[None]:
+        """Leaves the time of the body out, such as that of waiting for a save."""
+        began = time.perf_counter()
+        yield
+        if self._since is not None:
+            self._since = (self._since[0], self._since[1] + time.perf_counter() - began)
 
     def figures(self, step: int) -> dict[str, float]:
         """Returns the mean figures since the last call or restart."""

@@ -7,6 +7,7 @@ full disk goes on where the last one stopped. DST appears, by a rename, when all
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -91,7 +92,7 @@ def convert(
     work.mkdir(parents=True, exist_ok=True)
     out = work / "out"
     identity = _identity(source) | {"dtype": dtype}
-    with naming(work), _Journal(work, identity) as journal:
+    with contextlib.closing(source), naming(work), _Journal(work, identity) as journal:
         if isinstance(source, HFSource):
             _to_checkpoint(source, out, dtype_of, journal, progress)
         else:
@@ -127,7 +128,6 @@ def _to_checkpoint(
     # tensorstore syncs each chunk that it commits, so nothing is left to sync here.
     order = [table.tensors[name] for name in source.folder.tensors if name in table.tensors]
     _run(order, dtype_of, write, lambda _: None, journal, progress)
-    source.folder.close()
     copy_files(source.assets, out / ASSETS)
     write_text(out / HEADERS_FILE, pack_headers(source.folder.headers))
     write_json(out / MANIFEST, model_to_json(source.config))

@@ -7,6 +7,7 @@ with the small files), a training run or one of its steps.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import shutil
@@ -125,7 +126,8 @@ def load_weights(
     where = resolve(path_or_hub_name)
 
     def load_from(where: FilePath) -> DeepSeekV2:
-        return _load(open_source(where), wanted, runtime, rules or ShardingRules(), kernels)
+        with contextlib.closing(open_source(where)) as source:
+            return _load(source, wanted, runtime, rules or ShardingRules(), kernels)
 
     return first_readable(where, load_from) if is_run(where) else load_from(where)
 

@@ -67,6 +67,10 @@ class WeightSource(Protocol):
         """Reads a window of a parameter; each slice has start and stop."""
         ...
 
+    def close(self) -> None:
+        """Closes the files that reading opened."""
+        ...
+
 
 class HFSource:
     """A folder with `config.json` and safetensors files.
@@ -122,6 +126,10 @@ class HFSource:
         """Reads a window of a parameter."""
         return self.table.params[path].read(window, self.folder.read)
 
+    def close(self) -> None:
+        """Closes the files that reading opened."""
+        self.folder.close()
+
 
 class CheckpointSource:
     """The parameters of an orbax checkpoint, of a model or of a step of a run."""
@@ -163,6 +171,9 @@ class CheckpointSource:
     def read(self, path: Path, window: tuple[slice, ...]) -> np.ndarray:
         """Reads a window of a parameter."""
         return self.store.read(path, window)
+
+    def close(self) -> None:
+        """Does nothing: orbax's files are open only while they are read."""
 
 
 def resolve(path_or_hub_name: str | FilePath) -> FilePath:

@@ -1,10 +1,12 @@
 """Weights in and out of memory: every kind of source, sharded or not, and what is refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +107,16 @@ def test_weights_are_the_same_from_everywhere(places, model, place):
     assert bf16.options.dtype == jnp.bfloat16
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_of(model))
     jax.tree.map(np.testing.assert_array_equal, params_of(bf16), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux")
+@pytest.mark.parametrize("place", ["hf", "ours"])
+def test_loading_leaves_no_file_open(places, place):
+    folder = places / place
+    load_weights(folder)
+    opened = [Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    held = [os.readlink(link) for link in opened if link.is_symlink()]
+    assert not [name for name in held if name.startswith(str(folder))]
 
 
 @pytest.mark.parametrize(("config", "rules"), [(SMALL, train_rules), (SMALL_LITE, inference_rules)])

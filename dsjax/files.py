@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 # Ends the name of a file that is still being written.
+# How the stand-in begins that a clone without Git LFS has in place of a large file.
+LFS_POINTER = "version https://git-lfs"
+LFS_FAULT = "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
 DRAFT_SUFFIX = ".draft"
 
 _LOG = logging.getLogger(__name__)
@@ -131,8 +134,11 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it holds no JSON object; names the file.
     """
+    text = read_text(path)
+    if text.startswith(LFS_POINTER):
+        raise ValueError(f"{path}: {LFS_FAULT}")
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
     if not isinstance(value, dict):

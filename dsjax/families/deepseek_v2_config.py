@@ -60,7 +60,9 @@ _ROPE_FIELDS = _names(
 def _refuse_unknown(hf: Mapping[str, Any], known: frozenset[str], where: str) -> None:
     """Refuses fields that might change what the model is; None and False ask for nothing."""
     unknown = sorted(
-        name for name, value in hf.items() if name not in known and value not in (None, False)
+        name
+        for name, value in hf.items()
+        if name not in known and value is not None and value is not False
     )
     if unknown:
         raise ValueError(

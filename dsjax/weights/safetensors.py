@@ -19,6 +19,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax.files import LFS_FAULT, LFS_POINTER
+
 INDEX_NAME = "model.safetensors.index.json"
 
 # Bytes of one element; of these the model takes F32 and BF16 only.
@@ -120,6 +122,8 @@ def read_header(path: Path) -> Header:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = file.read(8)
+        if length == LFS_POINTER[:8].encode():
+            raise ValueError(f"{path}: {LFS_FAULT}")
         if len(length) < 8:
             raise ValueError(f"{path}: {size} bytes are no safetensors file: it is truncated")
         count = int.from_bytes(length, "little")

@@ -122,6 +122,7 @@ def test_rope_parameters_are_read_as_rope_scaling_is(repository):
         ({"n_group": "8"}, "n_group='8': must be int"),
         ({"n_group": 8.5}, "n_group=8.5: must be int"),
         ({"sliding_window": 4096}, r"config.json: unknown fields \['sliding_window'\]"),
+        ({"sliding_window": 0}, r"config.json: unknown fields \['sliding_window'\]"),
         ({"qk_head_dim": 128}, "qk_head_dim=128: must be 192"),
         ({"head_dim": 100}, "head_dim=100: must be 64"),
         ({"rope_scaling": {"type": "default", "llama_4_scale": 2}}, "unknown fields"),

@@ -52,6 +52,20 @@ def truncate_in_the_header(folder, names):
     return [path.name, "truncated"]
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n"
+
+
+def pointer(folder, names):
+    path = folder / "model-00001-of-000003.safetensors"
+    path.write_text(LFS)
+    return [path.name, "Git LFS pointer"]
+
+
+def pointer_for_config(folder, names):
+    (folder / "config.json").write_text(LFS)
+    return ["config.json", "Git LFS pointer"]
+
+
 def empty_file(folder, names):
     path = folder / "model-00001-of-000003.safetensors"
     os.truncate(path, 0)
@@ -221,6 +235,8 @@ DAMAGES = [
     truncate,
     truncate_in_the_header,
     empty_file,
+    pointer,
+    pointer_for_config,
     no_json,
     wrong_shape,
     wrong_dtype,

@@ -1,5 +1,6 @@
 """The quickstart's parts that need no training: whose folder it clears, what it draws."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -44,3 +45,20 @@ def test_every_evaluation_of_the_quickstart_is_of_the_same_rows_as_xz():
     from dsjax.config.load import load_train_config
 
     assert load_train_config(quickstart.RUN).log.eval_rows == 0
+
+
+def test_the_notebooks_first_cell_runs_twice_and_asks_for_an_address_without_a_checkout(
+    tmp_path, monkeypatch
+):
+    root = Path(__file__).parent.parent
+    notebook = json.loads((root / "notebooks" / "quickstart.ipynb").read_text())
+    cell = "".join(notebook["cells"][1]["source"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DSJAX_CHECKOUT", raising=False)
+    with pytest.raises(ValueError, match="set REPOSITORY"):
+        exec(cell, {})
+    monkeypatch.chdir(root / "notebooks")
+    names: dict[str, object] = {}
+    for _ in range(2):
+        exec(cell, names)
+        assert Path.cwd() == root

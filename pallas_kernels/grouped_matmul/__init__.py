@@ -10,18 +10,25 @@ sum of two) and `weight_gradient`.
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from pallas_kernels.grouped_matmul import quantised_rows
 from pallas_kernels.grouped_matmul.limits import STACKS_IN_PLACE, supported
 from pallas_kernels.grouped_matmul.stacks import LayerOfStack
 from pallas_kernels.implementations import IMPLEMENTATIONS, check_supported, keep, load
 from pallas_kernels.manual_axes import vary_alike
-from pallas_kernels.quantised import BlockScaledWeights, block_scaled, dequantise
+from pallas_kernels.quantised import (
+    BlockScaledWeights,
+    Format,
+    QuantisedWeights,
+    block_scaled,
+    dequantise,
+)
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -29,6 +36,7 @@ __all__ = [
     "STACKS_IN_PLACE",
     "BlockScaledWeights",
     "LayerOfStack",
+    "QuantisedWeights",
     "block_scaled",
     "dequantise",
     "grouped_matmul",
@@ -36,7 +44,7 @@ __all__ = [
     "supported",
 ]
 
-Weights = Array | BlockScaledWeights | LayerOfStack
+Weights = Array | BlockScaledWeights | QuantisedWeights | LayerOfStack
 
 # For policies of jax.checkpoint: saving what is named so spares the backward pass a second product.
 PRODUCT_NAME = "grouped_matmul_product"
@@ -44,7 +52,7 @@ PRODUCT_NAME = "grouped_matmul_product"
 
 def grouped_matmul(
     lhs_MK: Float[Array, "M K"],
-    rhs_GKN: Float[Array, "G _ _"] | BlockScaledWeights | LayerOfStack,
+    rhs_GKN: Float[Array, "G _ _"] | BlockScaledWeights | QuantisedWeights | LayerOfStack,
     group_sizes_G: Int[Array, " groups"],
     *,
     transpose_rhs: bool = False,
@@ -86,8 +94,8 @@ def grouped_matmul(
 
 def grouped_swiglu(
     lhs_MK: Float[Array, "M K"],
-    gate_GKN: Float[Array, "G K N"] | BlockScaledWeights | LayerOfStack,
-    up_GKN: Float[Array, "G K N"] | BlockScaledWeights | LayerOfStack,
+    gate_GKN: Float[Array, "G K N"] | BlockScaledWeights | QuantisedWeights | LayerOfStack,
+    up_GKN: Float[Array, "G K N"] | BlockScaledWeights | QuantisedWeights | LayerOfStack,
     group_sizes_G: Int[Array, " groups"],
     *,
     group_offset: Int[Array, ""] | int | None = None,
@@ -116,7 +124,8 @@ def grouped_swiglu(
     """
     weights = {"gate_GKN": gate_GKN, "up_GKN": up_GKN}
     _check(lhs_MK, weights, group_sizes_G, group_offset, False, implementation)
-    if gate_GKN.shape != up_GKN.shape or gate_GKN.dtype != up_GKN.dtype:
+    plain = _form(gate_GKN) is None and _form(up_GKN) is None
+    if gate_GKN.shape != up_GKN.shape or (plain and gate_GKN.dtype != up_GKN.dtype):
         raise ValueError(
             f"up_GKN: shape {up_GKN.shape} and dtype {up_GKN.dtype} must be those of gate_GKN, "
             f"{gate_GKN.shape} and {gate_GKN.dtype}"
@@ -155,7 +164,8 @@ def _check(
             width_in=lhs_MK.shape[1],
             width_out=rhs.shape[1 if transpose_rhs else 2],
             dtype=lhs_MK.dtype,
-            weights_dtype=rhs.dtype,
+            weights_dtype=rhs.dtype if _form(rhs) is None else None,
+            form=_form(rhs),
             transpose_rhs=transpose_rhs,
         )
         check_supported(implementation, reason)
@@ -169,8 +179,10 @@ def _check_rhs(
     group_offset: Array | int | None,
     transpose_rhs: bool,
 ) -> None:
-    if isinstance(rhs, BlockScaledWeights):
+    if isinstance(rhs, BlockScaledWeights | QuantisedWeights):
         rhs.check(name)
+    elif isinstance(rhs, LayerOfStack) and isinstance(rhs.stack, QuantisedWeights):
+        rhs.stack.check(f"{name}.stack")
     elif rhs.ndim != 3 or rhs.dtype != lhs_MK.dtype:
         raise ValueError(
             f"{name}: shape {rhs.shape} and dtype {rhs.dtype} must be three dims of lhs_MK's "
@@ -192,12 +204,58 @@ def _check_rhs(
 
 def _placed(implementation: str, rhs: Weights) -> Weights:
     """The weights as the implementation takes them."""
-    in_place = implementation in STACKS_IN_PLACE
+    in_place = implementation in STACKS_IN_PLACE and _form(rhs) is None
     return rhs.take() if isinstance(rhs, LayerOfStack) and not in_place else rhs
 
 
+def _row_products(
+    implementation: str,
+    lhs_MK: Array,
+    rhs: tuple[Weights, ...],
+    group_sizes_G: Array,
+    group_offset: Array,
+    *,
+    transpose_rhs: bool = False,
+    activation: bool = False,
+) -> tuple[Array, ...]:
+    """Rows times weights in whatever form these are."""
+    module = load(__name__, implementation)
+    quantised = [array for array in rhs if _form(array) is not None]
+
+    def own() -> tuple[Array, ...]:
+        """The implementation's own product; one for a chip takes no quantised weights."""
+        placed = [_placed(implementation, array) for array in rhs]
+        if implementation in ("tpu", "hopper"):
+            placed = [
+                array.dequantised(lhs_MK.dtype).swapaxes(1, 2)
+                if isinstance(array, QuantisedWeights)
+                else array
+                for array in placed
+            ]
+        found: tuple[Array, ...] = module.row_products(
+            (lhs_MK,),
+            tuple(placed),
+            group_sizes_G,
+            group_offset,
+            transpose_rhs=transpose_rhs,
+            activation=activation,
+        )
+        return found
+
+    if implementation == "reference" or len(quantised) < len(rhs):
+        return own()
+    return quantised_rows.row_products(
+        own, lhs_MK, cast(Any, quantised), group_sizes_G, group_offset, activation=activation
+    )
+
+
+def _form(rhs: Weights) -> Format | None:
+    weights = rhs.stack if isinstance(rhs, LayerOfStack) else rhs
+    return weights.format if isinstance(weights, QuantisedWeights) else None
+
+
 def _refuse_gradient(name: str, rhs: Weights) -> None:
-    if isinstance(rhs, BlockScaledWeights | LayerOfStack):
+    if isinstance(rhs, BlockScaledWeights | QuantisedWeights | LayerOfStack):
         raise ValueError(f"{name}: {type(rhs).__name__} of {rhs.dtype} have no gradient")
 
 
@@ -213,9 +271,8 @@ def _matmul(
     group_sizes_G: Array,
     group_offset: Array,
 ) -> Array:
-    rhs_GKN = _placed(implementation, rhs_GKN)
-    (out_MN,) = load(__name__, implementation).row_products(
-        (lhs_MK,), (rhs_GKN,), group_sizes_G, group_offset, transpose_rhs=transpose_rhs
+    (out_MN,) = _row_products(
+        implementation, lhs_MK, (rhs_GKN,), group_sizes_G, group_offset, transpose_rhs=transpose_rhs
     )
     return out_MN
 
@@ -254,9 +311,8 @@ def _swiglu(
     group_sizes_G: Array,
     group_offset: Array,
 ) -> Array:
-    weights = (_placed(implementation, gate_GKN), _placed(implementation, up_GKN))
-    (hidden_MN,) = load(__name__, implementation).row_products(
-        (lhs_MK,), weights, group_sizes_G, group_offset, activation=True
+    (hidden_MN,) = _row_products(
+        implementation, lhs_MK, (gate_GKN, up_GKN), group_sizes_G, group_offset, activation=True
     )
     return hidden_MN
 

@@ -12,7 +12,7 @@ from pallas_kernels.implementations import (
     wrong_chip,
     wrong_dtype,
 )
-from pallas_kernels.quantised import QUANTISED_DTYPES, is_quantised
+from pallas_kernels.quantised import QUANTISED_DTYPES, Format, is_quantised
 
 # Implementations that use a LayerOfStack where it lies. For the others the layer is copied first.
 STACKS_IN_PLACE = ("tpu",)
@@ -28,6 +28,7 @@ def supported(
     width_out: int,
     dtype: DTypeLike,
     weights_dtype: DTypeLike | None = None,
+    form: Format | None = None,
     transpose_rhs: bool = False,
     chip: str | None = None,
 ) -> str | None:
@@ -40,6 +41,7 @@ def supported(
         dtype: dtype of the rows.
         weights_dtype: dtype of the weights, int8 or float8_e4m3fn for quantised ones; None for that
             of the rows.
+        form: how `QuantisedWeights` are stored; None for others.
         transpose_rhs: as of grouped_matmul.
         chip: the chip to run on, as `chips.chip_of` names it; None for one that fits.
 
@@ -51,7 +53,9 @@ def supported(
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     weights_dtype = dtype if weights_dtype is None else weights_dtype
+    both = "transpose_rhs True must be False for QuantisedWeights"
     general = first_reason(
+        both if form is not None and transpose_rhs else None,
         wrong_dtype("dtype", dtype, DTYPES),
         wrong_dtype("weights dtype", weights_dtype, (dtype, *QUANTISED_DTYPES)),
         wrong_chip(implementation, chip),

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.quantised import BlockScaledWeights
+from pallas_kernels.quantised import BlockScaledWeights, QuantisedWeights
+
+Weights = Array | BlockScaledWeights | QuantisedWeights
 
 
 def row_products(
-    matmul: Callable[[Array, Array | BlockScaledWeights], Array],
+    matmul: Callable[[Array, Weights], Array],
     swiglu: Callable[..., Array],
     lhs: Sequence[Array],
-    rhs: Sequence[Array | BlockScaledWeights],
+    rhs: Sequence[Weights],
     *,
     activation: bool,
     keep_products: bool,

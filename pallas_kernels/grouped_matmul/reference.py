@@ -6,10 +6,13 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.grouped_matmul import portable
-from pallas_kernels.quantised import BlockScaledWeights, dequantise
+from pallas_kernels.grouped_matmul.portable import Weights
+from pallas_kernels.quantised import BlockScaledWeights, QuantisedWeights, dequantise
 
 
-def _weights(rhs: Array | BlockScaledWeights, dtype: DTypeLike) -> Array:
+def _weights(rhs: Weights, dtype: DTypeLike) -> Array:
+    if isinstance(rhs, QuantisedWeights):
+        return rhs.dequantised(dtype).swapaxes(1, 2)
     if isinstance(rhs, BlockScaledWeights):
         return dequantise(rhs.values, rhs.scales, dtype)
     return rhs
@@ -23,7 +26,7 @@ def _membership(group_sizes_G: Array, group_offset: Array, num_rows: int, num_gr
 
 def row_products(
     lhs: tuple[Array, ...],
-    rhs: tuple[Array | BlockScaledWeights, ...],
+    rhs: tuple[Weights, ...],
     group_sizes_G: Array,
     group_offset: Array,
     *,
@@ -33,19 +36,17 @@ def row_products(
 ) -> tuple[Array, ...]:
     """Rows times their group's matrices; the arguments are those of `portable.row_products`."""
 
-    def multiply(lhs_MK: Array, rhs_GKN: Array | BlockScaledWeights) -> Array:
+    def multiply(lhs_MK: Array, rhs_GKN: Weights) -> Array:
         weights = _weights(rhs_GKN, lhs_MK.dtype).astype(jnp.float32)
         member_MG = _membership(group_sizes_G, group_offset, lhs_MK.shape[0], weights.shape[0])
         letters = "MG,MK,GNK->MN" if transpose_rhs else "MG,MK,GKN->MN"
         lhs_MK = lhs_MK.astype(jnp.float32)
         return jnp.einsum(letters, member_MG, lhs_MK, weights, precision=lax.Precision.HIGHEST)
 
-    def matmul(lhs_MK: Array, rhs_GKN: Array | BlockScaledWeights) -> Array:
+    def matmul(lhs_MK: Array, rhs_GKN: Weights) -> Array:
         return multiply(lhs_MK, rhs_GKN).astype(lhs_MK.dtype)
 
-    def swiglu(
-        lhs_MK: Array, gate_GKN: Array | BlockScaledWeights, up_GKN: Array | BlockScaledWeights
-    ) -> Array:
+    def swiglu(lhs_MK: Array, gate_GKN: Weights, up_GKN: Weights) -> Array:
         gate_MN, up_MN = multiply(lhs_MK, gate_GKN), multiply(lhs_MK, up_GKN)
         return (jax.nn.silu(gate_MN) * up_MN).astype(lhs_MK.dtype)
 

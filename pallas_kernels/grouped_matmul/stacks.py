@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.quantised import QuantisedWeights
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +19,11 @@ class LayerOfStack:
     do so from the whole stack, which is then no scanned input but the same in every step.
 
     Attributes:
-        stack: bfloat16 or float32 [L, G, K, N].
+        stack: bfloat16 or float32 [L, G, K, N], or quantised.
         layer: int32 scalar, the layer.
     """
 
-    stack: Array
+    stack: Array | QuantisedWeights
     layer: Array
 
     @property
@@ -39,6 +41,9 @@ class LayerOfStack:
         """Dtype of the weights."""
         return self.stack.dtype
 
-    def take(self) -> Array:
-        """Returns the layer's weights as an array, which is a copy of them."""
-        return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
+    def take(self) -> Array | QuantisedWeights:
+        """Returns the layer's weights as an array of their own, which is a copy of them."""
+        taken: Array | QuantisedWeights = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), self.stack
+        )
+        return taken

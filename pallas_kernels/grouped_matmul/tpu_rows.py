@@ -38,7 +38,7 @@ from pallas_kernels.grouped_matmul.tpu_windows import (
     pad_rows,
 )
 from pallas_kernels.manual_axes import output_like
-from pallas_kernels.quantised import SCALE_BLOCK, BlockScaledWeights
+from pallas_kernels.quantised import SCALE_BLOCK, BlockScaledWeights, QuantisedWeights
 from pallas_kernels.tpu_parts import dot
 
 BUFFERS = 2  # Of rows and of outputs.
@@ -164,6 +164,7 @@ def row_products(
 def _stored(rhs: Array | BlockScaledWeights | LayerOfStack) -> Array:
     """All matrices that lie with those wanted, one after the other."""
     if isinstance(rhs, LayerOfStack):
+        assert not isinstance(rhs.stack, QuantisedWeights)
         return rhs.stack.reshape(-1, *rhs.shape[1:])
     return rhs.values if isinstance(rhs, BlockScaledWeights) else rhs
 

@@ -16,8 +16,14 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.grouped_matmul import portable
 from pallas_kernels.grouped_matmul.groups import group_of_tile, local_groups
+from pallas_kernels.grouped_matmul.portable import Weights
 from pallas_kernels.precision import precision_of
-from pallas_kernels.quantised import BlockScaledWeights, dequantise
+from pallas_kernels.quantised import (
+    BlockScaledWeights,
+    QuantisedWeights,
+    dequantise,
+    widened_products,
+)
 
 MIN_TILE, MAX_TILE = 8, 512
 
@@ -28,11 +34,16 @@ def row_tile(num_rows: int, num_groups: int) -> int:
     return min(MAX_TILE, max(MIN_TILE, 2 ** math.ceil(math.log2(mean))))
 
 
-def _pick(rhs: Array | BlockScaledWeights, group: Array, dtype: DTypeLike) -> Array:
+def _pick(rhs: Weights, group: Array, dtype: DTypeLike) -> Array:
     """The matrix of one group."""
     if isinstance(rhs, BlockScaledWeights):
-        return dequantise(_pick(rhs.values, group, dtype), _pick(rhs.scales, group, dtype), dtype)
-    return lax.dynamic_index_in_dim(rhs, group, keepdims=False)
+        return dequantise(_index(rhs.values, group), _index(rhs.scales, group), dtype)
+    assert not isinstance(rhs, QuantisedWeights)
+    return _index(rhs, group)
+
+
+def _index(array: Array, group: Array) -> Array:
+    return lax.dynamic_index_in_dim(array, group, keepdims=False)
 
 
 def _rows(array_MK: Array, start: Array, tile: int) -> Array:
@@ -84,9 +95,16 @@ def _dot(lhs_TK: Array, rhs_KN: Array, transpose_rhs: bool = False) -> Array:
     )
 
 
+def _product(lhs_TK: Array, rhs: Weights, group: Array, transpose_rhs: bool = False) -> Array:
+    """A tile's rows times the matrix of their group, float32."""
+    if isinstance(rhs, QuantisedWeights):
+        return widened_products(lhs_TK, jax.tree.map(lambda leaf: _index(leaf, group), rhs))
+    return _dot(lhs_TK, _pick(rhs, group, lhs_TK.dtype), transpose_rhs)
+
+
 def row_products(
     lhs: tuple[Array, ...],
-    rhs: tuple[Array | BlockScaledWeights, ...],
+    rhs: tuple[Weights, ...],
     group_sizes_G: Array,
     group_offset: Array,
     *,
@@ -101,18 +119,16 @@ def row_products(
     def map_tiles(lhs_MK: Array, tile_rows: Callable[[Array, Array], Array]) -> Array:
         return _map_tiles(tile_rows, lhs_MK, num_groups, num_columns, group_sizes_G, group_offset)
 
-    def matmul(lhs_MK: Array, rhs_GKN: Array | BlockScaledWeights) -> Array:
+    def matmul(lhs_MK: Array, rhs_GKN: Weights) -> Array:
         def tile_rows(lhs_TK: Array, group: Array) -> Array:
-            return _dot(lhs_TK, _pick(rhs_GKN, group, lhs_TK.dtype), transpose_rhs)
+            return _product(lhs_TK, rhs_GKN, group, transpose_rhs)
 
         return map_tiles(lhs_MK, tile_rows)
 
-    def swiglu(
-        lhs_MK: Array, gate_GKN: Array | BlockScaledWeights, up_GKN: Array | BlockScaledWeights
-    ) -> Array:
+    def swiglu(lhs_MK: Array, gate_GKN: Weights, up_GKN: Weights) -> Array:
         def tile_rows(lhs_TK: Array, group: Array) -> Array:
-            gate_TN = _dot(lhs_TK, _pick(gate_GKN, group, lhs_TK.dtype))
-            up_TN = _dot(lhs_TK, _pick(up_GKN, group, lhs_TK.dtype))
+            gate_TN = _product(lhs_TK, gate_GKN, group)
+            up_TN = _product(lhs_TK, up_GKN, group)
             return jax.nn.silu(gate_TN) * up_TN
 
         return map_tiles(lhs_MK, tile_rows)

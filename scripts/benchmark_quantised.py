@@ -1,0 +1,273 @@
+"""Weights in fewer bits beside bfloat16 and a plain read of the same bytes, in one run.
+
+    python scripts/benchmark_quantised.py products experts decode --batch 1 128
+
+`products` are V2-Lite's matrices outside the experts, `experts` one layer of its routed experts
+(SwiGLU and down), `decode` whole steps of a model with random weights and 1,024 cached tokens a
+sequence. Every copy of a matrix is read once in turn, more of them than caches hold, in one program
+of many products. Prints a JSON line a measurement: microseconds, bytes of the weights as stored,
+their rate, and its ratio to the plain read's. Of experts the bytes are those of the experts chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsjax.cache import Part, View, allocate_pool
+from dsjax.config import RECIPES, ModelConfig, RuntimeConfig
+from dsjax.config.load import load_model_config
+from dsjax.kernels import choose_kernels
+from dsjax.model import DeepSeekV2, abstract_model
+from dsjax.quantise import format_of
+from dsjax.xla_options import quantised_options
+from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
+from pallas_kernels.quantised import Format, QuantisedWeights, quantise
+from pallas_kernels.quantised_matmul import quantised_matmul
+from pallas_kernels.quantised_matmul.cases import MODELS
+
+# What a matrix of each kind is stored in; "int4" is int4_g64.
+FORMATS: dict[str, Format | None] = {
+    "bf16": None,
+    "int8": format_of("int8"),
+    "fp8": format_of("fp8_block128"),
+    "int4": format_of("int4_g64"),
+}
+COPIES_BYTES = 256 << 20  # several times an H100's L2 cache
+CACHED = 1024
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="+", choices=("products", "experts", "decode"))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 128])
+    parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=list(FORMATS))
+    parser.add_argument("--config", default="deepseek_v2_lite", help="the model of experts, decode")
+    parser.add_argument("--copies-bytes", type=int, default=COPIES_BYTES)
+    arguments = parser.parse_args()
+    read = plain_read(arguments.copies_bytes)
+    config = load_model_config(arguments.config)
+    for batch in arguments.batch:
+        if "products" in arguments.what:
+            products(batch, arguments.formats, read, arguments.copies_bytes)
+        if "experts" in arguments.what:
+            experts(config, batch, arguments.formats, read)
+        if "decode" in arguments.what:
+            for name in arguments.formats:
+                decode(config, batch, name, read)
+
+
+def compiled(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()) -> Any:
+    """Compiles as the engine does."""
+    options = quantised_options(jax.devices()[0].platform)
+    lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+    return lowered.compile(compiler_options=options or None)
+
+
+def seconds_of(run: Callable[[], Any], rounds: int = 5) -> float:
+    """Returns the best time of a call that takes some milliseconds, waited for."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def plain_read(num_bytes: int) -> float:
+    """Returns bytes a second of a sum over 32-bit numbers."""
+    numbers = jnp.ones(max(4 * num_bytes, 4) // 4, jnp.int32)
+    run = compiled(jnp.sum, numbers)
+    rate = float(numbers.nbytes / seconds_of(lambda: run(numbers)))
+    print(json.dumps({"measurement": "plain read", "GB/s": round(rate / 1e9, 1)}), flush=True)
+    return rate
+
+
+def report(name: str, batch: int, form: str, seconds: float, num_bytes: float, read: float) -> None:
+    """Prints a measurement."""
+    rate = num_bytes / seconds
+    figures = {
+        "measurement": name,
+        "chip": jax.devices()[0].device_kind,
+        "batch": batch,
+        "weights": form,
+        "us": round(seconds * 1e6, 2),
+        "MB": round(num_bytes / 1e6, 3),
+        "GB/s": round(rate / 1e9, 1),
+        "of_plain_read": round(rate / read, 3),
+    }
+    print(json.dumps(figures), flush=True)
+
+
+def stored_bytes(tree: Any) -> float:
+    """Returns the bytes of arrays as a GPU or TPU keeps them."""
+    halves = (jnp.dtype(jnp.int4), jnp.dtype(jnp.uint4))
+    return sum(
+        math.prod(leaf.shape) * (0.5 if leaf.dtype in halves else leaf.dtype.itemsize)
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def random_matrix(key: jax.Array, shape: tuple[int, ...], form: Format | None) -> Any:
+    """Returns random weights [..., N, K], or [..., K, N] of bfloat16, as products take them."""
+    weights = jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(0.02)
+    return weights.swapaxes(-1, -2) if form is None else quantise(weights, form)
+
+
+def products(batch: int, names: Sequence[str], read: float, copies_bytes: int) -> None:
+    """Times dense products, each of many copies of a matrix in one program."""
+    for case in MODELS:
+        for name in names:
+            form = FORMATS[name]
+            shape = (case.width_out, case.width_in)
+            first = random_matrix(jax.random.key(0), shape, form)
+            copies = max(2, int(copies_bytes // stored_bytes(first)) + 1)
+            matrices = [first]
+            matrices += [random_matrix(jax.random.key(i), shape, form) for i in range(1, copies)]
+            rows = jax.random.normal(jax.random.key(9), (copies, batch, shape[1]), jnp.bfloat16)
+
+            def run(rows: jax.Array, matrices: list[Any]) -> list[jax.Array]:
+                outs = []
+                for x, matrix in zip(rows, matrices, strict=True):
+                    if isinstance(matrix, QuantisedWeights):
+                        outs.append(quantised_matmul(x, matrix, implementation="xla"))
+                    else:
+                        outs.append(x @ matrix)
+                return outs
+
+            program = compiled(run, rows, matrices)
+            seconds = seconds_of(functools.partial(program, rows, matrices)) / copies
+            report(f"product {case}", batch, name, seconds, stored_bytes(first), read)
+
+
+def experts(config: ModelConfig, batch: int, names: Sequence[str], read: float) -> None:
+    """Times one layer of routed experts, of a stack of layers, with random routing."""
+    assert config.moe is not None
+    moe, layers = config.moe, 3
+    wide, narrow = config.hidden_dim, moe.intermediate_dim
+    rng = np.random.default_rng(0)
+    chosen = [rng.permutation(moe.num_experts)[: moe.top_k] for _ in range(batch)]
+    sizes = jnp.asarray(np.bincount(np.concatenate(chosen), minlength=moe.num_experts), jnp.int32)
+    share = float((sizes > 0).mean())
+    rows = jax.random.normal(jax.random.key(1), (batch * moe.top_k, wide), jnp.bfloat16)
+    for name in names:
+        form = FORMATS[name]
+        runtime = RuntimeConfig(param_dtype="bfloat16")
+        kernel = choose_kernels(jax.devices()[0], config, runtime).grouped_matmul
+        shapes = [(layers, moe.num_experts, *s) for s in ((narrow, wide),) * 2 + ((wide, narrow),)]
+        stacks = [random_matrix(jax.random.key(i), s, form) for i, s in enumerate(shapes)]
+
+        def run(
+            rows: jax.Array, stacks: list[Any], kernel: str = kernel, form: Format | None = form
+        ) -> jax.Array:
+            def body(rows: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+                layer, own = xs
+                weights = own if form is None else [LayerOfStack(s, layer) for s in stacks]
+                gate, up, down = weights
+                hidden = grouped_swiglu(rows, gate, up, sizes, implementation=kernel)
+                out = grouped_matmul(hidden, down, sizes, implementation=kernel)
+                return (rows + out).astype(rows.dtype), None
+
+            own = stacks if form is None else None
+            numbers = jnp.arange(layers, dtype=jnp.int32)
+            return jax.lax.scan(body, rows, (numbers, own))[0]
+
+        program = compiled(run, rows, stacks)
+        seconds = seconds_of(functools.partial(program, rows, stacks)) / layers
+        num_bytes = share * stored_bytes(stacks) / layers
+        report(f"experts {config.moe.num_experts}", batch, name, seconds, num_bytes, read)
+
+
+def random_state(abstract: nnx.State) -> nnx.State:
+    """Fills a model's parameters one by one: nothing is held wider than it is stored."""
+
+    def fill(number: int, path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        key, dtype = jax.random.key(number), jnp.dtype(leaf.dtype)
+        if path[-1] == "scales":
+            return jnp.full(leaf.shape, 0.004, dtype)
+        if jnp.issubdtype(dtype, jnp.integer):
+            least = -8 if dtype == jnp.int4 else -127 if dtype == jnp.int8 else 0
+            return _random_integers(key, leaf.shape, dtype, least)
+        if "norm" in str(path[-2]):
+            return jnp.ones(leaf.shape, dtype)
+        return _random_floats(key, leaf.shape, dtype)
+
+    flat = nnx.to_flat_state(abstract)
+    filled = [(p, leaf.replace(fill(i, p, leaf))) for i, (p, leaf) in enumerate(flat)]
+    return nnx.from_flat_state(filled)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _random_integers(key: jax.Array, shape: Any, dtype: Any, least: int) -> jax.Array:
+    return jax.random.randint(key, shape, least, -least + (least == 0) * 15, jnp.int8).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random_floats(key: jax.Array, shape: Any, dtype: Any) -> jax.Array:
+    return (0.02 * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
+
+
+def decode(config: ModelConfig, batch: int, name: str, read: float, steps: int = 20) -> None:
+    """Times decode steps that follow one another, and of them the first waited for alone."""
+    recipe = RECIPES.get(name)
+    runtime = RuntimeConfig(param_dtype="bfloat16", quantisation=recipe)
+    kernels = choose_kernels(jax.devices()[0], config, runtime)
+    graphdef, abstract = abstract_model(config, runtime, None, kernels)
+    state = random_state(abstract)
+    cached = min(CACHED, config.max_length - 64)
+    pages = -(-(cached + 8 * steps) // 64)
+    pool = allocate_pool(
+        config, batch * pages, jnp.dtype(runtime.dtype), decode_kernel=kernels.mla_decode
+    )
+    part = Part(
+        page_table_BP=jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages),
+        lengths_B=jnp.full(batch, cached, jnp.int32),
+        num_new_B=jnp.ones(batch, jnp.int32),
+        num_tokens=1,
+    )
+
+    def step(state: nnx.State, tokens: jax.Array, pool: Any, part: Part) -> Any:
+        model: DeepSeekV2 = nnx.merge(graphdef, state)
+        logits, pool = model.extend(tokens, pool, View((part,)), jnp.arange(batch))
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), pool, part.advanced()
+
+    tokens = jnp.arange(batch, dtype=jnp.int32) % config.vocab_size
+    program = compiled(step, state, tokens, pool, part, donated=(2,))
+    held: list[Any] = [tokens, pool, part]
+
+    def run() -> Any:
+        for _ in range(steps):
+            held[:] = program(state, *held)
+        return held[0]
+
+    seconds = seconds_of(run, rounds=3) / steps
+    memory = program.memory_analysis()
+    num_bytes = stored_bytes(state)
+    report(f"decode {config.num_layers} layers", batch, name, seconds, num_bytes, read)
+    extra = {
+        "tokens_per_second": round(batch / seconds, 1),
+        "weights_GB": round(num_bytes / 1e9, 3),
+        "temporary_GB": round(memory.temp_size_in_bytes / 1e9, 3) if memory else None,
+        "kernels": dataclasses.asdict(kernels),
+    }
+    print(
+        json.dumps({"measurement": "decode", "batch": batch, "weights": name} | extra), flush=True
+    )
+
+
+if __name__ == "__main__":
+    main()

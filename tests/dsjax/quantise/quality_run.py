@@ -1,0 +1,97 @@
+"""Trains a small model and quantises it; run as a module, in a process that optimises its programs.
+
+    python -m tests.dsjax.quantise.quality_run FOLDER
+
+prints one JSON line: of each recipe the mean divergence of the next token's distribution from the
+plain model's on held-out text, in nats a token, and nats a byte of the plain model and of each.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsjax.config import (
+    BalanceConfig,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    LossConfig,
+    OptimizerConfig,
+    RuntimeConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from dsjax.config.quantisation import RECIPES
+from dsjax.configs.models import tiny
+from dsjax.model import DeepSeekV2
+from dsjax.training.loop import fit
+from dsjax.weights import load_weights
+
+HELD_OUT = (49, 16, 128)  # 100,352 bytes
+STEPS = 400
+
+
+def main(folder: str) -> None:
+    """Trains on half of Python's own library, and prints figures of the other half."""
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    text = Path(folder) / "text"
+    text.mkdir()
+    for path in files[::2]:
+        (text / f"{path.stem}.txt").write_bytes(path.read_bytes())
+    run = TrainConfig(
+        directory=str(Path(folder) / "run"),
+        model=replace(tiny.config, vocab_size=264, num_layers=2, init_std=0.06),
+        data=DataConfig((SourceConfig(str(text), format="text", glob="*.txt"),), length=128),
+        batch=BatchConfig(size=8),
+        num_steps=STEPS,
+        runtime=RuntimeConfig(dtype="float32", remat="none"),
+        optimizer=OptimizerConfig(peak_learning_rate=4e-3, warmup_steps=20),
+        loss=LossConfig(BalanceConfig(0.003, 0.05, 0.02)),
+        checkpoint=CheckpointConfig(every=STEPS),
+        log=LogConfig(every=100, eval_every=0),
+    )
+    fit(run)
+    text_after = np.frombuffer(b"".join(path.read_bytes() for path in files[1::2]), np.uint8)
+    held_out: np.ndarray = text_after[: np.prod(HELD_OUT)].reshape(HELD_OUT).astype(np.int32)
+    plain = log_probabilities(load_weights(run.directory))
+    others = {
+        name: log_probabilities(load_weights(run.directory, quantize=name)) for name in RECIPES
+    }
+    divergence, nats = dict.fromkeys(RECIPES, 0.0), dict.fromkeys(("plain", *RECIPES), 0.0)
+    for tokens in held_out:
+        before = plain(tokens)
+        nats["plain"] += nats_of(before, tokens)
+        for name, other in others.items():
+            after = other(tokens)
+            divergence[name] += float(jnp.sum(jnp.exp(before) * (before - after)))
+            nats[name] += nats_of(after, tokens)
+    for sums in (divergence, nats):
+        sums.update({name: total / held_out.size for name, total in sums.items()})
+    print(json.dumps({"divergence": divergence, "nats": nats}))
+
+
+def log_probabilities(model: DeepSeekV2) -> Callable[[np.ndarray], jax.Array]:
+    """Returns a compiled function of tokens."""
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, tokens: jax.nn.log_softmax(nnx.merge(graphdef, state)(tokens)))
+    return lambda tokens: run(state, tokens)
+
+
+def nats_of(log_probabilities: Any, tokens: np.ndarray) -> float:
+    """Sums what the tokens after the first of each row cost."""
+    wanted = jnp.asarray(tokens[:, 1:, None])
+    return -float(jnp.take_along_axis(log_probabilities[:, :-1], wanted, -1).sum())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,175 @@
+"""Products with quantised matrices, dense and by group, against NumPy in float64."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.xla_options import quantised_options
+from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
+from pallas_kernels.quantised import pack_halves, unpack_halves
+from pallas_kernels.quantised_matmul import (
+    IMPLEMENTATIONS,
+    QuantisedWeights,
+    quantise,
+    quantised_matmul,
+)
+from pallas_kernels.quantised_matmul.cases import CASES, FORMATS
+from tests.oracle_attention import relative_error
+
+
+def stands_for(weights: QuantisedWeights) -> np.ndarray:
+    """The matrices that are stored, in float64 [..., N, K]; written apart from the code."""
+    form = weights.format
+    values, scales = np.asarray(weights.values), np.asarray(weights.scales, np.float64)
+    *lead, num_n, _ = values.shape
+    num_k = values.shape[-1]
+    out = np.zeros((*lead, num_n, num_k))
+    block_in = form.block_in or num_k
+    for k in range(num_k):
+        numbers = values[..., k].astype(np.float64)
+        if weights.zeros is not None:
+            numbers -= np.asarray(weights.zeros, np.float64)[..., k // block_in]
+        rows = np.arange(num_n) // form.block_out
+        out[..., k] = numbers * scales[..., rows, k // block_in]
+    return out
+
+
+def draw(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_storing_loses_what_the_form_says(name, case, rng):
+    form, weights = FORMATS[name], draw(rng, 2, case.width_out, case.width_in)
+    # Half a step of the block: of int8 1/254 of its largest magnitude, of 4 bits at most 1/15 of
+    # the range, but a whole one, 1/8, where +8 would be needed; float8 has 3 bits of mantissa.
+    block = (form.block_out, form.block_in or case.width_in)
+    lead = np.abs(weights)
+    largest = np.zeros_like(lead)
+    for n in range(0, case.width_out, block[0]):
+        for k in range(0, case.width_in, block[1]):
+            part = np.s_[:, n : n + block[0], k : k + block[1]]
+            largest[part] = lead[part].max(axis=(1, 2), keepdims=True)
+    allowed = {
+        "int8": largest / 254,
+        "int4": largest / 8,
+        "uint4": largest / 7.4,
+        "float8_e4m3fn": lead / 16,
+    }
+    for array in (weights, jnp.asarray(weights)):  # on the host and on a device
+        stored = quantise(array, form)
+        stored.check("stored")
+        whole = stands_for(stored)
+        assert (np.abs(whole - weights) <= allowed[form.dtype] * 1.01 + largest * 2e-3).all()
+    np.testing.assert_allclose(stored.dequantised(jnp.float32), whole, rtol=1e-6)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_products_are_those_of_what_is_stored(name, implementation, rng):
+    for case in CASES:
+        stored = quantise(jnp.asarray(draw(rng, case.width_out, case.width_in)), FORMATS[name])
+        for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 6e-3)):
+            lhs = jnp.asarray(draw(rng, 2, case.rows, case.width_in), dtype)
+            want = np.asarray(lhs, np.float64) @ stands_for(stored).T
+            got = quantised_matmul(lhs, stored, implementation=implementation)
+            assert got.dtype == dtype
+            assert relative_error(got, want) < tolerance
+            wide = quantised_matmul(
+                lhs, stored, out_dtype=jnp.float32, implementation=implementation
+            )
+            assert wide.dtype == jnp.float32
+            assert relative_error(wide, want) < tolerance
+
+
+# Rows of each group, and rows of none: few, so that each reads its own matrix; some, of which the
+# largest group needs a second pass; and so many that each matrix is widened once.
+COUNTS = {
+    "few": ([3, 0, 5, 1, 4], 3),
+    "some": ([2, 0, 81, 1, 4], 5),
+    "many": ([60, 0, 9, 90, 7], 2),
+}
+
+
+@pytest.mark.parametrize("rows", COUNTS)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_groups_multiply_by_what_is_stored_of_them(name, implementation, rows, rng):
+    counts, extra = COUNTS[rows]
+    total = sum(counts)
+    gate, up = (quantise(draw(rng, 2, 5, 40, 202), FORMATS[name]) for _ in range(2))
+    group = np.repeat(np.arange(5), counts)
+    lhs = jnp.asarray(draw(rng, total + extra, 202))
+
+    def products(weights: QuantisedWeights, first: int = 0, last: int = 5) -> np.ndarray:
+        matrices = stands_for(weights)[1]
+        found = np.zeros((total + extra, 40))
+        for row, number in enumerate(group):
+            if first <= number < last:
+                found[row] = matrices[number] @ np.asarray(lhs[row], np.float64)
+        return found
+
+    layer = jnp.int32(1)
+    of_stack = [LayerOfStack(jax.tree.map(jnp.asarray, stack), layer) for stack in (gate, up)]
+    taken = [one.take() for one in of_stack]
+    sizes = jnp.asarray(counts, jnp.int32)
+    both: tuple[list[Any], ...] = (of_stack, taken)
+    for weights in both:
+        got = grouped_matmul(lhs, weights[0], sizes, implementation=implementation)
+        assert relative_error(got, products(gate)) < 1e-5
+        hidden = grouped_swiglu(lhs, weights[0], weights[1], sizes, implementation=implementation)
+        gates = products(gate)
+        assert relative_error(hidden, gates / (1 + np.exp(-gates)) * products(up)) < 1e-5
+    held = jax.tree.map(lambda leaf: leaf[2:4], taken[0])
+    got = grouped_matmul(lhs, held, sizes, group_offset=2, implementation=implementation)
+    assert relative_error(got, products(gate, 2, 4)) < 1e-5
+
+
+@pytest.mark.core
+def test_this_jax_knows_the_option_for_quantised_weights():
+    (option,) = quantised_options("gpu")
+    jax.jit(jnp.sin).lower(1.0).compile(compiler_options={option: True})
+    with pytest.raises(Exception, match=f"{option}_"):
+        jax.jit(jnp.cos).lower(1.0).compile(compiler_options={f"{option}_": True})
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_what_does_not_fit_is_named(rng):
+    stored = quantise(jnp.asarray(draw(rng, 6, 10)), FORMATS["int4_g32"])
+    lhs = jnp.ones((2, 12), jnp.float32)
+    with pytest.raises(ValueError, match=r"rhs: shape \(10, 6\) must be \[K, N\]"):
+        quantised_matmul(lhs, stored, implementation="xla")
+    with pytest.raises(ValueError, match="'cuda' must be one of"):
+        quantised_matmul(lhs[:, :10], stored, implementation="cuda")
+    with pytest.raises(ValueError, match="dtype float16 must be bfloat16 or float32"):
+        quantised_matmul(lhs[:, :10].astype(jnp.float16), stored, implementation="xla")
+    bad = QuantisedWeights(stored.values, stored.scales[:, :0], None, stored.format)
+    with pytest.raises(ValueError, match=r"rhs.scales: shape \(6, 0\) must be \(6, 1\)"):
+        quantised_matmul(lhs[:, :10], bad, implementation="xla")
+    sizes = jnp.asarray([2], jnp.int32)
+    by_group = jax.tree.map(lambda leaf: leaf[None], stored)
+    with pytest.raises(ValueError, match="transpose_rhs True must be False for QuantisedWeights"):
+        grouped_matmul(lhs[:, :6], by_group, sizes, transpose_rhs=True, implementation="xla")
+    with pytest.raises(ValueError, match="have no gradient"):
+        jax.grad(lambda lhs: jnp.sum(grouped_matmul(lhs, by_group, sizes, implementation="xla")))(
+            lhs[:, :10]
+        )
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [jnp.int4, jnp.uint4])
+def test_two_numbers_share_a_byte_of_a_file(dtype, rng):
+    low = -8 if dtype == jnp.int4 else 0
+    for width in (10, 7):
+        values = rng.integers(low, low + 16, (3, width)).astype(np.int8).astype(dtype)
+        packed = pack_halves(values)
+        assert (packed.dtype, packed.shape) == (np.uint8, (3, -(-width // 2)))
+        assert packed[1, 0] == int(values[1, 0]) % 16 + 16 * (int(values[1, 1]) % 16)
+        np.testing.assert_array_equal(packed, pack_halves(jnp.asarray(values)))
+        np.testing.assert_array_equal(unpack_halves(packed, width, dtype), values)

@@ -26,6 +26,13 @@ _LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache_
 logger = logging.getLogger(__name__)
 
 
+def is_prepared(data: DataConfig) -> bool:
+    """Tells whether all that a run trains on is there, where `data.prepare` says how to make it."""
+    folders = [Path(source.path).expanduser() for source in (*data.sources, *data.eval_sources)]
+    has_tokenizer = (Path(data.tokenizer).expanduser() / TOKENIZER_FILE).exists()
+    return has_tokenizer and all((folder / MANIFEST).exists() for folder in folders)
+
+
 def prepare_data(data: DataConfig) -> None:
     """Makes what `data.prepare` describes and is not there yet.
 
@@ -35,14 +42,12 @@ def prepare_data(data: DataConfig) -> None:
     Raises:
         ValueError: a folder holds packed rows of other settings; names it.
     """
-    if data.prepare is None:
+    if data.prepare is None or is_prepared(data):
         return
     places = (data.sources[0].path, data.eval_sources[0].path, data.tokenizer, data.prepare.folder)
     train, held_out, tokenizer, corpus = (Path(place).expanduser() for place in places)
     packed = {TRAIN: train, HELD_OUT: held_out}
     has_tokenizer = (tokenizer / TOKENIZER_FILE).exists()
-    if has_tokenizer and all((folder / MANIFEST).exists() for folder in packed.values()):
-        return
     if not corpus.exists():
         logger.info("corpus: the source of this Python's standard library, to %s", corpus)
         collect_python_library(corpus, data.prepare.max_bytes)

@@ -11,7 +11,6 @@ import abc
 import codecs
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import tokenizers
 
 from dsjax.data.chat import ChatTemplate, read_chat_template
+from dsjax.data.markers import Markers, is_marker
 from dsjax.files import read_json, read_text
 
 BOS_TOKEN = "<｜begin▁of▁sentence｜>"
@@ -56,6 +56,7 @@ class Tokenizer(abc.ABC):
         bos_id: id that begins every text.
         eos_id: id that ends every text.
         special_ids: ids that are no part of the text.
+        known_ids: bool [vocab_size], whether an id has a token; files may leave ids out.
         chat_template: the template that turns messages into a prompt, or None.
     """
 
@@ -68,6 +69,8 @@ class Tokenizer(abc.ABC):
         eos_id: int,
         special_ids: frozenset[int],
         chat_template: ChatTemplate | None = None,
+        unknown_ids: frozenset[int] = frozenset(),
+        markers: Markers | None = None,
     ) -> None:
         self.spec = spec
         self.sha256 = sha256
@@ -76,11 +79,10 @@ class Tokenizer(abc.ABC):
         self.special_ids = special_ids
         self.chat_template = chat_template
         self._token_bytes = list(token_bytes)
-        # The longest first, as one may begin another.
+        self.known_ids = np.array([i not in unknown_ids for i in range(len(token_bytes))], np.bool_)
+        self.known_ids.flags.writeable = False
         spellings = {token_bytes[i].decode("utf-8", "replace"): i for i in special_ids}
-        self._special_spellings = {
-            text: spellings[text] for text in sorted(spellings, key=len, reverse=True) if text
-        }
+        self._markers = Markers(spellings) if markers is None else markers
         self._token_lengths = np.array(
             [0 if i in special_ids else len(b) for i, b in enumerate(token_bytes)], np.int32
         )
@@ -92,6 +94,11 @@ class Tokenizer(abc.ABC):
     def vocab_size(self) -> int:
         """The number of ids, with the special ones; a model's table may be larger."""
         return len(self._token_bytes)
+
+    @property
+    def marker_ids(self) -> Mapping[str, int]:
+        """The ids of tokens that mark something, by spelling; no text that is written has one."""
+        return self._markers.ids
 
     @abc.abstractmethod
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
@@ -116,7 +123,9 @@ class Tokenizer(abc.ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         *,
+        template: str | None = None,
         parse_special: bool = False,
+        arguments: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Returns the ids of a conversation, with BOS.
 
@@ -124,38 +133,30 @@ class Tokenizer(abc.ABC):
             messages: dicts with "role" and "content".
             tools: JSON schemas of functions the model may call.
             add_generation_prompt: whether it ends where the assistant's answer begins.
+            template: the name of one of several templates; see `ChatTemplate.render`.
             parse_special: whether special tokens written out in messages and tools become their
                 ids. If not, they stay text, so that no user can end a turn or begin another's;
-                those of the template always become ids.
+                those of the template always become ids. Special is whatever marks something,
+                though its file may not call it so.
+            arguments: what else the template reads.
 
         Raises:
             ValueError: without a chat template, or when the template refuses the messages.
         """
-        if parse_special or not self._special_spellings:
-            text = self.apply_chat_template(messages, tools, add_generation_prompt)
+        if parse_special or not self._markers.ids:
+            text = self.apply_chat_template(
+                messages, tools, add_generation_prompt, template, arguments=arguments
+            )
             return self.encode_prompt(text)
-        # What messages spell is torn apart by a character that nothing else here has.
-        content = json.dumps([messages, tools], ensure_ascii=False, default=str)
-        mark = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in content)
-        spelled = re.compile("|".join(map(re.escape, self._special_spellings)))
-
-        def torn(value: Any) -> Any:
-            if isinstance(value, str):
-                return spelled.sub(lambda found: found[0][0] + mark + found[0][1:], value)
-            if isinstance(value, Mapping):
-                return {key: torn(item) for key, item in value.items()}
-            return [torn(item) for item in value] if isinstance(value, list | tuple) else value
-
-        text = self.apply_chat_template(torn(messages), torn(tools), add_generation_prompt)
-        ids: list[int] = []
-        start = 0
-        for found in spelled.finditer(text):
-            ids += self.encode(text[start : found.start()].replace(mark, ""), parse_special=False)
-            ids.append(self._special_spellings[found[0]])
-            start = found.end()
-        return self._with_bos(
-            ids + self.encode(text[start:].replace(mark, ""), parse_special=False)
+        looked_for = self.chat_template.looked_for if self.chat_template is not None else ()
+        torn, torn_tools, mark = self._markers.tear(messages, tools, looked_for)
+        text = self.apply_chat_template(
+            torn, torn_tools, add_generation_prompt, template, arguments=arguments
         )
+        ids: list[int] = []
+        for piece in self._markers.split(text, mark):
+            ids += [piece] if isinstance(piece, int) else self.encode(piece, parse_special=False)
+        return self._with_bos(ids)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         start = 0
@@ -204,6 +205,9 @@ class Tokenizer(abc.ABC):
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        template: str | None = None,
+        *,
+        arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """Returns the text of a conversation, with BOS, for `encode_prompt`.
 
@@ -214,7 +218,9 @@ class Tokenizer(abc.ABC):
         """
         if self.chat_template is None:
             raise ValueError(f"tokenizer {self.spec!r} has no chat template")
-        return self.chat_template.render(messages, tools, add_generation_prompt)
+        return self.chat_template.render(
+            messages, tools, add_generation_prompt, template, arguments
+        )
 
 
 class ByteTokenizer(Tokenizer):
@@ -240,24 +246,32 @@ class BpeTokenizer(Tokenizer):
         try:
             description = json.loads(text)
             self._parsing = tokenizers.Tokenizer.from_str(text)
-            self._plain = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises a bare Exception
             raise ValueError(f"{path}: not a tokenizer.json: {error}") from None
         if not _is_byte_level(description.get("decoder")):
             kind = (description.get("decoder") or {}).get("type")
             raise ValueError(f"{path}: decoder {kind!r} is not supported, only byte-level BPE is")
-        self._plain.encode_special_tokens = True
-        for encoder in (self._parsing, self._plain):
-            encoder.no_truncation()
-            encoder.no_padding()
         vocab = self._parsing.get_vocab(with_added_tokens=True)
         added = {token["content"]: token for token in description.get("added_tokens", ())}
         table = [b""] * (max(vocab.values()) + 1)
         for token, index in vocab.items():
             table[index] = token.encode("utf-8") if token in added else _to_bytes(token, path)
-        special = frozenset(t["id"] for t in added.values() if t["special"])
+        # By the library's ids, which are not always those that the file names.
+        special = frozenset(vocab[t["content"]] for t in added.values() if t["special"])
         bos = _special_token(config, "bos_token", _KNOWN_BOS, vocab, path)
         eos = _special_token(config, "eos_token", _KNOWN_EOS, vocab, path)
+        template = read_chat_template(path.parent, config, bos, eos)
+        sources = () if template is None else template.sources.values()
+        marked = [t for t in added.values() if is_marker(t, sources) or t["content"] in (bos, eos)]
+        # The library leaves special tokens unparsed where it is told to, and no others.
+        for token in marked:
+            token["special"] = True
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(description))
+        self._plain.encode_special_tokens = True
+        for encoder in (self._parsing, self._plain):
+            encoder.no_truncation()
+            encoder.no_padding()
+        spellings = {text: vocab[text] for text in (bos, eos, *(t["content"] for t in marked))}
         super().__init__(
             spec,
             hashlib.sha256(text.encode("utf-8")).hexdigest(),
@@ -265,7 +279,13 @@ class BpeTokenizer(Tokenizer):
             vocab[bos],
             vocab[eos],
             special | {vocab[bos], vocab[eos]},
-            read_chat_template(path.parent, config, bos, eos),
+            template,
+            frozenset(range(len(table))).difference(vocab.values()),
+            Markers(
+                spellings,
+                left={t["content"] for t in marked if t.get("lstrip")},
+                right={t["content"] for t in marked if t.get("rstrip")},
+            ),
         )
 
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
@@ -281,9 +301,23 @@ class StreamDecoder:
     Bytes of an unfinished UTF-8 character are held back until the character is complete.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special: bool = True,
+        hidden: frozenset[int] | None = None,
+    ) -> None:
+        """Begins an empty text.
+
+        Args:
+            tokenizer: makes bytes of ids.
+            skip_special: whether special tokens are left out.
+            hidden: the ids to leave out; None leaves it to `skip_special`.
+        """
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special else frozenset[int]()
+        self._skipped = self._skipped if hidden is None else hidden
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -19,7 +20,7 @@ from dsjax.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
-from dsjax.files import write_json, write_text
+from dsjax.files import read_json, write_json, write_text
 
 # DeepSeek's cuts: line ends, words and punctuation with a space before them, digits one by one. One
 # pattern of alternatives takes half the time of their five passes, one after the other.
@@ -69,17 +70,52 @@ def write_byte_tokenizer(folder: Path) -> None:
     _write(bytes_only, BYTES_BOS_TOKEN, BYTES_EOS_TOKEN, folder)
 
 
+def mend_tokenizer(folder: Path) -> bool:
+    """Lets other software put BOS first, where an older version of ours wrote a tokenizer.
+
+    Those had no post-processor, and without one other software leaves BOS out. Files of anybody
+    else stay as they are.
+
+    Returns:
+        Whether the folder's `tokenizer.json` was such a file.
+    """
+    file, config_file = folder / TOKENIZER_FILE, folder / TOKENIZER_CONFIG_FILE
+    if not file.is_file() or not config_file.is_file():
+        return False
+    config = read_json(config_file)
+    bos, eos = config.get("bos_token"), config.get("eos_token")
+    known = ((BOS_TOKEN, EOS_TOKEN), (BYTES_BOS_TOKEN, BYTES_EOS_TOKEN))
+    if (bos, eos) not in known or config != _config(str(bos), str(eos)):
+        return False
+    if read_json(file).get("post_processor", {}) is not None:
+        return False
+    bpe = tokenizers.Tokenizer.from_file(str(file))
+    _add_bos(bpe, str(bos))
+    write_text(file, bpe.to_str(pretty=True))
+    return True
+
+
 def _write(bpe: tokenizers.Tokenizer, bos: str, eos: str, folder: Path) -> None:
     """Adds the special tokens and writes both files; `tokenizer.json` last."""
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in (bos, eos)])
+    _add_bos(bpe, bos)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / TOKENIZER_CONFIG_FILE, _config(bos, eos))
+    write_text(folder / TOKENIZER_FILE, bpe.to_str(pretty=True))
+
+
+def _add_bos(bpe: tokenizers.Tokenizer, bos: str) -> None:
     # Other software adds BOS by what the file says, and the model was trained with it.
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A",
         pair=f"{bos} $A {bos} $B:1",
         special_tokens=[(bos, bpe.token_to_id(bos))],
     )
-    config = {
+
+
+def _config(bos: str, eos: str) -> dict[str, Any]:
+    return {
         "add_bos_token": True,
         "add_eos_token": False,
         "bos_token": bos,
@@ -88,6 +124,3 @@ def _write(bpe: tokenizers.Tokenizer, bos: str, eos: str, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / TOKENIZER_CONFIG_FILE, config)
-    write_text(folder / TOKENIZER_FILE, bpe.to_str(pretty=True))

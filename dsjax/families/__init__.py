@@ -12,7 +12,7 @@ from pathlib import Path
 from dsjax.config import ModelConfig
 from dsjax.config.load import find_config, load_model_config, override
 from dsjax.families.deepseek_v2 import hf_table
-from dsjax.families.deepseek_v2_config import from_hf_config, to_hf_config
+from dsjax.families.deepseek_v2_config import from_hf_config, read_otherwise, to_hf_config
 from dsjax.files import read_json
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "hf_table",
     "hf_tensor_shapes",
     "read_hf_config",
+    "read_otherwise",
     "to_hf_config",
 ]
 

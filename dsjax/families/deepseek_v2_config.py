@@ -312,3 +312,13 @@ def to_hf_config(config: ModelConfig, *, dtype: str, bos_id: int, eos_id: int) -
             "topk_method": moe.routing,
         }
     return hf
+
+
+def read_otherwise(config: ModelConfig) -> list[str]:
+    """Returns a line for each thing that transformers reads differently in an exported model."""
+    moe, found = config.moe, []
+    if moe is not None and moe.normalize_weights and moe.top_k > 1:
+        found.append("it does not read norm_topk_prob, so it leaves gates unnormalised")
+    if moe is not None and moe.num_shared_experts == 0:
+        found.append("it makes shared experts of width 0, whose tensors it will miss")
+    return found

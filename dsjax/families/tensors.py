@@ -21,7 +21,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,26 +174,56 @@ class HFTable:
         """Says whether a checkpoint may hold this tensor without the model needing it."""
         return self.ignored.fullmatch(name) is not None
 
-    def check_names(self, names: Iterable[str], where: str) -> None:
+    def check_names(self, names: Mapping[str, str], where: str) -> None:
         """Checks that a checkpoint holds every tensor of the model and no other.
 
         Args:
-            names: the tensors found; those that the table ignores by name may be among them.
+            names: the tensors found, and the file of each or ""; those that the table ignores by
+                name may be among them.
             where: the checkpoint, for the message.
 
         Raises:
-            ValueError: names every tensor that is missing and every one that is unknown.
+            ValueError: counts the tensors that are missing and those that are unknown, names five
+                of each, and says what such a checkpoint is where the names tell.
         """
         found = {name for name in names if not self.is_ignored(name)}
         missing = [name for name in self.tensors if name not in found]
         unknown = sorted(found - self.tensors.keys())
         faults = []
         if missing:
-            faults.append(f"{len(missing)} tensors are missing: {', '.join(missing)}")
+            faults.append(f"{len(missing)} tensors are missing: {few(missing)}")
         if unknown:
-            faults.append(f"{len(unknown)} tensors are not of this model: {', '.join(unknown)}")
+            shown = few([names[name] + f": {name}" if names[name] else name for name in unknown])
+            faults.append(f"{len(unknown)} tensors are not of this model: {shown}")
         if faults:
-            raise ValueError(f"{where}: {'; '.join(faults)}")
+            what = _what_it_is(missing, unknown)
+            raise ValueError(f"{where}: {what}{'; '.join(faults)}")
+
+
+def few(names: Sequence[str]) -> str:
+    """Returns five names at most, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _what_it_is(missing: Sequence[str], unknown: Sequence[str]) -> str:
+    """Says what checkpoint has such names, where that is known; ends in ": "."""
+    if any(
+        re.search(r"(_scale(_inv)?|\.qweight|\.qzeros|\.SCB|_packed)$", name) for name in unknown
+    ):
+        return (
+            "quantised weights (FP8 or integers with scales), which are not read: convert them to "
+            "bfloat16 first: "
+        )
+    if any("lora_" in name for name in unknown):
+        return "a LoRA adapter lies here; merge it into its model first: "
+    without = {name.removeprefix("model.") for name in missing if name.startswith("model.")}
+    if without & set(unknown):
+        return (
+            "a base model without the prefix `model.` of its tensors and, it may be, without "
+            "lm_head; save it as a causal language model first: "
+        )
+    return ""
 
 
 def params_from_hf(table: HFTable, read: Callable[[str], np.ndarray]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dsjax.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
-from dsjax.data.tokenizer_files import train_tokenizer, write_byte_tokenizer
+from dsjax.data.tokenizer_files import mend_tokenizer, train_tokenizer, write_byte_tokenizer
 
 TEXTS = [
     "",
@@ -154,6 +154,52 @@ def test_other_software_begins_with_bos_too(kind: str, tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path)).encode("hello you") == ours.encode("hello you")
 
 
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "PreTrainedTokenizerFast", "template"])
+def test_bos_comes_first_for_every_kind_of_released_file(folder, kind: str, tmp_path: Path) -> None:
+    """V2-Lite's files, those of a plain class, and V3's, whose tokenizer.json has BOS in it."""
+    transformers = pytest.importorskip("transformers")
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "LlamaTokenizerFast" if kind == "template" else kind
+    if kind == "template":
+        library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        library.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{BOS_TOKEN} $A", special_tokens=[(BOS_TOKEN, BOS)]
+        )
+        content = json.loads(library.to_str())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    ours = load_tokenizer(str(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Hello you", " a  b\n", "强大"):
+        ids = theirs(text)["input_ids"]
+        # transformers 5 does not heed `add_bos_token` of byte-level files; the makers mean it.
+        ids = ids if ids[:1] == [BOS] else [BOS, *ids]
+        assert ours.encode_prompt(text) == ids
+        if kind == "template":
+            assert theirs(text)["input_ids"] == ids
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ours.apply_chat_template(messages) == rendered
+    assert mend_tokenizer(tmp_path) is False  # nobody else's files are changed
+    assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8")) == content
+
+
+@pytest.mark.parametrize("kind", ["trained", "bytes"])
+def test_an_older_tokenizer_of_ours_is_mended(kind: str, tmp_path: Path) -> None:
+    if kind == "trained":
+        train_tokenizer(["hello world", "hello there"] * 9, 270, tmp_path)
+    else:
+        write_byte_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    written = file.read_text(encoding="utf-8")
+    assert not mend_tokenizer(tmp_path)
+    older = json.loads(written) | {"post_processor": None}
+    file.write_text(json.dumps(older), encoding="utf-8")
+    assert mend_tokenizer(tmp_path)
+    assert file.read_text(encoding="utf-8") == written
+
+
 def test_chat_template_dialect(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "chat_template.jinja").write_text(
@@ -259,3 +305,25 @@ def test_bad_files_are_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<bos>"}')
     with pytest.raises(ValueError, match="bos_token='<bos>' is not in the vocabulary"):
         load_tokenizer(str(tmp_path))
+
+
+def test_ids_that_no_token_has_are_known(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"]["a"] = 262
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.encode("a") == [262]
+    assert tokenizer.known_ids.shape == (tokenizer.vocab_size,) == (263,)
+    assert np.flatnonzero(~tokenizer.known_ids).tolist() == [ord("a"), 258, 259, 260, 261]
+    assert load_tokenizer("bytes").known_ids.all()
+
+
+def test_ids_of_added_tokens_are_the_librarys(folder: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 100005, "content": "<far>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = load_tokenizer(str(tmp_path))
+    (token,) = tokenizer.encode("<far>")
+    assert token in tokenizer.special_ids
+    assert tokenizer.decode([token], skip_special=True) == ""

@@ -8,9 +8,11 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,79 @@ DRAFT_SUFFIX = ".draft"
 _LOG = logging.getLogger(__name__)
 # What a file system says that keeps no locks.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+# What a file system on a network says while it is ill, and no damaged file does.
+_PASSING = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EREMOTEIO,
+)
+# The same in words, of libraries that have their own errors (absl's status codes, HTTP's).
+_PASSING_WORDS = re.compile(
+    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b"
+    r"|Input/output error|Stale file handle|\b(?:429|502|503|504) "
+)
+
+
+class StorageError(RuntimeError):
+    """A storage does not answer, after all retries; what it holds is not known to be damaged."""
+
+
+def is_passing(error: BaseException) -> bool:
+    """Tells whether an error is of a storage that is ill, and not of what it holds."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in _PASSING:
+            return True
+        if _PASSING_WORDS.search(str(found)):
+            return True
+        found = found.__cause__
+    return False
+
+
+def retried[T](
+    what: str,
+    body: Callable[[], T],
+    retries: int = 3,
+    seconds: float = 2.0,
+) -> T:
+    """Returns what the body gives, tried again where the storage fails; each time is said.
+
+    Args:
+        what: the file or folder, for messages.
+        body: reads or writes, and may be repeated.
+        retries: attempts after the first.
+        seconds: before the first of these; doubled each time.
+
+    Raises:
+        StorageError: the last attempt failed as well.
+    """
+    for number in range(retries + 1):
+        try:
+            return body()
+        except Exception as error:
+            if not is_passing(error):
+                raise
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            if number == retries:
+                raise StorageError(f"{what}: the storage fails: {first_line}") from error
+            delay = seconds * 2**number
+            _LOG.warning(
+                "%s: %s; trying again in %g s, retry %d of %d",
+                what,
+                first_line,
+                delay,
+                number + 1,
+                retries,
+            )
+            time.sleep(delay)
+    raise AssertionError
 
 
 class LockHeldError(RuntimeError):

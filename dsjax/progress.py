@@ -20,11 +20,11 @@ from rich.progress import (
 
 _SECONDS_BETWEEN_LINES = 15.0
 
-Unit = Literal["bytes", "documents", "steps"]
+Unit = Literal["bytes", "documents", "requests", "steps"]
 
 
 class JobProgress:
-    """How far one job is, counted in bytes, documents or steps.
+    """How far one job is, counted in bytes, documents, requests or steps.
 
     A log gets a line now and then, and one at the end. A job counted in steps writes its own lines,
     by `note`.

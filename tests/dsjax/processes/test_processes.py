@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 
 from dsjax.config import MeshConfig
 from dsjax.mesh import make_mesh, train_rules
-from dsjax.processes import HostShard, initialize_processes
+from dsjax.processes import HostShard, HostTimes, initialize_processes
 from dsjax.processes import join as processes
+from dsjax.processes.host_times import slow_hosts
 
 pytestmark = pytest.mark.core
 
@@ -149,3 +151,43 @@ def test_one_process_places_rows_on_its_mesh():
     np.testing.assert_array_equal(placed["tokens"], rows.reshape(2, 8, 3))
     np.testing.assert_array_equal(placed["num_bytes"], np.arange(16).reshape(2, 8))
     assert {s.data.shape for s in placed["tokens"].addressable_shards} == {(2, 2, 3)}
+
+
+def test_a_slow_host_is_named_by_what_it_alone_takes():
+    said: dict[int, dict] = {
+        i: {"host": f"node-{i}", "input_seconds": 0.01, "probe_seconds": 0.5} for i in range(4)
+    }
+    assert slow_hosts(said, step_seconds=1.0, share=0.1) == {}
+    said[2]["input_seconds"] = 0.2
+    said[3]["probe_seconds"] = 0.56
+    said[1]["probe_seconds"] = None  # has not told yet
+    assert slow_hosts(said, step_seconds=1.0, share=0.1) == {
+        "process 2 (host node-2)": "process 2 (host node-2): reading its rows takes 0.2 s, "
+        "the median host's 0.01 s",
+        "process 3 (host node-3)": "process 3 (host node-3): the same computation takes its "
+        "devices 0.56 s, the median host's 0.5 s",
+    }
+    said[2]["input_seconds"] = 0.1  # of a step of a second that is within the tenth
+    assert "process 2 (host node-2)" not in slow_hosts(said, step_seconds=1.0, share=0.1)
+    assert slow_hosts({0: said[3]}, 1.0, 0.1) == {}  # alone, nobody is slow
+
+
+def test_the_first_process_says_a_slow_host_once():
+    lines: list[str] = []
+    times = HostTimes(0.1, lines.append)
+    other = {"host": "node-1", "input_seconds": 0.5}
+    heartbeat: Any = SimpleNamespace(
+        index=0,
+        own={},
+        tell=lambda **told: heartbeat.own.update(told),
+        others=lambda: {0: {"host": "node-0"} | heartbeat.own, 1: other},
+    )
+    with times.own_work():
+        pass
+    found = times.figures(heartbeat, None, step_seconds=1.0)
+    assert found["input_seconds"] < 0.01
+    assert [line.partition(":")[0] for line in found["slow_hosts"]] == ["process 1 (host node-1)"]
+    assert times.figures(heartbeat, None, step_seconds=1.0)["slow_hosts"]
+    assert len(lines) == 1
+    other["input_seconds"] = 0.0
+    assert "slow_hosts" not in times.figures(heartbeat, None, step_seconds=1.0)

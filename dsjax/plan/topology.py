@@ -16,7 +16,7 @@ _ENVIRONMENT = {
 }
 
 
-def tpu_devices(topology: str) -> list[jax.Device]:
+def tpu_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     """Returns chips to compile for, on a host without a TPU.
 
     From here on the process runs on its CPU alone and without XLA_FLAGS, which libtpu would read
@@ -24,9 +24,19 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
     Args:
         topology: libtpu's name of it, like "v5p:4x4x4".
+        num_slices: pods of it.
+
+    Raises:
+        ValueError: libtpu knows no such topology.
     """
     jax.config.update("jax_platforms", "cpu")
     os.environ.pop("XLA_FLAGS", None)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    more = {"num_slices": num_slices} if num_slices > 1 else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"topology {topology!r}: libtpu does not know it: {first}") from None
+    return list(described.devices)

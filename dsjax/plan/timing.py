@@ -1,0 +1,258 @@
+"""FLOPs, bytes and a modelled time of a compiled program, from its instructions in their order.
+
+An instruction takes the longer of its FLOPs at the chip's peak and its bytes at HBM's rate; a
+collective what its links take. So the time is a lower bound: no kernel reaches its peak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dsjax.plan.collectives import find_collective, is_fused_scatter
+from dsjax.plan.expected import attention_flops
+from dsjax.plan.pods import Pod
+from dsjax.plan.program import Instruction, Program
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a program, or a part of it, does and takes on one chip.
+
+    Attributes:
+        flops: of products and kernels, loops multiplied out.
+        recomputed: of these, what the backward pass computes a second time.
+        hbm_bytes: read and written in HBM.
+        compute_seconds: of everything that is no collective and no copy under way.
+        copy_seconds: of copies that run beside other work where there is some.
+        collective_seconds: of collectives.
+        scheduled_seconds: of all, with what the schedule runs at a time.
+    """
+
+    flops: float = 0.0
+    recomputed: float = 0.0
+    hbm_bytes: float = 0.0
+    compute_seconds: float = 0.0
+    copy_seconds: float = 0.0
+    collective_seconds: float = 0.0
+    scheduled_seconds: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(self._all(), other._all(), strict=True)))
+
+    def times(self, count: int) -> Work:
+        """Returns the work of so many runs."""
+        return Work(*(each * count for each in self._all()))
+
+    @property
+    def serial_seconds(self) -> float:
+        """The time with nothing hidden."""
+        return self.compute_seconds + self.copy_seconds + self.collective_seconds
+
+    def _all(self) -> tuple[float, ...]:
+        return tuple(vars(self).values())
+
+
+def measure(
+    program: Program, pod: Pod, mesh: Mapping[str, int], exchange_room: float = 1.0
+) -> Work:
+    """Returns the work of a program.
+
+    Args:
+        program: what one chip runs.
+        pod: the chips.
+        mesh: sizes of the mesh's axes.
+        exchange_room: as for `count_collectives`; ragged exchanges take what is expected.
+    """
+
+    @functools.cache
+    def body_work(name: str) -> Work:
+        body = program.bodies[name]
+        named = {each.name: each for each in body}
+        total, now = Work(), 0.0
+        free, ends = {"copy": 0.0, "links": 0.0}, {}  # type: dict[str, float], dict[str, float]
+        for each in body:
+            if each.op.endswith(("-done", "-update")):
+                now = max(now, max((ends.get(name, 0.0) for name in each.operands), default=0.0))
+                if each.op.endswith("-update"):
+                    ends[each.name] = max((ends.get(n, 0.0) for n in each.operands), default=0.0)
+                continue
+            work = one(each, named)
+            total += work
+            if each.op.endswith("-start"):
+                resource = "links" if work.collective_seconds else "copy"
+                ends[each.name] = max(now, free[resource]) + work.scheduled_seconds
+                free[resource] = ends[each.name]
+            else:
+                now += work.scheduled_seconds
+        end = max([now, *ends.values()])
+        return dataclasses.replace(total, scheduled_seconds=end)
+
+    def one(each: Instruction, named: Mapping[str, Instruction]) -> Work:
+        collective = find_collective(program, each, mesh)
+        if collective is not None:
+            group = collective.groups[0] if collective.groups else ()
+            seconds = pod.send_seconds(collective.expected_bytes(exchange_room), group)
+            return Work(collective_seconds=seconds, scheduled_seconds=seconds)
+        if each.op in ("while", "call", "conditional", "call-start", "async-start"):
+            inside = [
+                body_work(name).times(trips)
+                for name, trips in program.calls(each)
+                if not is_fused_scatter(program, name)
+            ]
+            return functools.reduce(Work.__add__, inside, Work())
+        if each.op in _FREE:
+            return Work()
+        flops, moved = _flops(program, each, named), _hbm_bytes(program, each, named)
+        if each.op in ("copy-start", "slice-start"):
+            seconds = moved / pod.rates.hbm_bytes_per_second
+            return Work(hbm_bytes=moved, copy_seconds=seconds, scheduled_seconds=seconds)
+        seconds = max(flops / pod.flops_per_second, moved / pod.rates.hbm_bytes_per_second)
+        again = flops if "rematted_computation" in each.scope else 0.0
+        return Work(flops, again, moved, compute_seconds=seconds, scheduled_seconds=seconds)
+
+    return body_work("")
+
+
+def collective_seconds(
+    program: Program, pod: Pod, mesh: Mapping[str, int], exchange_room: float = 1.0
+) -> dict[str, float]:
+    """Returns the time of each kind of collective by the name that `count_collectives` gives it.
+
+    Args:
+        program: as for `measure`, and so the others.
+        pod: the chips.
+        mesh: sizes of the mesh's axes.
+        exchange_room: ragged exchanges take what is expected.
+    """
+    found: dict[str, float] = {}
+    for name, times in program.executions():
+        if is_fused_scatter(program, name):
+            continue
+        for each in program.bodies[name]:
+            collective = find_collective(program, each, mesh)
+            if collective is None:
+                continue
+            group = collective.groups[0] if collective.groups else ()
+            seconds = pod.send_seconds(collective.expected_bytes(exchange_room), group)
+            key = f"{collective.kind} over {collective.axes}"
+            found[key] = found.get(key, 0.0) + times * seconds
+    return found
+
+
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
+_FREE |= {"partition-id", "replica-id", "opt-barrier"}
+_ESTIMATE = re.compile(r'cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+
+
+def _flops(program: Program, each: Instruction, named: Mapping[str, Instruction]) -> float:
+    estimate = _ESTIMATE.search(each.attributes) if each.op == "custom-call" else None
+    if estimate is not None:
+        return float(estimate[1])
+    if each.op == "custom-call":
+        return attention_flops(each, named)
+    if each.op in ("convolution", "dot"):
+        return _product_flops(each, named)
+    if each.op != "fusion":
+        return 0.0
+    inside = 0.0
+    for name in each.called:
+        body = {other.name: other for other in program.bodies.get(name, ())}
+        inside += sum(_flops(program, other, body) for other in body.values())
+    return inside
+
+
+def _product_flops(each: Instruction, named: Mapping[str, Instruction]) -> float:
+    operands = [named[name].arrays[0] for name in each.operands if name in named]
+    if len(operands) < 2 or not each.arrays:
+        return 0.0
+    out = math.prod(each.arrays[0].shape)
+    if each.op == "dot":
+        contracted = _CONTRACTED.search(each.attributes)
+        dims = [int(dim) for dim in contracted[1].split(",") if dim] if contracted else []
+        return 2.0 * out * math.prod(operands[0].shape[dim] for dim in dims)
+    labels = _LABELS.search(each.attributes)
+    if labels is None:
+        return 0.0
+    left, right, result = labels.groups()
+    window = _WINDOW.search(each.attributes)
+    parts = dict(part.split("=") for part in window[1].split()) if window is not None else {}
+    products = operands[1].shape[right.index("i")]
+    for size, dim in zip(each.arrays[0].shape, result, strict=True):
+        products *= 1 if dim.isdigit() else size
+    for dim in sorted(letter for letter in result if letter.isdigit()):
+        place = int(dim)
+        taps, stride, spread, apart = (
+            int(parts[key].split("x")[place]) if key in parts else 1
+            for key in ("size", "stride", "lhs_dilate", "rhs_dilate")
+        )
+        padding = parts["pad"].split("x")[place].split("_")[0] if "pad" in parts else "0"
+        products *= _pairs(
+            operands[0].shape[left.index(dim)],
+            each.arrays[0].shape[result.index(dim)],
+            (taps, stride, spread, apart, int(padding)),
+        )
+    return 2.0 * products
+
+
+@functools.cache
+def _pairs(size_in: int, size_out: int, window: tuple[int, int, int, int, int]) -> int:
+    """Pairs of an output and a tap that meet an input, not padding or the zeros between inputs.
+
+    So libtpu writes dims of batches and heads: as windows that meet one input each.
+    """
+    taps, stride, spread, apart, padding = window
+    found = 0
+    for out in range(size_out):
+        for tap in range(taps):
+            place = out * stride + tap * apart - padding
+            found += 0 <= place < (size_in - 1) * spread + 1 and place % spread == 0
+    return found
+
+
+def _hbm_bytes(program: Program, each: Instruction, named: Mapping[str, Instruction]) -> float:
+    estimate = _ESTIMATE.search(each.attributes) if each.op == "custom-call" else None
+    if estimate is not None:
+        return float(estimate[2])
+    if each.op == "copy-start":  # the copy, and what is copied
+        return float(sum(array.num_bytes for array in each.arrays[:2] if array.in_hbm))
+    body = program.bodies.get(each.called[0], ()) if each.called else ()
+    inner = [other for other in body if other.op == "parameter"]
+    inner.sort(key=lambda other: int(other.attributes) if other.attributes.isdigit() else 0)
+    total = 0.0
+    for place, name in enumerate(each.operands):
+        arrays = named[name].arrays if name in named else ()
+        size = sum(array.num_bytes for array in arrays if array.in_hbm)
+        if size and each.op == "fusion" and place < len(inner):
+            size = min(size, _read_of(body, inner[place].name, size))
+        elif each.op in ("dynamic-slice", "gather", "dynamic-update-slice") and place == 0:
+            size = 0 if each.op == "dynamic-update-slice" else each.arrays[0].num_bytes
+        total += size
+    root = next((other for other in body if other.is_root), each)
+    if root.op == "dynamic-update-slice":  # in place
+        inside = {other.name: other for other in body} if body else named
+        update = inside.get(root.operands[1]) if len(root.operands) > 1 else None
+        return total + (update.arrays[0].num_bytes if update is not None else 0)
+    return total + sum(array.num_bytes for array in each.arrays if array.in_hbm)
+
+
+def _read_of(body: tuple[Instruction, ...], parameter: str, whole: int) -> int:
+    """What a fusion reads of an operand: the slices, where it only slices."""
+    read = 0
+    for user in body:
+        if parameter not in user.operands:
+            continue
+        if user.op in ("dynamic-slice", "gather", "slice") and user.operands[0] == parameter:
+            read += sum(array.num_bytes for array in user.arrays)
+        elif user.op == "dynamic-update-slice" and user.operands[0] == parameter:
+            continue
+        else:
+            return whole
+    return read

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -12,24 +13,30 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dsjax.config import KernelConfig, TrainConfig
+from dsjax.config import KernelConfig, QuantisationConfig, TrainConfig
+from dsjax.config.engine import memory_bytes
 from dsjax.config.load import load_train_config
+from dsjax.data.generation_defaults import GenerationDefaults, read_generation_defaults
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
-from dsjax.inference.generate import generate
-from dsjax.inference.sampler import Sampling
+from dsjax.engine import TextPiece, generate, stream
+from dsjax.families.answer_parts import Answer
+from dsjax.inference.prompts import encode_prompt, is_prompt, list_of_prompts
+from dsjax.inference.sampling import Sampling
 from dsjax.mesh import inference_rules
 from dsjax.model import DeepSeekV2
 from dsjax.processes import initialize_processes
+from dsjax.serving.answering import answer
 from dsjax.training.loop import FitResult, fit
 from dsjax.weights import load_weights, locate, save_weights
+from dsjax.weights.host_experts import host_experts_of, set_host_experts
 
 Message = dict[str, Any]
-
 
 # What belongs to a model beside its graph, whose every attribute nnx sees. There they would be part
 # of jit's keys; or, made to compare equal, nnx.jit would give a second model the first one's.
 _TOKENIZERS: WeakKeyDictionary[LanguageModel, Tokenizer | None] = WeakKeyDictionary()
 _SOURCES: WeakKeyDictionary[LanguageModel, Path | None] = WeakKeyDictionary()
+_DEFAULTS: WeakKeyDictionary[LanguageModel, GenerationDefaults] = WeakKeyDictionary()
 
 
 class LanguageModel(DeepSeekV2):
@@ -38,9 +45,11 @@ class LanguageModel(DeepSeekV2):
     Attributes:
         tokenizer: turns text into token ids and back, or None where none was found.
         source: the folder that the model came from.
+        generation_defaults: what the model's makers say about how its text is generated
+            (`generation_config.json`), the tokenizer's end token among its `eos_ids`.
 
-    Neither is computed with, so neither is part of what jit compares: a second model of the same
-    config runs what was compiled for the first. A copy that nnx makes has neither; set them.
+    None is computed with, so none is part of what jit compares: a second model of the same
+    config runs what was compiled for the first. A copy that nnx makes has none; set them.
     """
 
     @property
@@ -61,6 +70,16 @@ class LanguageModel(DeepSeekV2):
     def source(self, source: Path | None) -> None:
         _SOURCES[self] = source
 
+    @property
+    def generation_defaults(self) -> GenerationDefaults:
+        """How text is generated where a caller does not say; which ids end it."""
+        defaults = _DEFAULTS.get(self, GenerationDefaults())
+        return defaults if self.tokenizer is None else defaults.ending_at(self.tokenizer.eos_id)
+
+    @generation_defaults.setter
+    def generation_defaults(self, defaults: GenerationDefaults) -> None:
+        _DEFAULTS[self] = defaults
+
     def __call__(
         self,
         tokens_BT: jax.Array,
@@ -73,6 +92,8 @@ class LanguageModel(DeepSeekV2):
             ValueError: an id is outside the model's table. Inside jit ids are not known yet, so
                 this is not checked there.
         """
+        if host_experts_of(self) is not None:
+            raise ValueError("model: its experts are in the host's memory, so it generates alone")
         if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.size > 0:
             vocab_size = self.config.vocab_size
             for token in (int(tokens_BT.min()), int(tokens_BT.max())):
@@ -105,6 +126,8 @@ class LanguageModel(DeepSeekV2):
             )
         )
         nnx.update(made, nnx.state(model))
+        if (experts := host_experts_of(model)) is not None:
+            set_host_experts(made, experts)
         made.tokenizer, made.source = tokenizer, source
         return made
 
@@ -113,16 +136,24 @@ class LanguageModel(DeepSeekV2):
         prompt: Any,
         *,
         chat: bool = False,
-        max_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | Sequence[int] = 0,
+        n: int = 1,
         stop: str | Sequence[str] | None = (),
         parse_special: bool | None = None,
         on_text: Callable[[int, str], None] | None = None,
+        details: bool = False,
+        **sampling: Any,
     ) -> Any:
         """Continues a prompt, or several at once.
+
+        What is None is what the model's makers say (`generation_defaults`), or else greedy text of
+        128 tokens.
 
         Args:
             prompt: a text, token ids (as the model reads them, BOS included), or one conversation
@@ -132,91 +163,148 @@ class LanguageModel(DeepSeekV2):
             temperature: 0 takes the best token.
             top_k: keep the best so many tokens; 0 keeps all.
             top_p: keep the smallest set of best tokens with this probability.
-            seed: of the draws.
+            min_p: keep tokens of at least this share of the best one's probability.
+            repetition_penalty: makes tokens that were there less likely; 1 changes nothing.
+            seed: of the draws. Other prompts get other noise. Several seeds give a text each.
+            n: texts of each prompt and seed, each with other noise.
             stop: a string that ends a text, or several.
             parse_special: whether special tokens written out in a prompt become their ids. None:
                 in a text they do, in the messages of a conversation they stay text, so that no
                 user can end a turn.
-            on_text: called with a prompt's index and each new piece of its text.
+            on_text: called with a text's index and each new piece of it.
+            details: whether tokens, finish reason and log-probabilities are returned too.
+            **sampling: further fields of `Sampling`, such as `logprobs=5`.
 
         Returns:
-            The generated text, or a list of them where a list of prompts was given.
+            The generated text, or with `details` a `Generation`; a list of them where `n` or
+            several seeds are given; a list of that where a list of prompts was given.
 
         Raises:
             TypeError: a prompt is none of these.
             ValueError: there is no tokenizer, or a prompt does not fit the context.
         """
+        single = is_prompt(prompt)
+        prompts = [prompt] if single else list_of_prompts(prompt)
+        several_seeds = isinstance(seed, Sequence | np.ndarray)
+        seeds: list[Any] = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed]
+        for name, count in (("n", n), ("seed", len(seeds))):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}={count!r}: must be 1 or more")
+        options = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "stop": stop,
+            **sampling,
+        }
+        tokenizer, ids, samplings = self._prepare(prompts, chat, parse_special, options)
+        texts = [
+            (one, replace(how, seed=seed), sample)
+            for one, how in zip(ids, samplings, strict=True)
+            for seed in seeds
+            for sample in range(n)
+        ]
+        found = generate(
+            self,
+            tokenizer,
+            [text[0] for text in texts],
+            [text[1] for text in texts],
+            on_text,
+            samples=[text[2] for text in texts],
+            end_ids=self.generation_defaults.eos_ids,
+        )
+        results: list[Any] = list(found) if details else [one.text for one in found]
+        if n > 1 or several_seeds:
+            each = n * len(seeds)
+            results = [results[at : at + each] for at in range(0, len(results), each)]
+        return results[0] if single else results
+
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        chat: bool = False,
+        parse_special: bool | None = None,
+        **sampling: Any,
+    ) -> Iterator[TextPiece]:
+        """Continues one prompt, piece by piece: `for piece in model.stream(...): piece.text`.
+
+        Whoever stops iterating stops the generation.
+
+        Args:
+            prompt: as in `generate`, one alone.
+            chat: as in `generate`.
+            parse_special: as in `generate`.
+            **sampling: fields of `Sampling`; those left out are as in `generate`.
+        """
+        if not is_prompt(prompt):
+            raise TypeError("prompt must be one text, token ids or one conversation")
+        tokenizer, ids, samplings = self._prepare([prompt], chat, parse_special, sampling)
+        ends = self.generation_defaults.eos_ids
+        return stream(self, tokenizer, ids[0], samplings[0], end_ids=ends)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        tool_choice: str | dict[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+        response_format: dict[str, Any] | None = None,
+        regex: str | None = None,
+        template_arguments: dict[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """Answers a conversation; arguments, answer and errors' fields are those of OpenAI's API.
+
+        Args:
+            messages: of the conversation.
+            tools: and all that follows: see `Conversations.prepare`.
+            tool_choice: likewise.
+            parallel_tool_calls: likewise.
+            response_format: likewise.
+            regex: likewise.
+            template_arguments: likewise.
+            **sampling: fields of `Sampling`; those left out are as in `generate`.
+        """
+        return answer(
+            self,
+            self._prepare([], False, None, sampling)[0],
+            lambda prompt, **more: self._prepare([prompt], False, None, sampling | more)[2][0],
+            self.generation_defaults.eos_ids,
+            messages,
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            response_format=response_format,
+            regex=regex,
+            template_arguments=template_arguments,
+        )
+
+    def _prepare(
+        self, prompts: list[Any], chat: bool, parse_special: bool | None, options: dict[str, Any]
+    ) -> tuple[Tokenizer, list[list[int]], list[Sampling]]:
+        """Returns the tokenizer, and each prompt's ids and sampling."""
+        given = {name: value for name, value in options.items() if value is not None}
+        Sampling(**given)  # what is wrong with them is said first
         if self.tokenizer is None:
             where = (
                 f"{self.source}: holds no tokenizer.json" if self.source else "no tokenizer is set"
             )
             raise ValueError(f"{where}, so text cannot be generated")
-        single = _is_prompt(prompt)
-        prompts = [prompt] if single else _list_of_prompts(prompt)
-        ids = [self._encode(self.tokenizer, one, chat, parse_special) for one in prompts]
-        sampling = Sampling(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,  # type: ignore[arg-type]
-        )
-        texts = [g.text for g in generate(self, self.tokenizer, ids, sampling, on_text)]
-        return texts[0] if single else texts
-
-    @staticmethod
-    def _encode(
-        tokenizer: Tokenizer, prompt: Any, chat: bool, parse_special: bool | None
-    ) -> list[int]:
-        if _is_ids(prompt):
-            return [int(token) for token in prompt]
-        if isinstance(prompt, str) and chat:
-            prompt = [{"role": "user", "content": prompt}]
-        if not isinstance(prompt, str):
-            return tokenizer.encode_chat(prompt, parse_special=bool(parse_special))
-        return tokenizer.encode_prompt(prompt, parse_special=parse_special is not False)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence | np.ndarray | jax.Array) and not isinstance(
-        value, str | bytes
-    )
-
-
-def _is_ids(value: Any) -> bool:
-    if isinstance(value, np.ndarray | jax.Array):
-        return value.ndim == 1 and bool(np.issubdtype(value.dtype, np.integer))
-    return (
-        _is_list(value)
-        and len(value) > 0
-        and all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in value)
-    )
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        _is_list(value)
-        and len(value) > 0
-        and all(isinstance(m, Mapping) and "role" in m for m in value)
-    )
-
-
-def _is_prompt(value: Any) -> bool:
-    return isinstance(value, str) or _is_ids(value) or _is_conversation(value)
-
-
-def _list_of_prompts(value: Any) -> list[Any]:
-    """Returns the prompts of a list; a TypeError names what is none."""
-    allowed = "a text, token ids, one conversation (a list of messages) or a list of any of these"
-    if not _is_list(value):
-        raise TypeError(f"prompt must be {allowed}, not {type(value).__name__}")
-    for index, one in enumerate(value):
-        if not _is_prompt(one):
-            shown = repr(one)
-            shown = shown if len(shown) <= 60 else shown[:57] + "..."
-            raise TypeError(f"prompt {index}: must be {allowed}, not {shown}")
-    return list(value)
+        tokenizer, defaults = self.tokenizer, self.generation_defaults
+        said = defaults.sampling_fields()
+        ids = [encode_prompt(tokenizer, one, chat, parse_special) for one in prompts]
+        samplings = []
+        for one in ids:
+            if "max_tokens" not in given:
+                limit = defaults.max_tokens_after(len(one))
+                said |= {} if limit is None else {"max_tokens": limit}
+            samplings.append(Sampling(**(said | given)))
+        return tokenizer, ids, samplings
 
 
 def load(
@@ -225,6 +313,9 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     kernels: KernelConfig | None = None,
     step: int | None = None,
+    allow_nonfinite: bool = False,
+    quantize: str | QuantisationConfig | None = None,
+    device_memory: str | int | None = None,
 ) -> LanguageModel:
     """Loads a model.
 
@@ -235,14 +326,32 @@ def load(
         mesh: devices to divide the model over; None uses one.
         kernels: implementations to run; None, like "auto" in its fields, chooses for the devices.
         step: of a training run; None takes the newest that is not damaged.
+        allow_nonfinite: whether NaN and infinite weights are loaded like others.
+        quantize: "int8", "fp8" or "int4", or a recipe or its file: stores weights in fewer bits
+            while they are read; None keeps them as they are, quantised or not.
+        device_memory: what the model may take of the device, as "16GiB"; routed experts that do
+            not fit stay in the host's memory, and such a model generates and does nothing else.
 
     Raises:
-        ValueError: there is no model there, or it is damaged; names the file.
+        ValueError: there is no model there, it is damaged, or a weight is NaN or infinite; names
+            the file. It is quantised already, or the recipe does not fit.
     """
     source = locate(path_or_hub_name, step)
-    model = load_weights(source.path, dtype=dtype, rules=inference_rules(mesh), kernels=kernels)
+    # First what is small: its faults should not wait for minutes of reading weights.
     tokenizer = None if source.tokenizer is None else load_tokenizer(source.tokenizer)
-    return LanguageModel.of(model, tokenizer, source.path)
+    defaults = read_generation_defaults(source.assets)
+    weights = load_weights(
+        source.path,
+        dtype=dtype,
+        rules=inference_rules(mesh),
+        kernels=kernels,
+        allow_nonfinite=allow_nonfinite,
+        quantize=quantize,
+        device_memory=None if device_memory is None else memory_bytes(device_memory),
+    )
+    model = LanguageModel.of(weights, tokenizer, source.path)
+    model.generation_defaults = defaults
+    return model
 
 
 def save(
@@ -264,12 +373,15 @@ def save(
     save_weights(model, path, assets=source, format=format, dtype=dtype)
 
 
-def train(config: TrainConfig | str | Path, overrides: Sequence[str] = ()) -> FitResult:
+def train(
+    config: TrainConfig | str | Path, overrides: Sequence[str] = (), step: int | None = None
+) -> FitResult:
     """Trains a model, going on from where the run stopped if it was started before.
 
     Args:
         config: the run, its name ("quickstart") or its file.
         overrides: dotted fields such as "model.moe.top_k=2", for a name or a file.
+        step: the checkpoint to go on from, as `fit` takes it; None takes the newest.
 
     Under SLURM, MPI or JAX's own variables it joins the run's other processes first, which JAX
     allows before its first use only.
@@ -282,4 +394,4 @@ def train(config: TrainConfig | str | Path, overrides: Sequence[str] = ()) -> Fi
     if not isinstance(config, TrainConfig):
         config = load_train_config(config, overrides)
     initialize_processes()
-    return fit(config)
+    return fit(config, step=step)

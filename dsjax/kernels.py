@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dsjax.config import ModelConfig, RuntimeConfig
 from dsjax.mesh import ShardingRules
+from dsjax.quantise import form_of
 from pallas_kernels import expert_permute, grouped_matmul, mla_attention, mla_decode
 from pallas_kernels.chips import TPU_LANES, chip_of
 
@@ -34,10 +35,14 @@ class Kernels:
         mla_attention: of attention in training and prefill.
         mla_decode: of absorbed decode.
         grouped_matmul: of the experts' products.
+        quantised_matmul: of products with quantised matrices, those of experts apart.
         expert_permute: of copying tokens to their experts' rows.
         experts_in_place: whether generation lets `grouped_matmul` read one layer's experts within
             those of all layers, for kernels that fetch weights themselves: else they may be copied
             first.
+        unroll_decode: whether a decode step has every layer by itself; see `KernelConfig`.
+        min_decode_rows: the engine pads a decode step to multiples of so many rows: for a single
+            one XLA's GPU compiler transposes the vocabulary's matrices first.
         router: of the experts' affinities; see `KernelConfig`, as for the next three.
         expert_exchange: how tokens move between devices that divide the experts.
         exchange_chunks: parts of a device's tokens that are exchanged one by one.
@@ -49,8 +54,11 @@ class Kernels:
     mla_attention: str = "xla"
     mla_decode: str = "xla"
     grouped_matmul: str = "xla"
+    quantised_matmul: str = "xla"
     expert_permute: str = "xla"
     experts_in_place: bool = False
+    unroll_decode: bool = False
+    min_decode_rows: int = 1
     router: str = "float32"
     expert_exchange: str = "fixed"
     exchange_chunks: int = 1
@@ -143,12 +151,18 @@ def _choose(
     def experts_refusal(name: str) -> str | None:
         if config.moe is None:
             return None
-        widths = (config.hidden_dim, config.moe.intermediate_dim // shards.mlp)
-        reasons = (  # gate and up, then down
+        wide, narrow = config.hidden_dim, config.moe.intermediate_dim // shards.mlp
+        matrices = {"w_gate": (wide, narrow), "w_up": (wide, narrow), "w_down": (narrow, wide)}
+        reasons = (
             grouped_matmul.supported(
-                name, width_in=width_in, width_out=width_out, dtype=dtype, chip=chip
+                name,
+                width_in=width_in,
+                width_out=width_out,
+                dtype=dtype,
+                form=form_of(runtime.quantisation, f"moe_layers.feed_forward.{matrix}"),
+                chip=chip,
             )
-            for width_in, width_out in (widths, widths[::-1])
+            for matrix, (width_in, width_out) in matrices.items()
         )
         return next((reason for reason in reasons if reason is not None), None)
 
@@ -156,6 +170,7 @@ def _choose(
     permute_refusal = expert_permute.supported(
         "hopper", width=config.hidden_dim, dtype=dtype, chip=chip
     )
+    quantised_experts = form_of(runtime.quantisation, "moe_layers.feed_forward.w_gate") is not None
     router = named.router
     if router == "auto":  # a TPU's compiler splits float32 by itself
         router = "bfloat16_terms" if gpu and dtype == jnp.bfloat16 else "float32"
@@ -169,7 +184,9 @@ def _choose(
         mla_decode=choose("mla_decode", named.mla_decode, decode_refusal),
         grouped_matmul=products,
         expert_permute="hopper" if products == "hopper" and permute_refusal is None else "xla",
-        experts_in_place=products == "tpu",
+        experts_in_place=products == "tpu" or quantised_experts,
+        unroll_decode=named.unroll_decode,
+        min_decode_rows=16 if gpu else 1,
         router=router,
         expert_exchange=transport,
         exchange_chunks=named.exchange_chunks,

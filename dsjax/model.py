@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,17 +12,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.cache import LatentPool, View
-from dsjax.config import ModelConfig, RuntimeConfig
-from dsjax.kernels import Kernels
+from dsjax.config import ModelConfig, QuantisationConfig, RuntimeConfig
+from dsjax.kernels import MAX_DECODE_TOKENS, Kernels
 from dsjax.layers.attention import MLA
 from dsjax.layers.head import Embedding, Head
+from dsjax.layers.linear import Linear
 from dsjax.layers.mlp import MLP
 from dsjax.layers.moe import Dropping, ExpertWeights, MoE, RouterStats
 from dsjax.layers.norm import RMSNorm
 from dsjax.layers.options import LayerOptions
+from dsjax.layers.remat import with_remat
 from dsjax.mesh import ShardingRules, check_divisible
-from pallas_kernels.grouped_matmul import PRODUCT_NAME
-from pallas_kernels.mla_attention import LSE_NAME, OUT_NAME
+from dsjax.quantise import choose_formats, format_of
 
 
 class Block(nnx.Module):
@@ -63,15 +65,15 @@ class Block(nnx.Module):
         """Runs over a row of new tokens; see `DeepSeekV2.extend`.
 
         Args:
-            x_BTD: residual stream of one row.
+            x_BTD: residual stream of the view's rows.
             pool: the latents so far.
-            view: the row's parts.
+            view: the rows' parts.
             layer: int32 scalar, this layer's number.
             experts: this layer's, where they lie in those of all layers; None for its own.
         """
         with jax.named_scope("attention"):
             out_BTD, pool = self.attention.extend(self.attention_norm(x_BTD), pool, view, layer)
-        x_BTD, _ = self._feed_forward(x_BTD + out_BTD, view.mask()[None], None, experts)
+        x_BTD, _ = self._feed_forward(x_BTD + out_BTD, view.mask(), None, experts)
         return x_BTD, pool
 
     def _feed_forward(
@@ -120,6 +122,36 @@ class DeepSeekV2(nnx.Module):
         self.lm_head = Head(config.hidden_dim, config.vocab_size, options, rngs)
         self.config = config
         self.options = options
+        if options.runtime.quantisation is not None:
+            self._quantise(options.runtime.quantisation)
+
+    def _quantise(self, recipe: QuantisationConfig) -> None:
+        """Stores matrices in fewer bits.
+
+        Raises:
+            ValueError: a rule of the recipe fits no matrix, a form or a mesh does not fit one.
+        """
+        matrices = dict(self.matrices())
+        rules = self.options.rules
+        gathered = [dim for dim in ("param_embed", "expert_embed") if rules.dividing_axes(dim)]
+        if gathered:
+            raise ValueError(
+                f"quantisation: weights divided along {gathered[0]} would be gathered for each use;"
+                " quantised ones are for generation, with inference_rules"
+            )
+        for name, form in choose_formats(recipe, list(matrices)).items():
+            stored = format_of(form)
+            assert stored is not None
+            try:
+                matrices[name].quantise(stored)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+    def matrices(self) -> Iterator[tuple[str, Linear]]:
+        """Yields every matrix with its name, such as "moe_layers.attention.wo"; norms are none."""
+        for path, module in nnx.iter_modules(self):
+            if isinstance(module, Linear):
+                yield ".".join(map(str, path)), module
 
     def __call__(
         self,
@@ -159,9 +191,9 @@ class DeepSeekV2(nnx.Module):
         def run(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, RouterStats | None]:
             return block(x_BTD, positions_BT, segment_ids_BT, dropping)
 
-        run_block = _with_remat(run, self.options.runtime.remat)
+        run_block = with_remat(run, self.options.runtime.remat)
         with jax.named_scope("embed"):
-            x_BTD, stats = self.embed(tokens_BT), None
+            x_BTD, stats = self.embed.rows(tokens_BT), None
         for stack in self.stacks():
             x_BTD, stats = jax.lax.scan(run_block, x_BTD, stack.layers)
         return self.norm(x_BTD), stats
@@ -173,9 +205,11 @@ class DeepSeekV2(nnx.Module):
 
         One row holds them all: sequences that decode with one to a few tokens each, and chunks of
         prompts. Projections and experts see the row's T tokens, attention alone sees its parts.
+        Where devices divide the pool's pages, the view has a row for each of them, and T counts the
+        tokens of all.
 
         Args:
-            tokens_T: int32, the row; padding may hold any token.
+            tokens_T: int32, the row, or one after the other; padding may hold any token.
             pool: the latents so far; donate it, and it is updated in place.
             view: the row's parts, and where their sequences lie in the pool.
             wanted_M: int32, places of the row whose logits are wanted.
@@ -183,6 +217,18 @@ class DeepSeekV2(nnx.Module):
         Returns:
             logits_MW of the token after each place wanted, float32, and the pool with the row's
             tokens. The view is still the one given: `Part.advanced` moves it on.
+        """
+        hidden_TD, pool = self.extend_hidden(tokens_T, pool, view)
+        with jax.named_scope("head"):
+            return self.lm_head.logits(self.norm(hidden_TD[None, wanted_M]))[0], pool
+
+    def extend_hidden(
+        self, tokens_T: jax.Array, pool: LatentPool, view: View
+    ) -> tuple[jax.Array, LatentPool]:
+        """Does the same without the final norm and the head, which few tokens may need.
+
+        Returns:
+            hidden_TD in the compute dtype, of every token of the row, and the pool.
         """
 
         def run(
@@ -193,14 +239,19 @@ class DeepSeekV2(nnx.Module):
             experts = self._experts_in_place(layer)
             return block.extend(carry[0], carry[1], view, layer, experts), None
 
+        # A prompt's chunk takes so long that the copies which a loop makes do not matter.
+        decodes = all(part.num_tokens <= MAX_DECODE_TOKENS for part in view.parts)
+        unrolled = decodes and self.options.kernels.unroll_decode
         with jax.named_scope("embed"):
-            carry = self.embed(tokens_T[None]), pool
+            carry = self.embed.rows(tokens_T.reshape(view.num_rows, -1)), pool
         for stack in self.stacks():
             numbers = stack.first + jnp.arange(stack.num_layers, dtype=jnp.int32)
-            carry, _ = jax.lax.scan(run, carry, (stack.layers, numbers))
+            if unrolled:
+                carry = _run_each(run, carry, stack.layers, numbers)
+            else:
+                carry, _ = jax.lax.scan(run, carry, (stack.layers, numbers))
         x_BTD, pool = carry
-        with jax.named_scope("head"):
-            return self.lm_head.logits(self.norm(x_BTD[:, wanted_M]))[0], pool
+        return x_BTD.reshape(tokens_T.size, -1), pool
 
     def stacks(self) -> list[Stack]:
         """Returns the model's layers as stacks of equal ones, from the first to the last."""
@@ -220,9 +271,22 @@ class DeepSeekV2(nnx.Module):
             return None
         moe = layers.feed_forward
         assert isinstance(moe, MoE)
-        if rules.dividing_axes("expert_embed") or moe.w_gate.stored().dtype != self.options.dtype:
+        if rules.dividing_axes("expert_embed") or not moe.w_gate.is_ready:
             return None  # they are gathered or cast first, which is a copy anyway
         return moe.stacked_weights(layer - self.config.num_dense_layers)
+
+
+def _run_each(run: Any, carry: Any, layers: Block, numbers: jax.Array) -> Any:
+    """Does what `scan` does, in a program that has every layer by itself."""
+    graphdef, state = nnx.split(layers)
+
+    @jax.jit  # traced once for all layers
+    def run_layer(carry: Any, state: nnx.State, number: jax.Array) -> Any:
+        return run(carry, (nnx.merge(graphdef, state), number))[0]
+
+    for index in range(numbers.size):
+        carry = run_layer(carry, *jax.tree.map(operator.itemgetter(index), (state, numbers)))
+    return carry
 
 
 class Stack(NamedTuple):
@@ -250,26 +314,6 @@ def _stack(
         return Block(config, sparse, options, layer_rngs)
 
     return create(rngs.split(count))
-
-
-# What attention's backward kernel needs of the forward one.
-_ATTENTION_NAMES = (OUT_NAME, LSE_NAME)
-
-
-def _with_remat(run: Any, policy: str) -> Any:
-    policies = jax.checkpoint_policies
-    match policy:
-        case "none":
-            return run
-        case "full":
-            return jax.checkpoint(run)
-        case "save_dots":  # kernels multiply too, where the policy sees no dot
-            products = policies.save_only_these_names(*_ATTENTION_NAMES, PRODUCT_NAME)
-            dots = policies.dots_with_no_batch_dims_saveable
-            return jax.checkpoint(run, policy=policies.save_from_both_policies(dots, products))
-        case "save_attention":
-            return jax.checkpoint(run, policy=policies.save_only_these_names(*_ATTENTION_NAMES))
-    raise ValueError(f"runtime.remat={policy!r}: no such policy")
 
 
 def param_dims(state: nnx.State) -> dict[tuple[Any, ...], tuple[str | None, ...]]:

@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--corpus-bytes", type=int, default=0, help="use only so much; 0 for all")
     arguments = parser.parse_args()
     output: Path = arguments.output
+    for option, least in (("steps", 1), ("corpus_bytes", 0)):  # before anything is cleared
+        if getattr(arguments, option) < least:
+            parser.error(f"--{option.replace('_', '-')}: must be at least {least}")
     try:
         start_afresh(output)
     except (ValueError, OSError) as error:

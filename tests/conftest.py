@@ -18,9 +18,9 @@ PLATFORM = os.environ.get("DSJAX_TEST_PLATFORM", "cpu")
 if PLATFORM == "cpu":
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = cpu_compiler.xla_flags(num_devices=8)
-    cpu_compiler.share_programs()
-else:
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Of some thousand CPU programs that are read from a cache, one ends the process (jaxlib 0.11.2),
+# and compiling them anew takes no longer.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is a broken test
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -36,11 +36,8 @@ jaxtyping.install_import_hook("pallas_kernels", f"{annotations.__name__}.check")
 import jax
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Fails early where the environment is not the one that the tests are written for."""
-    # A program that another process is just writing is compiled once more.
-    cache = "ignore:Error reading persistent compilation cache entry:UserWarning"
-    config.addinivalue_line("filterwarnings", cache)
     if PLATFORM == "cpu" and jax.device_count() != 8:
         raise pytest.UsageError(f"the tests need 8 CPU devices, jax has {jax.devices()}")
 

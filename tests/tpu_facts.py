@@ -5,6 +5,8 @@ import re
 from dataclasses import asdict
 from typing import Any
 
+import jax
+
 from dsjax.plan import count_collectives
 
 _EXCHANGE = re.compile(r"%(\S+) = (.*?) ragged-all-to-all(-start)?\(")
@@ -77,6 +79,12 @@ def collectives_and_memory(compiled) -> dict[str, Any]:
         "arguments": memory.argument_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
         "collectives": {
-            name: asdict(use) for name, use in count_collectives(compiled.as_text()).items()
+            name: asdict(use)
+            for name, use in count_collectives(compiled.as_text(), _mesh_of(compiled)).items()
         },
     }
+
+
+def _mesh_of(compiled) -> dict[str, int]:
+    """The axes of the mesh that the program's arguments lie on."""
+    return dict(jax.tree.leaves(compiled.input_shardings)[0].mesh.shape)

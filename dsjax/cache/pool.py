@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -12,6 +13,7 @@ from jax.typing import DTypeLike
 from dsjax.cache.view import Part
 from dsjax.config import ModelConfig
 from dsjax.kernels import PAGE_SIZE, pool_rope_dim
+from dsjax.mesh import ShardingRules
 from pallas_kernels.mla_decode import LatentPages, append_latents
 
 
@@ -21,15 +23,18 @@ class LatentPool:
     """Paged latents of all layers.
 
     Layer l keeps page p at `l * pages_per_layer + p`, so that no layer's part is ever sliced out.
+    Where devices divide it, each has such a pool of its own, and numbers its pages from 0.
 
     Attributes:
-        pages: latent [num_layers * pages_per_layer, page_size, C] and rope [..., R], where R may
-            be padded.
+        pages: latent [num_shards * num_layers * pages_per_layer, page_size, C] and rope [..., R],
+            where R may be padded.
         num_layers: layers that share the pool.
+        num_shards: devices that divide it.
     """
 
     pages: LatentPages
     num_layers: int = dataclasses.field(metadata={"static": True})
+    num_shards: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def page_size(self) -> int:
@@ -38,15 +43,27 @@ class LatentPool:
 
     @property
     def pages_per_layer(self) -> int:
-        """Pages that each layer has."""
-        return self.pages.latent.shape[0] // self.num_layers
+        """Pages that each layer has, of one device."""
+        return self.pages.latent.shape[0] // (self.num_layers * self.num_shards)
+
+    def dims(self) -> LatentPages:
+        """Returns the logical dims of the pages' arrays."""
+        dims: LatentPages = jax.tree.map(
+            lambda leaf: ("pages", *[None] * (leaf.ndim - 1)), self.pages
+        )
+        return dims
 
     def layer_table(self, layer: jax.Array, table_BP: jax.Array) -> jax.Array:
-        """Returns pages of a layer as pages of the whole pool, int32."""
+        """Returns pages of a layer as pages of a device's pool, int32."""
         return table_BP + layer * self.pages_per_layer
 
     def write(
-        self, layer: jax.Array, part: Part, latent_BTC: jax.Array, k_rope_BTR: jax.Array
+        self,
+        layer: jax.Array,
+        part: Part,
+        latent_BTC: jax.Array,
+        k_rope_BTR: jax.Array,
+        rules: ShardingRules,
     ) -> LatentPool:
         """Writes a layer's latents of a part's new tokens after what its sequences have.
 
@@ -55,8 +72,15 @@ class LatentPool:
             part: where they go; its padding is not written.
             latent_BTC: latents after their norm.
             k_rope_BTR: rotated shared keys.
+            rules: how devices divide sequences and pages.
         """
-        pages = append_latents(
+        tokens, numbers = ("batch", None, None), ("batch",)
+        write = rules.shard_map(
+            append_latents,
+            in_dims=(self.dims(), tokens, tokens, ("batch", None), numbers, numbers),
+            out_dims=self.dims(),
+        )
+        pages = write(
             self.pages,
             latent_BTC,
             k_rope_BTR,
@@ -67,7 +91,7 @@ class LatentPool:
         return dataclasses.replace(self, pages=pages)
 
     def read(
-        self, layer: jax.Array, table_BP: jax.Array, rope_dim: int
+        self, layer: jax.Array, table_BP: jax.Array, rope_dim: int, rules: ShardingRules
     ) -> tuple[jax.Array, jax.Array]:
         """Returns whole pages of a layer: latent_BSC and k_rope_BSR, S tokens of P pages.
 
@@ -75,15 +99,26 @@ class LatentPool:
             layer: int32 scalar.
             table_BP: int32 pages.
             rope_dim: R, without what the pool is padded by.
+            rules: how devices divide sequences and pages.
         """
-        table_BP = self.layer_table(layer, table_BP)
-        shape = (table_BP.shape[0], table_BP.shape[1] * self.page_size)
-        latent_BSC = self.pages.latent[table_BP].reshape(*shape, -1)
-        k_rope_BSR = self.pages.rope[table_BP].reshape(*shape, -1)[..., :rope_dim]
-        if self.pages.scale is not None:
-            scale_BS = self.pages.scale[table_BP].reshape(*shape)
-            latent_BSC = latent_BSC.astype(jnp.float32) * scale_BS[..., None]
-        return latent_BSC.astype(k_rope_BSR.dtype), k_rope_BSR
+        found = ("batch", None, None)
+        read = rules.shard_map(
+            functools.partial(_read, rope_dim=rope_dim),
+            in_dims=(self.dims(), ("batch", None)),
+            out_dims=(found, found),
+        )
+        latent_BSC, k_rope_BSR = read(self.pages, self.layer_table(layer, table_BP))
+        return latent_BSC, k_rope_BSR
+
+
+def _read(pages: LatentPages, table_BP: jax.Array, *, rope_dim: int) -> tuple[jax.Array, jax.Array]:
+    shape = (table_BP.shape[0], table_BP.shape[1] * pages.page_size)
+    latent_BSC = pages.latent[table_BP].reshape(*shape, -1)
+    k_rope_BSR = pages.rope[table_BP].reshape(*shape, -1)[..., :rope_dim]
+    if pages.scale is not None:
+        scale_BS = pages.scale[table_BP].reshape(*shape)
+        latent_BSC = latent_BSC.astype(jnp.float32) * scale_BS[..., None]
+    return latent_BSC.astype(k_rope_BSR.dtype), k_rope_BSR
 
 
 def allocate_pool(
@@ -93,24 +128,26 @@ def allocate_pool(
     *,
     page_size: int = PAGE_SIZE,
     decode_kernel: str = "xla",
+    num_shards: int = 1,
 ) -> LatentPool:
     """Allocates an empty pool.
 
     Args:
         config: sizes.
-        num_pages: pages that each layer has.
+        num_pages: pages that each layer has, of one device.
         dtype: of the latents.
         page_size: tokens a page holds.
         decode_kernel: implementation of `mla_decode` that will read it.
+        num_shards: devices that divide it.
     """
     pages = LatentPages.zeros(
-        config.num_layers * num_pages,
+        num_shards * config.num_layers * num_pages,
         page_size,
         config.attention.kv_lora_rank,
         pool_rope_dim(config.attention.qk_rope_head_dim, decode_kernel),
         dtype=dtype,
     )
-    return LatentPool(pages, config.num_layers)
+    return LatentPool(pages, config.num_layers, num_shards)
 
 
 def latent_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:

@@ -1,4 +1,4 @@
-"""What one call reads and writes of the pool: the parts of a row of tokens."""
+"""What one call reads and writes of the pool: the parts of one or several rows of tokens."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import jax.numpy as jnp
 @dataclass(frozen=True)
 class Part:
     """B sequences with T tokens each, which lie one after the other in a row.
+
+    Where there are several rows, B counts the sequences of all, those of the first row first.
 
     Attributes:
         page_table_BP: int32, pages of each sequence within a layer.
@@ -36,8 +38,8 @@ class Part:
         return self.lengths_B.shape[0]
 
     @property
-    def row_tokens(self) -> int:
-        """Tokens of the row that are this part, padding included."""
+    def total_tokens(self) -> int:
+        """Tokens that are this part, padding included."""
         return self.num_sequences * self.num_tokens
 
     def positions(self) -> jax.Array:
@@ -56,29 +58,38 @@ class Part:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class View:
-    """The parts of one row of tokens, in their order.
+    """The parts of a row of tokens, in their order.
 
     Sequences that decode are one part, of one to a few tokens each; chunks of prompts are others.
+
+    Attributes:
+        parts: the parts.
+        num_rows: rows of equal parts: one for each of the devices that divide the pool's pages,
+            which alone knows the pages of its sequences.
     """
 
     parts: tuple[Part, ...]
+    num_rows: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of the row, padding included."""
-        return sum(part.row_tokens for part in self.parts)
+        """Tokens of a row, padding included."""
+        return sum(part.total_tokens for part in self.parts) // self.num_rows
 
     def places(self) -> Iterator[tuple[Part, int]]:
-        """Yields each part with the place of its first token in the row."""
+        """Yields each part with the place of its first token in a row."""
         first = 0
         for part in self.parts:
             yield part, first
-            first += part.row_tokens
+            first += part.total_tokens // self.num_rows
 
     def positions(self) -> jax.Array:
-        """Returns the position of each token of the row in its sequence, int32."""
-        return jnp.concatenate([part.positions().reshape(-1) for part in self.parts])
+        """Returns the position of each token in its sequence, int32 [rows, tokens of a row]."""
+        return self._joined([part.positions() for part in self.parts])
 
     def mask(self) -> jax.Array:
-        """Returns bool for each token of the row, False for padding."""
-        return jnp.concatenate([part.mask().reshape(-1) for part in self.parts])
+        """Returns bool for each token, False for padding: [rows, tokens of a row]."""
+        return self._joined([part.mask() for part in self.parts])
+
+    def _joined(self, arrays: list[jax.Array]) -> jax.Array:
+        return jnp.concatenate([array.reshape(self.num_rows, -1) for array in arrays], axis=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dsjax.config.model import require, require_positive
+from dsjax.config.model import require, require_not_negative, require_positive, require_seed
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         require_positive("data.prepare", vocab_size=self.vocab_size)
-        require(self.max_bytes >= 0, "data.prepare.max_bytes", self.max_bytes, "must be >= 0")
+        require_not_negative("data.prepare", max_bytes=self.max_bytes)
+        require(self.folder != "", "data.prepare.folder", self.folder, "must name a folder")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "data.sources", self.sources, "must name at least one")
         require_positive("data", length=self.length, num_packing_bins=self.num_packing_bins)
-        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must not be negative")
+        require(0 <= self.num_workers < 2**31, "data.num_workers", self.num_workers, "must be >= 0")
+        require_seed("data.seed", self.seed)
+        require(self.tokenizer != "", "data.tokenizer", self.tokenizer, 'must be a path or "bytes"')
         if self.prepare is not None:
             for name in ("sources", "eval_sources"):
                 sources = getattr(self, name)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dsjax.config.fitting import MISFIT, describe, fit
 from dsjax.config.model import ModelConfig
+from dsjax.config.quantisation import RECIPES, QuantisationConfig
 from dsjax.config.runtime import RuntimeConfig
 from dsjax.config.train import TrainConfig
 
@@ -81,6 +82,32 @@ def load_train_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -
     if not isinstance(config, TrainConfig):
         raise ValueError(f"{name_or_path}: describes a model; training takes a run (quickstart)")
     return override(config, overrides)
+
+
+def load_recipe(name_or_path: str | Path | QuantisationConfig) -> QuantisationConfig:
+    """Returns a recipe for quantising weights.
+
+    Args:
+        name_or_path: "int8", "fp8" or "int4", a Python file that binds `config` to one, or the
+            recipe itself.
+
+    Raises:
+        ValueError: an unknown name, or a file that holds no recipe.
+    """
+    if isinstance(name_or_path, QuantisationConfig):
+        return name_or_path
+    if str(name_or_path) in RECIPES:
+        return RECIPES[str(name_or_path)]
+    path = Path(name_or_path).expanduser()
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(
+            f"quantize={str(name_or_path)!r}: must be one of {', '.join(RECIPES)}, or a Python "
+            "file of a recipe"
+        )
+    config: Any = runpy.run_path(str(path)).get("config")
+    if not isinstance(config, QuantisationConfig):
+        raise ValueError(f"{path}: must bind `config` to a QuantisationConfig")
+    return config
 
 
 def named_configs() -> dict[str, Path]:

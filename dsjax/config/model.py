@@ -16,11 +16,30 @@ def require(condition: bool, field_name: str, value: object, constraint: str) ->
 
 
 def require_positive(owner: str, **fields: int | float | None) -> None:
-    """Requires each field that is not None to be a positive finite number."""
+    """Requires each field that is not None to be positive, finite, and as an integer an int32."""
     for name, value in fields.items():
         if value is not None:
-            ok = math.isfinite(value) and value > 0
-            require(ok, f"{owner}.{name}", value, "must be positive")
+            require(_is_finite(value) and value > 0, f"{owner}.{name}", value, "must be positive")
+            fits = isinstance(value, float) or value < 2**31
+            require(fits, f"{owner}.{name}", value, "must be less than 2**31")
+
+
+def require_not_negative(owner: str, **fields: int | float) -> None:
+    """Requires each field to be zero or positive, finite, and as an integer an int64."""
+    for name, value in fields.items():
+        ok = _is_finite(value) and value >= 0
+        require(ok, f"{owner}.{name}", value, "must be finite and not negative")
+        fits = isinstance(value, float) or value < 2**63
+        require(fits, f"{owner}.{name}", value, "must be less than 2**63")
+
+
+def require_seed(field_name: str, value: int) -> None:
+    """Requires what a generator of random numbers takes."""
+    require(0 <= value < 2**32, field_name, value, "must be in [0, 2**32)")
+
+
+def _is_finite(value: int | float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)  # an int may be past all floats
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,9 @@ class YarnConfig:
     def __post_init__(self) -> None:
         require_positive("yarn", factor=self.factor, original_length=self.original_length)
         require_positive("yarn", beta_fast=self.beta_fast, beta_slow=self.beta_slow)
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            require(_is_finite(value), f"yarn.{name}", value, "must be finite")
         require(self.factor >= 1, "yarn.factor", self.factor, "must be at least 1")
         require(
             self.beta_fast > self.beta_slow,

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dsjax.config.model import require, require_positive
+from dsjax.config.quantisation import QuantisationConfig
 
 DType = Literal["float32", "bfloat16"]
+DTYPES = ("float32", "bfloat16")
 RematPolicy = Literal["none", "full", "save_dots", "save_attention"]
 Implementation = Literal["auto", "reference", "xla", "tpu", "hopper"]
 
@@ -31,6 +33,9 @@ class KernelConfig:
         exchange_room: what a device has room to receive in one pass of an exchange, and rows that
             one pass over its experts has room for, over the mean. Where there is more, all devices
             take more passes; nothing is lost.
+        unroll_decode: whether a decode step has every layer by itself, for a GPU: its compiler
+            copies what a loop over the layers takes out of their stacked weights (1.5 of 5.5 ms of
+            a step of V2-Lite on an H100). Not yet timed there as a whole, so it is asked for.
     """
 
     mla_attention: Implementation = "auto"
@@ -40,6 +45,7 @@ class KernelConfig:
     expert_exchange: Literal["auto", "fixed", "ragged", "ragged_parts"] = "auto"
     exchange_chunks: int = 1
     exchange_room: float = 1.25
+    unroll_decode: bool = False
 
     def __post_init__(self) -> None:
         require_positive(
@@ -66,18 +72,20 @@ class RuntimeConfig:
         remat: what the backward pass keeps of a layer. "none" recomputes nothing, "full"
             recomputes all, "save_dots" keeps matmul outputs, "save_attention" keeps attention's.
         kernels: which kernels run.
+        quantisation: weights that are kept in fewer bits, which are not trained; None for none.
     """
 
     dtype: DType = "bfloat16"
     param_dtype: DType = "float32"
     remat: RematPolicy = "full"
     kernels: KernelConfig = field(default_factory=KernelConfig)
+    quantisation: QuantisationConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
             value = getattr(self, name)
             require(
-                value in ("float32", "bfloat16"),
+                value in DTYPES,
                 f"runtime.{name}",
                 value,
                 "must be float32 or bfloat16 (float16 overflows on DeepSeek-V2)",

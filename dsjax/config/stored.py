@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsjax.config.model import ModelConfig
+from dsjax.config.quantisation import QuantisationConfig
 from dsjax.config.serialize import from_json, to_json
 from dsjax.config.train import TrainConfig
 
@@ -40,9 +41,22 @@ def run_from_json(content: Mapping[str, Any], where: str) -> TrainConfig:
     return from_json(TrainConfig, content, f"{where}: ")
 
 
-def model_to_json(config: ModelConfig) -> dict[str, Any]:
-    """Returns what `dsjax.json` holds."""
-    return {"format": FORMAT, "model": to_json(config)}
+def model_to_json(config: ModelConfig, recipe: QuantisationConfig | None = None) -> dict[str, Any]:
+    """Returns what `dsjax.json` holds: the model, and the recipe where it is quantised."""
+    content: dict[str, Any] = {"format": FORMAT, "model": to_json(config)}
+    return content if recipe is None else content | {"quantisation": to_json(recipe)}
+
+
+def recipe_from_json(content: Mapping[str, Any], where: str) -> QuantisationConfig | None:
+    """Builds the recipe that a model's `dsjax.json` holds; None where it is not quantised.
+
+    Raises:
+        ValueError: a field that the recipe refuses; names the file.
+    """
+    recipe = content.get("quantisation")
+    if recipe is None:
+        return None
+    return from_json(QuantisationConfig, recipe, f"{where}: quantisation.")
 
 
 def model_from_json(content: Mapping[str, Any], where: str) -> ModelConfig:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dsjax.config.data import DataConfig
 from dsjax.config.mesh import MeshConfig
-from dsjax.config.model import ModelConfig, require, require_positive
-from dsjax.config.runtime import RuntimeConfig
+from dsjax.config.model import (
+    ModelConfig,
+    require,
+    require_not_negative,
+    require_positive,
+    require_seed,
+)
+from dsjax.config.runtime import DTYPES, DType, RuntimeConfig
+from dsjax.config.watch import ChecksConfig, WatchConfig
+
+Rounding = Literal["nearest", "stochastic", "compensated"]
+ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "compensated")
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,11 @@ class OptimizerConfig:
         epsilon: added to the root of the second moment.
         weight_decay: decoupled, on matrices alone.
         clip_norm: bound on the global gradient norm.
+        moment_dtype: type that both moments are stored in; the arithmetic is float32.
+        rounding: of what a step stores in bfloat16. "nearest" loses updates below half a unit of
+            a parameter's last place. "stochastic" rounds parameters and moments up or down at
+            random, right in the mean, and costs no memory. "compensated" keeps what rounding took
+            off a parameter beside it, in 2 bytes more (Kahan), and rounds moments to nearest.
     """
 
     peak_learning_rate: float = 2.4e-4
@@ -35,6 +51,8 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moment_dtype: DType = "float32"
+    rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
         require_positive(
@@ -44,11 +62,8 @@ class OptimizerConfig:
             epsilon=self.epsilon,
             clip_norm=self.clip_norm,
         )
-        require(
-            self.warmup_steps >= 0,
-            "optimizer.warmup_steps",
-            self.warmup_steps,
-            "must not be negative",
+        require_not_negative(
+            "optimizer", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay
         )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
@@ -61,6 +76,19 @@ class OptimizerConfig:
             self.decay_at,
             "must be rising fractions between 0 and 1",
         )
+        for name, choices in (("moment_dtype", DTYPES), ("rounding", ROUNDINGS)):
+            value = getattr(self, name)
+            require(value in choices, f"optimizer.{name}", value, f"must be one of {choices}")
+        if self.moment_dtype == "bfloat16" and self.rounding != "stochastic":
+            for name in ("beta1", "beta2"):
+                # Of 8 bits a moment loses at least half of the last, or is rounded back to itself.
+                require(
+                    getattr(self, name) <= 1 - 2**-8,
+                    f"optimizer.{name}",
+                    getattr(self, name),
+                    "must be at most 0.99609375, or a bfloat16 moment never falls; take "
+                    "rounding=stochastic or moment_dtype=float32",
+                )
 
 
 @dataclass(frozen=True)
@@ -90,6 +118,7 @@ class BatchConfig:
             accumulate=self.accumulate,
             ramp_stages=self.ramp_stages,
         )
+        require_not_negative("batch", ramp_tokens=self.ramp_tokens)
         require(
             self.size % self.accumulate == 0,
             "batch.accumulate",
@@ -131,9 +160,12 @@ class BalanceConfig:
     communication: float
 
     def __post_init__(self) -> None:
-        for name in ("expert", "device", "communication"):
-            value = getattr(self, name)
-            require(value >= 0, f"loss.balance.{name}", value, "must not be negative")
+        require_not_negative(
+            "loss.balance",
+            expert=self.expert,
+            device=self.device,
+            communication=self.communication,
+        )
 
 
 @dataclass(frozen=True)
@@ -185,7 +217,7 @@ class LossConfig:
     chunk: int = 4096
 
     def __post_init__(self) -> None:
-        require(self.z_loss >= 0, "loss.z_loss", self.z_loss, "must not be negative")
+        require_not_negative("loss", z_loss=self.z_loss)
         require_positive("loss", chunk=self.chunk)
 
 
@@ -212,6 +244,7 @@ class GuardConfig:
             norm_spike=self.norm_spike,
             max_skipped=self.max_skipped,
         )
+        require_not_negative("guard", warmup_steps=self.warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -222,11 +255,19 @@ class CheckpointConfig:
         every: steps between checkpoints.
         keep_latest: newest ones kept.
         keep_every: every so many steps one is kept for good; None keeps none.
+        max_stall_seconds: how long the steps wait for a save that is still being written when the
+            next is due; that one is then put off. What they wait at each save is in the metrics.
+        retries: failed saves in a row that are tried again, each as the state is by then; one more
+            stops the run.
+        retry_seconds: before the first new attempt; doubled for each further one.
     """
 
     every: int = 1000
     keep_latest: int = 2
     keep_every: int | None = None
+    max_stall_seconds: float = 10.0
+    retries: int = 3
+    retry_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         require_positive(
@@ -234,6 +275,10 @@ class CheckpointConfig:
             every=self.every,
             keep_latest=self.keep_latest,
             keep_every=self.keep_every,
+            retry_seconds=self.retry_seconds,
+        )
+        require_not_negative(
+            "checkpoint", retries=self.retries, max_stall_seconds=self.max_stall_seconds
         )
 
 
@@ -258,8 +303,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         require_positive("log", every=self.every)
-        for name in ("eval_every", "eval_rows"):
-            require(getattr(self, name) >= 0, f"log.{name}", getattr(self, name), "must be >= 0")
+        require_not_negative("log", eval_every=self.eval_every, eval_rows=self.eval_rows)
 
 
 @dataclass(frozen=True)
@@ -289,11 +333,15 @@ class TrainConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    checks: ChecksConfig = field(default_factory=ChecksConfig)
     seed: int = 0
     init_from: str = ""
 
     def __post_init__(self) -> None:
         require_positive("train", num_steps=self.num_steps)
+        require_seed("seed", self.seed)
+        require(self.directory != "", "directory", self.directory, "must name a folder")
         require(
             self.data.length <= self.model.max_length,
             "data.length",
@@ -305,4 +353,19 @@ class TrainConfig:
             "loss.balance",
             self.loss.balance,
             BALANCE_NOT_CHOSEN,
+        )
+        require(
+            self.runtime.quantisation is None,
+            "runtime.quantisation",
+            self.runtime.quantisation,
+            "must be none: quantised weights are for generation, and have no gradient",
+        )
+        stored = {self.runtime.param_dtype}
+        if self.optimizer.rounding == "stochastic":
+            stored.add(self.optimizer.moment_dtype)
+        require(
+            self.optimizer.rounding == "nearest" or "bfloat16" in stored,
+            "optimizer.rounding",
+            self.optimizer.rounding,
+            f"is of bfloat16, and runtime.param_dtype={self.runtime.param_dtype} is not",
         )

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.layers.linear import Linear, float32_matmul
+from dsjax.layers.linear import Linear, float32_matmul, multiply
 from dsjax.layers.options import LayerOptions
+from pallas_kernels.quantised import QuantisedWeights
 
 
-class Embedding(nnx.Module):
+class Embedding(Linear):
     """A row of numbers for every token of the vocabulary."""
 
     def __init__(self, vocab_size: int, hidden_dim: int, options: LayerOptions, rngs: nnx.Rngs):
-        dims = ("vocab", "param_embed")
-        self.weight = options.new_weight(rngs, (vocab_size, hidden_dim), dims)
-        self.options = options
+        # As a stack of rows: each has its scales, whatever its width is divided into.
+        super().__init__(
+            (vocab_size, hidden_dim), ("vocab", "param_embed"), options, rngs, num_stacked=1
+        )
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Returns x_BTD in the compute dtype."""
-        x_BTD = self.weight[...][tokens_BT].astype(self.options.dtype)
+    def rows(self, tokens_BT: jax.Array) -> jax.Array:
+        """Returns the tokens' rows, x_BTD in the compute dtype."""
+        matrix = self.divided()
+        if isinstance(matrix, QuantisedWeights):
+            rows = jax.tree.map(lambda leaf: leaf[tokens_BT], matrix)
+            x_BTD = rows.dequantised(self.options.dtype)[..., 0, :]
+        else:
+            x_BTD = self.stored()[tokens_BT].astype(self.options.dtype)
         return self.options.rules.constrain(x_BTD, "batch", "length", "embed")
 
 
@@ -34,11 +42,17 @@ class Head(Linear):
 
         Args:
             hidden_BTD: the residual stream after the final norm.
-            weight: [D, W] stands in for the head's own, so that its gradient may have another
-                dtype.
+            weight: [D, W] stands in for the head's own: one that is gathered already, and whose
+                gradient may have another dtype. Then the logits stay where the product puts them.
 
         Returns:
             logits_BTW: float32.
         """
-        logits_BTW = float32_matmul(hidden_BTD, self.stored() if weight is None else weight)
+        if weight is not None:
+            return float32_matmul(hidden_BTD, weight)
+        matrix = self.divided()
+        if isinstance(matrix, QuantisedWeights):
+            logits_BTW = multiply(hidden_BTD, matrix, self.options.kernels, jnp.float32)
+        else:
+            logits_BTW = float32_matmul(hidden_BTD, self.stored())
         return self.options.rules.constrain(logits_BTW, "batch", "length", "vocab")

@@ -21,6 +21,7 @@ _TRAIN_TABLE: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "length": ("context",),
     "embed": (),
+    "pages": (),  # of the latent pool
     # parameters
     "layers": (),
     "vocab": ("tensor",),
@@ -120,7 +121,11 @@ class ShardingRules:
         return dict(self.table)[dim]
 
     def shard_map(
-        self, f: Callable[..., Any], in_dims: tuple[Any, ...], out_dims: Any
+        self,
+        f: Callable[..., Any],
+        in_dims: tuple[Any, ...],
+        out_dims: Any,
+        axes: tuple[str, ...] | None = None,
     ) -> Callable[..., Any]:
         """Returns f run once per device on its shards; f itself off a mesh.
 
@@ -129,12 +134,20 @@ class ShardingRules:
             in_dims: of each argument, a pytree of logical dims; () for an array, or a whole
                 pytree, that is not divided, and None for an argument that is None.
             out_dims: the same of the result.
+            axes: mesh axes that divide f's arrays; None for all. Along the others the compiler
+                divides the work as it does outside.
         """
         if self.mesh is None:
             return f
+        manual = self.mesh.axis_names if axes is None else axes
 
         def spec(dims: Dims | None) -> PartitionSpec:
-            return self.spec(*(dims or ()))
+            if axes is None:
+                return self.spec(*(dims or ()))
+            entries = (() if dim is None else self.axes(dim) for dim in dims or ())
+            return PartitionSpec(
+                *(tuple(axis for axis in entry if axis in manual) or None for entry in entries)
+            )
 
         # Pallas calls do not say how their results vary over the mesh, so this is not checked.
         return jax.shard_map(
@@ -142,6 +155,7 @@ class ShardingRules:
             mesh=self.mesh,
             in_specs=jax.tree.map(spec, in_dims, is_leaf=_is_dims),
             out_specs=jax.tree.map(spec, out_dims, is_leaf=_is_dims),
+            axis_names=set(manual),
             check_vma=False,
         )
 
@@ -184,6 +198,18 @@ def inference_rules(mesh: Mesh | None) -> ShardingRules:
     gathered = ("param_embed", "expert_embed", "q_latent_in", "kv_latent_in")
     table = _TRAIN_TABLE | dict.fromkeys((*gathered, "batch", "length"), ())
     return ShardingRules(mesh, tuple(table.items()))
+
+
+def serving_rules(mesh: Mesh | None) -> ShardingRules:
+    """Returns the table for many sequences at once: they and their pages are divided.
+
+    Parameters lie as `inference_rules` has them. The axes that divide a batch in training have
+    sequences of their own, whose tokens travel to the experts; heads are divided as ever.
+    """
+    table = dict(inference_rules(mesh).table)
+    return ShardingRules(
+        mesh, tuple((table | dict.fromkeys(("batch", "pages"), BATCH_AXES)).items())
+    )
 
 
 def check_divisible(

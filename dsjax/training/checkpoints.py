@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from dsjax.config import CheckpointConfig
+from dsjax.config import CheckpointConfig, TrainConfig
+from dsjax.files import retried
 from dsjax.training.folder import gather_json
+from dsjax.training.optimizer import Moments
 from dsjax.training.step import Guard, TrainState
+from dsjax.weights.checksums import is_sound, sealed
 from dsjax.weights.layouts import current_path, format_1_path, is_format_1, renamed
 from dsjax.weights.param_store import saving_context, stored_paths
-from dsjax.weights.sources import STEPS_FOLDER, first_readable, steps_of
+from dsjax.weights.sources import STEPS_FOLDER, chosen_step, first_readable, steps_of
 
-# Of a run; steps that could not be read are moved here.
+# Of a run: where steps that could not be read are moved, and those after a step that was chosen.
 DAMAGED_FOLDER = "damaged"
+SET_ASIDE_FOLDER = "set_aside"
+# The parameters, the optimizer's state, and every process's data state.
+Restored = tuple[nnx.State, dict[str, Any], list[dict[str, Any]]]
+
+
+class OtherTypes(ValueError):
+    """A step is whole, and holds other types than the run asks for."""
 
 
 class RunCheckpoints:
@@ -55,9 +65,7 @@ class RunCheckpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def restore_newest(
-        self, params: nnx.State, optimizer: dict[str, Any]
-    ) -> tuple[nnx.State, dict[str, Any], list[dict[str, Any]]] | None:
+    def restore_newest(self, params: nnx.State, optimizer: dict[str, Any]) -> Restored | None:
         """Loads the newest step that is not damaged, as `restore`; None where there is no step.
 
         A damaged step is said loudly and moved to `<run>/damaged`, out of the way of the steps
@@ -65,6 +73,7 @@ class RunCheckpoints:
 
         Raises:
             ValueError: every step is damaged, or of another config; nothing was moved.
+            StorageError: the storage does not answer; nothing was moved.
         """
         steps = steps_of(self._run)
         if not steps:
@@ -75,15 +84,43 @@ class RunCheckpoints:
             return number, self.restore(number, params, optimizer)
 
         taken, restored = first_readable(self._run, read)
-        passed_over = [step for step in steps if int(step.name) > taken]
-        if passed_over:
-            self._checkpointer.close()
-            if jax.process_index() == 0:
-                for step in passed_over:
-                    _move_away(step, self._run / DAMAGED_FOLDER)
-            gather_json({})  # all wait until they are gone
-            self._checkpointer = self._open()
+        self._move_later(taken, DAMAGED_FOLDER)
         return restored
+
+    def restore_chosen(self, step: int, params: nnx.State, optimizer: dict[str, Any]) -> Restored:
+        """Loads a step that the user names; later ones are moved to `<run>/set_aside`.
+
+        Raises:
+            ValueError: there is no such step, or it is damaged; nothing was moved.
+            StorageError: the storage does not answer; nothing was moved.
+        """
+        chosen_step(self._run, step)
+        restored = self.restore(step, params, optimizer)
+        self._move_later(step, SET_ASIDE_FOLDER)
+        return restored
+
+    def _move_later(self, step: int, folder: str) -> None:
+        """Moves the steps after one out of the way of those that come again."""
+        later = [path for path in steps_of(self._run) if int(path.name) > step]
+        if not later:
+            return
+        self._checkpointer.close()
+        if jax.process_index() == 0:
+            for path in later:
+                _move_away(path, self._run / folder)
+        gather_json({})  # all wait until they are gone
+        self._checkpointer = self._open()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is still being written."""
+        return bool(self._checkpointer.is_saving_in_progress())
+
+    def reopen(self) -> None:
+        """Begins anew after a save that failed, and removes what it left."""
+        with contextlib.suppress(Exception):  # it says again what `wait` has said
+            self._checkpointer.close()
+        self._checkpointer = self._open()
 
     def save(
         self, step: int, params: nnx.State, optimizer: dict[str, Any], data_state: dict[str, Any]
@@ -107,10 +144,11 @@ class RunCheckpoints:
                 step,
                 {"params": nnx.to_pure_dict(params), "optimizer": optimizer},
                 force=True,
-                custom_metadata={"data": gather_json(data_state)},
+                custom_metadata=sealed({"data": gather_json(data_state)}),
             )
-        except OSError as error:
-            raise RuntimeError(f"{self._folder / str(step)}: not saved: {error}") from error
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RuntimeError(f"{self._folder / str(step)}: not saved: {first_line}") from error
 
     def wait(self) -> None:
         """Waits until the last save is complete.
@@ -124,9 +162,7 @@ class RunCheckpoints:
             first_line = str(error).splitlines()[0]
             raise RuntimeError(f"{self._folder}: saving failed: {first_line}") from error
 
-    def restore(
-        self, step: int, params: nnx.State, optimizer: dict[str, Any]
-    ) -> tuple[nnx.State, dict[str, Any], list[dict[str, Any]]]:
+    def restore(self, step: int, params: nnx.State, optimizer: dict[str, Any]) -> Restored:
         """Loads a step into the given shapes, dtypes and shardings.
 
         Args:
@@ -138,16 +174,29 @@ class RunCheckpoints:
             The parameters, the optimizer's state, and every process's data state.
 
         Raises:
-            ValueError: the checkpoint is of another config.
+            ValueError: the checkpoint is damaged, or of another config.
+            StorageError: the storage does not answer, however often it is asked.
         """
+        # Several processes read together: one alone cannot begin again, so all end.
+        retries = 3 if jax.process_count() == 1 else 0
+        return retried(
+            str(self._folder / str(step)), lambda: self._restore(step, params, optimizer), retries
+        )
+
+    def _restore(self, step: int, params: nnx.State, optimizer: dict[str, Any]) -> Restored:
         abstract = {"params": nnx.to_pure_dict(params), "optimizer": optimizer}
         try:
             old = is_format_1(stored_paths(self._folder / str(step)))
             if old:
                 abstract = _renamed(abstract, format_1_path)
+            for item, wanted in abstract.items():
+                stored = self._checkpointer.checkpointables_metadata(step).metadata[item]
+                _check_dtypes(wanted, stored, self._folder / str(step) / item)
             loaded = self._checkpointer.load_checkpointables(step, abstract)
             if old:
                 loaded = _renamed(loaded, current_path)
+        except OtherTypes:
+            raise
         except (ValueError, KeyError, OSError) as error:
             # Orbax names the handlers it tried, which is no help.
             raise ValueError(
@@ -159,6 +208,8 @@ class RunCheckpoints:
         metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata
         if not metadata or "data" not in metadata:
             raise ValueError(f"{self._folder / str(step)}: is damaged: the data's place is missing")
+        if not is_sound(metadata):
+            raise ValueError(f"{self._folder / str(step)}: is damaged: the data's place")
         return restored, loaded["optimizer"], metadata["data"]
 
     def __enter__(self) -> RunCheckpoints:
@@ -183,13 +234,13 @@ def _move_away(step: Path, folder: Path) -> None:
 
 def optimizer_to_dict(state: TrainState) -> dict[str, Any]:
     """Returns all of a state but the parameters, with string keys, as `RunCheckpoints` takes it."""
-    adam = {name: optax.tree_utils.tree_get(state.moments, name) for name in ("count", "mu", "nu")}
+    moments = state.moments
+    trees = {name: nnx.to_pure_dict(getattr(moments, name)) for name in _trees_of(moments)}
     return {
         "step": state.step,
         "guard": dict(vars(state.guard)),
-        "count": adam["count"],
-        "mu": nnx.to_pure_dict(adam["mu"]),
-        "nu": nnx.to_pure_dict(adam["nu"]),
+        "count": moments.count,
+        **trees,
     }
 
 
@@ -197,24 +248,68 @@ def state_from_dict(
     optimizer: dict[str, Any], params: nnx.State, abstract: TrainState
 ) -> TrainState:
     """Undoes `optimizer_to_dict`; the abstract state gives the structure."""
-    moments = {"count": optimizer["count"]}
-    for name in ("mu", "nu"):
-        moments[name] = jax.tree.map(lambda leaf: leaf, params)
-        nnx.replace_by_pure_dict(moments[name], optimizer[name])
+    trees: dict[str, Any] = {"lost": None}
+    for name in _trees_of(abstract.moments):
+        trees[name] = jax.tree.map(lambda leaf: leaf, params)
+        nnx.replace_by_pure_dict(trees[name], optimizer[name])
     return TrainState(
         step=optimizer["step"],
         params=params,
-        moments=optax.tree_utils.tree_set(abstract.moments, **moments),
+        moments=Moments(count=optimizer["count"], **trees),
         guard=Guard(**optimizer["guard"]),
     )
+
+
+def check_stored_forms(there: TrainConfig, here: TrainConfig, where: str) -> None:
+    """Refuses to go on with what the run does not have: to cast it in silence is no resume.
+
+    Args:
+        there: what the run was.
+        here: what it is to be.
+        where: the run, for messages.
+
+    Raises:
+        ValueError: names the fields.
+    """
+    forms: list[tuple[str, str, str]] = [
+        ("runtime.param_dtype", there.runtime.param_dtype, here.runtime.param_dtype),
+        ("optimizer.moment_dtype", there.optimizer.moment_dtype, here.optimizer.moment_dtype),
+    ]
+    if "compensated" in (there.optimizer.rounding, here.optimizer.rounding):
+        forms.append(("optimizer.rounding", there.optimizer.rounding, here.optimizer.rounding))
+    faults = [f"{name}={new} (it was {old})" for name, old, new in forms if old != new]
+    if faults:
+        raise ValueError(
+            f"{where}: its checkpoints hold other types than {'; '.join(faults)}; go on as it was, "
+            "or give another directory and init_from"
+        )
+
+
+def _trees_of(moments: Moments) -> list[str]:
+    return ["mu", "nu"] if moments.lost is None else ["mu", "nu", "lost"]
+
+
+def _check_dtypes(wanted: Any, stored: Any, where: Path) -> None:
+    """Compares types with those that a step was stored in: orbax would cast in silence."""
+    found = {path: leaf.dtype for path, leaf in jax.tree.leaves_with_path(stored)}
+    for path, leaf in jax.tree.leaves_with_path(wanted):
+        if path in found and found[path] != leaf.dtype:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise OtherTypes(
+                f"{where}: {name} was stored as {found[path]}, not {leaf.dtype}: give "
+                "runtime.param_dtype and optimizer.moment_dtype as they were"
+            )
 
 
 def _renamed(
     items: Mapping[str, Any], rename: Callable[[tuple[str, ...]], tuple[str, ...]]
 ) -> dict[str, Any]:
     """Moves the parameters, and the moments beside them, to other paths."""
-    moments = {name: renamed(items["optimizer"][name], rename) for name in ("mu", "nu")}
+    optimizer = dict(items["optimizer"])
+    for name in ("mu", "nu", "lost"):
+        if name in optimizer:
+            optimizer[name] = renamed(optimizer[name], rename)
     return {
         "params": renamed(items["params"], rename),
-        "optimizer": {**items["optimizer"], **moments},
+        "optimizer": optimizer,
     }

@@ -58,14 +58,23 @@ class MetricsWriter:
             )
         path = directory / "metrics.jsonl"
         _drop_lines_after(path, start)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)  # what is refused is not written by a later call
+        self._refused = False
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
-        """Writes the figures of a step; a list goes to the JSON lines alone."""
+        """Writes the figures of a step; a list goes to the JSON lines alone.
+
+        A disk that does not take them is said once, and the run goes on: figures are expendable.
+        """
         # JSON knows neither NaN nor infinity: a figure that is none becomes null.
         line = {name: None if _is_not_finite(v) else v for name, v in figures.items()}
-        self._file.write(json.dumps({"step": step} | line, allow_nan=False) + "\n")
-        self._file.flush()
+        text = json.dumps({"step": step} | line, allow_nan=False) + "\n"
+        try:
+            self._file.write(text.encode())
+        except OSError as error:
+            if not self._refused:
+                _LOG.warning("%s: figures are lost: %s", self._file.name, error.strerror)
+            self._refused = True
         scalars = {k: v for k, v in figures.items() if isinstance(v, int | float)}
         if self._tensorboard is not None:
             for name, value in scalars.items():

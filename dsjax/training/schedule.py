@@ -31,6 +31,11 @@ class Schedule:
         self.num_steps = config.num_steps
         self.total_tokens = self.tokens_before(config.num_steps)
 
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The sequences of the run's steps, each number once, in the order in which they come."""
+        return tuple(size for first, _, size in self._stretches if first < self.num_steps)
+
     def batch_size(self, step: int) -> int:
         """Returns the sequences of a step."""
         return self._stretch(step)[2]

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
@@ -18,6 +17,8 @@ from dsjax.mesh import ShardingRules
 from dsjax.model import DeepSeekV2, param_shardings
 from dsjax.training.dropping import draw_exempt
 from dsjax.training.losses import Batch, LossTerms, sum_cross_entropy, training_loss
+from dsjax.training.optimizer import Moments, apply_adamw, global_norm, init_moments
+from dsjax.xla_options import compiler_options
 
 # Why a step was not applied: the index is what the step reports.
 SKIP_REASONS = (
@@ -48,13 +49,13 @@ class TrainState:
     Attributes:
         step: int32, steps taken, skipped ones included.
         params: the model's parameters, in `param_dtype`.
-        moments: optax's state; Adam's moments are float32.
+        moments: what AdamW remembers.
         guard: what the skipping of bad steps remembers.
     """
 
     step: jax.Array
     params: nnx.State
-    moments: Any
+    moments: Moments
     guard: Guard
 
 
@@ -69,27 +70,8 @@ class StepReport:
     skipped_in_a_row: jax.Array
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW without its learning rate: the host gives that to each step (§3.1.2)."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, mask=_is_decayed),
-    )
-
-
-def _is_decayed(params: nnx.State) -> Any:
-    """Marks what weight decay acts on: everything but the norms' gains."""
-    return jax.tree.map(
-        lambda variable: variable.get_metadata("dims") != ("norm",),
-        params,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
-    )
-
-
 def init_train_state(optimizer: OptimizerConfig, params: nnx.State) -> TrainState:
     """Returns the state before the first step."""
-    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
     def zero(dtype: DTypeLike) -> jax.Array:
         return jnp.zeros((), dtype)  # each its own array: a step donates them all
@@ -97,26 +79,19 @@ def init_train_state(optimizer: OptimizerConfig, params: nnx.State) -> TrainStat
     return TrainState(
         step=zero(jnp.int32),
         params=params,
-        moments=make_optimizer(optimizer).init(wide),
+        moments=init_moments(optimizer, params),
         guard=Guard(zero(jnp.float32), zero(jnp.float32), zero(jnp.int32), zero(jnp.int32)),
     )
 
 
-def state_shardings(
-    state: TrainState, optimizer: OptimizerConfig, rules: ShardingRules
-) -> TrainState:
+def state_shardings(state: TrainState, rules: ShardingRules) -> TrainState:
     """Returns a tree of NamedShardings for a state: moments lie where their parameters do."""
     params = param_shardings(state.params, rules)
-    replicated = rules.sharding()
-    moments = optax.tree_utils.tree_map_params(
-        make_optimizer(optimizer),
-        lambda _, sharding: sharding,
-        state.moments,
-        params,
-        transform_non_params=lambda _: replicated,
+    lost = None if state.moments.lost is None else params
+    scalars = jax.tree.map(
+        lambda _: rules.sharding(), (state.step, state.moments.count, state.guard)
     )
-    scalars = jax.tree.map(lambda _: replicated, (state.step, state.guard))
-    return TrainState(step=scalars[0], params=params, moments=moments, guard=scalars[1])
+    return TrainState(scalars[0], params, Moments(scalars[1], params, params, lost), scalars[2])
 
 
 def abstract_train_state(
@@ -134,7 +109,7 @@ def abstract_train_state(
     if rules.mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), abstract)
     else:
-        shardings = state_shardings(abstract, optimizer, rules)
+        shardings = state_shardings(abstract, rules)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
@@ -142,8 +117,19 @@ def abstract_train_state(
     )
 
 
-# Without it libtpu's ragged all-to-all stands still while products could run beside it.
-COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_ragged_all_to_all": "true"}}
+def abstract_batch(rules: ShardingRules, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Returns the shapes, dtypes and shardings of a step's batch.
+
+    Args:
+        rules: where its rows live.
+        shape: slices, sequences of each, and tokens of these.
+    """
+    rows = rules.sharding(None, "batch", "length")
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+        for name in ("tokens", "targets", "positions", "segment_ids")
+    }
+    return batch | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)}
 
 
 @functools.cache
@@ -153,7 +139,7 @@ def jitted_train_step(platform: str) -> Any:
         train_step,
         static_argnums=(0, 1, 2, 3),
         donate_argnums=4,
-        compiler_options=COMPILER_OPTIONS.get(platform),
+        compiler_options=compiler_options(platform) or None,
     )
 
 
@@ -188,22 +174,17 @@ def train_step(
         batch = batch | {"exempt": exempt_AB}
     gradients, terms = accumulate_gradients(graphdef, loss, state.params, batch)
     with jax.named_scope("optimizer"):
-        norm = optax.tree.norm(gradients)
+        norm = global_norm(gradients)
         remembered, skip_reason = _judge(guard, state.guard, terms.total, norm)
-        updates, moments = make_optimizer(optimizer).update(
-            gradients, state.moments, jax.tree.map(lambda p: p.astype(jnp.float32), state.params)
-        )
-        params = jax.tree.map(
-            lambda p, u: (p.astype(jnp.float32) - learning_rate * u).astype(p.dtype),
+        params, moments = apply_adamw(
+            optimizer,
             state.params,
-            updates,
-        )
-        # Chosen leaf by leaf rather than with a conditional, which would keep both copies alive.
-        applied = skip_reason == 0
-        params, moments = jax.tree.map(
-            lambda new, old: jnp.where(applied, new, old),
-            (params, moments),
-            (state.params, state.moments),
+            state.moments,
+            gradients,
+            norm,
+            learning_rate,
+            skip_reason == 0,
+            state.step,
         )
     state = TrainState(state.step + 1, params, moments, remembered)
     return state, StepReport(terms, norm, skip_reason, remembered.skipped_in_a_row)
@@ -212,7 +193,10 @@ def train_step(
 def accumulate_gradients(
     graphdef: nnx.GraphDef[DeepSeekV2], config: LossConfig, params: nnx.State, batch: Batch
 ) -> tuple[nnx.State, LossTerms]:
-    """Returns the gradient of a whole batch [A, B, T] in float32, and its loss terms."""
+    """Returns the gradient of a whole batch [A, B, T], and its loss terms.
+
+    One slice's gradients have their parameters' types. Several are added up in float32.
+    """
     total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1)
     num_slices = batch["tokens"].shape[0]
 
@@ -221,16 +205,20 @@ def accumulate_gradients(
             model = nnx.merge(graphdef, params)
             return training_loss(model, one, config, total_weight, 1 / num_slices)
 
-        gradients, terms = jax.grad(loss, has_aux=True)(params)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), terms
+        return jax.grad(loss, has_aux=True)(params)
 
     if num_slices == 1:
         return slice_gradient(jax.tree.map(lambda x: x[0], batch))
-    first = jax.eval_shape(slice_gradient, jax.tree.map(lambda x: x[0], batch))
+
+    def wide_gradient(one: Batch) -> tuple[nnx.State, LossTerms]:
+        gradients, terms = slice_gradient(one)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), terms
+
+    first = jax.eval_shape(wide_gradient, jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
     def add(sums: Any, one: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, slice_gradient(one)), None
+        return jax.tree.map(jnp.add, sums, wide_gradient(one)), None
 
     return jax.lax.scan(add, zeros, batch)[0]
 
@@ -269,6 +257,6 @@ def eval_step(
     """Returns float32 [3]: nats, target tokens and document bytes, summed over a batch [B, T]."""
     model = nnx.merge(graphdef, params)
     hidden_BTD, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
-    nats, _ = sum_cross_entropy(model, hidden_BTD, batch["targets"], batch["weights"], chunk)
+    sums = sum_cross_entropy(model, hidden_BTD, batch["targets"], batch["weights"], chunk)
     tokens, num_bytes = jnp.sum(batch["weights"]), jnp.sum(batch["num_bytes"])
-    return jnp.stack([nats, tokens, num_bytes.astype(jnp.float32)])
+    return jnp.stack([sums.nats, tokens, num_bytes.astype(jnp.float32)])

@@ -21,17 +21,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax.config import QuantisationConfig, to_json
+from dsjax.config.load import load_recipe
 from dsjax.config.run_file import RUN_FILE
 from dsjax.config.stored import model_to_json
+from dsjax.data.tokenizer_files import mend_tokenizer
 from dsjax.families.strided_copy import copy_strided
 from dsjax.families.tensors import HFTensor, Path
 from dsjax.files import naming, sync, write_bytes, write_json, write_text
 from dsjax.progress import JobProgress
 from dsjax.weights.assets import ASSETS, copy_files
+from dsjax.weights.checksums import write_checksums
 from dsjax.weights.hf_export import (
     HEADERS_FILE,
     config_json,
     create_file,
+    lay_out,
     main_dtype,
     pack_headers,
     plan_shards,
@@ -39,16 +44,20 @@ from dsjax.weights.hf_export import (
     unpack_headers,
     write_tensor,
 )
+from dsjax.weights.hub import resolve
 from dsjax.weights.param_store import ITEM, METADATA_FILE, ParamStore, one_line
+from dsjax.weights.quantised import quantise_part, require_not_quantised
+from dsjax.weights.quantised_export import plan_export
 from dsjax.weights.safetensors import INDEX_NAME
 from dsjax.weights.sources import (
     MANIFEST,
     CheckpointSource,
     HFSource,
+    chosen_step,
     open_source,
-    resolve,
     weight_dtype,
 )
+from dsjax.weights.stored_params import on_disk, stored_params, to_disk
 
 _WORKERS = 4
 # What is redone after a kill at most: so many bytes between two entries of the journal.
@@ -63,6 +72,9 @@ def convert(
     *,
     dtype: str | None = None,
     progress: bool = True,
+    allow_nonfinite: bool = False,
+    step: int | None = None,
+    quantize: str | FilePath | QuantisationConfig | None = None,
 ) -> None:
     """Converts a checkpoint.
 
@@ -72,10 +84,15 @@ def convert(
         dst: a folder that does not exist yet.
         dtype: of the tensors written, "bfloat16" or "float32"; None keeps them bit by bit.
         progress: whether to show how far it is, as a bar on a terminal and as lines in a log.
+        allow_nonfinite: whether NaN and infinite weights are converted like others.
+        step: of a training run; None takes the newest that is not damaged.
+        quantize: a recipe that stores weights in fewer bits, or the name or file of one, such as
+            "int4"; the result is a checkpoint of ours, whatever the source.
 
     Raises:
         FileExistsError: there is something at `dst`.
-        ValueError: the source is damaged or no checkpoint; names file and tensor.
+        ValueError: the source is damaged, no checkpoint, or holds NaN or infinity; names file and
+            tensor.
         OSError: a file cannot be written, on a full disk for instance; names it. Run again to
             go on.
     """
@@ -83,7 +100,10 @@ def convert(
     if dst.exists():
         raise FileExistsError(f"{dst}: exists already")
     stored = None if dtype is None else jnp.dtype(weight_dtype(dtype))
-    source = open_source(resolve(src))
+    recipe = None if quantize is None else load_recipe(quantize)
+    source = open_source(chosen_step(resolve(src), step), allow_nonfinite)
+    if recipe is not None:
+        require_not_quantised(source)
 
     def dtype_of(path: Path) -> np.dtype:
         return source.dtype(path) if stored is None else stored
@@ -92,9 +112,13 @@ def convert(
     work.mkdir(parents=True, exist_ok=True)
     out = work / "out"
     identity = _identity(source) | {"dtype": dtype}
+    if recipe is not None:
+        identity |= {"quantisation": to_json(recipe)}
     with contextlib.closing(source), naming(work), _Journal(work, identity) as journal:
-        if isinstance(source, HFSource):
-            _to_checkpoint(source, out, dtype_of, journal, progress)
+        if isinstance(source, HFSource) or recipe is not None:
+            _to_checkpoint(source, recipe, out, dtype_of, journal, progress)
+        elif source.recipe is not None:
+            _to_quantised_hf(source, out, stored, journal, progress)
         else:
             _to_hf(source, out, dtype_of, journal, progress)
         out.rename(dst)
@@ -102,35 +126,60 @@ def convert(
 
 
 def _to_checkpoint(
-    source: HFSource, out: FilePath, dtype_of: DTypeOf, journal: _Journal, progress: bool
+    source: HFSource | CheckpointSource,
+    recipe: QuantisationConfig | None,
+    out: FilePath,
+    dtype_of: DTypeOf,
+    journal: _Journal,
+    progress: bool,
 ) -> None:
-    table = source.table
+    table, params = source.table, stored_params(source.config, recipe)
     store = ParamStore.create(
         out,
-        {path: (param.shape, dtype_of(path)) for path, param in table.params.items()},
-        {path: param.num_stacked for path, param in table.params.items()},
+        {
+            path: on_disk(shape, dtype_of(path) if dtype is None else dtype)
+            for path, (shape, dtype) in params.leaves.items()
+        },
+        {path: table.params[(*path[:-1], "weight")].num_stacked for path in params.leaves},
     )
 
+    def write_leaf(path: Path, index: tuple[int, ...], values: np.ndarray) -> None:
+        try:
+            store.write(path, index, to_disk(values)).result()
+        except ValueError as error:
+            file = out / ITEM / ".".join(path)
+            raise OSError(f"{file}: cannot be written: {one_line(error)}") from None
+
+    def read_whole(tensor: HFTensor) -> np.ndarray:
+        if isinstance(source, HFSource):
+            values = source.folder.read(tensor.name, 0, int(np.prod(tensor.shape)))
+            return values.reshape(tensor.shape)
+        return read_tensor(table, tensor.name, source.read)
+
     def write(tensor: HFTensor) -> None:
-        values = source.folder.read(tensor.name, 0, int(np.prod(tensor.shape)))
+        values = read_whole(tensor).reshape(-1)
         for part in tensor.parts:
             window = tuple(slice(0, size) for size in tensor.part_shape(part))
             source_piece = tensor.read_part(part, window, lambda _, i, j: values[i:j])
+            matrix = params.matrices.get(part.path[:-1])
+            if matrix is not None:
+                for name, leaf in quantise_part(source_piece, part.index, *matrix).items():
+                    write_leaf((*part.path[:-1], name), part.index, leaf)
+                continue
             source_piece = source_piece.astype(dtype_of(part.path), copy=False)
             piece = np.empty(source_piece.shape, source_piece.dtype)
             copy_strided(piece, source_piece)
-            try:
-                store.write(part.path, part.index, piece).result()
-            except ValueError as error:
-                file = out / ITEM / ".".join(part.path)
-                raise OSError(f"{file}: cannot be written: {one_line(error)}") from None
+            write_leaf(part.path, part.index, piece)
 
     # tensorstore syncs each chunk that it commits, so nothing is left to sync here.
-    order = [table.tensors[name] for name in source.folder.tensors if name in table.tensors]
+    names = source.folder.tensors if isinstance(source, HFSource) else table.tensors
+    order = [table.tensors[name] for name in names if name in table.tensors]
     _run(order, dtype_of, write, lambda _: None, journal, progress)
     copy_files(source.assets, out / ASSETS)
-    write_text(out / HEADERS_FILE, pack_headers(source.folder.headers))
-    write_json(out / MANIFEST, model_to_json(source.config))
+    if isinstance(source, HFSource) and recipe is None:
+        write_text(out / HEADERS_FILE, pack_headers(source.folder.headers))
+    write_json(out / MANIFEST, model_to_json(source.config, recipe))
+    write_checksums(out)
 
 
 def _to_hf(
@@ -162,10 +211,48 @@ def _to_hf(
     _run([table.tensors[name] for name in place], dtype_of, write, sync_files, journal, progress)
     assets = {name: file for name, file in source.assets.items() if name != INDEX_NAME}
     copy_files(assets, out)
+    mend_tokenizer(out)
     if plan.index is not None:
         write_bytes(out / INDEX_NAME, plan.index)
     main = main_dtype(table, dtype_of)
     write_bytes(out / "config.json", config_json(source.config, main, source.assets))
+
+
+def _to_quantised_hf(
+    source: CheckpointSource,
+    out: FilePath,
+    dtype: np.dtype | None,
+    journal: _Journal,
+    progress: bool,
+) -> None:
+    export, tensors = plan_export(source, dtype), source.table.tensors
+    entries = {name: export.entries(tensor) for name, tensor in tensors.items()}
+    plan = lay_out({name: entry for each in entries.values() for name, entry in each.items()})
+    out.mkdir(exist_ok=True)
+    for name, header in plan.headers.items():
+        create_file(out / name, header)
+    place = {tensor: name for name, header in plan.headers.items() for tensor in header.tensors}
+
+    def write(tensor: HFTensor) -> None:
+        for name, values in export.read(tensor).items():
+            write_tensor(out / place[name], plan.headers[place[name]], name, values)
+
+    def sync_files(batch: list[HFTensor]) -> None:
+        for name in {place[entry] for tensor in batch for entry in entries[tensor.name]}:
+            sync(out / name)
+
+    _run(list(tensors.values()), source.dtype, write, sync_files, journal, progress)
+    assets = {name: file for name, file in source.assets.items() if name != INDEX_NAME}
+    copy_files(assets, out)
+    mend_tokenizer(out)
+    if plan.index is not None:
+        write_bytes(out / INDEX_NAME, plan.index)
+    main = "bfloat16" if dtype is None else dtype.name
+    text = config_json(source.config, main, source.assets)
+    if export.config is not None:
+        content = json.loads(text) | {"quantization_config": export.config}
+        text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    write_bytes(out / "config.json", text)
 
 
 def _run(

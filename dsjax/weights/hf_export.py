@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from dsjax.config import ModelConfig
-from dsjax.families import from_hf_config, to_hf_config
+from dsjax.families import from_hf_config, read_otherwise, to_hf_config
 from dsjax.families.tensors import HFTable, HFTensor, Part, Path
 from dsjax.files import read_json
 from dsjax.weights.assets import Assets, special_ids
-from dsjax.weights.safetensors import Header, make_header, parse_header, stored_name
+from dsjax.weights.safetensors import Header, item_size, make_header, parse_header, stored_name
+
+_LOG = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 5_000_000_000
 
@@ -76,11 +79,23 @@ def plan_shards(
         }
         if held == wanted:
             return ShardPlan(original, index)
+    return lay_out(wanted, max_file_bytes)
+
+
+def lay_out(
+    wanted: Mapping[str, tuple[str, tuple[int, ...]]], max_file_bytes: int | None = None
+) -> ShardPlan:
+    """Divides tensors over files, in order.
+
+    Args:
+        wanted: stored type and shape of each tensor, by name.
+        max_file_bytes: size at which the next file begins, by default `MAX_FILE_BYTES`.
+    """
     limit = max_file_bytes or MAX_FILE_BYTES
     groups: list[list[str]] = [[]]
     filled = 0
     for name, (stored, shape) in wanted.items():
-        size = int(np.prod(shape)) * (4 if stored == "F32" else 2)
+        size = int(np.prod(shape)) * item_size(stored)
         if groups[-1] and filled + size > limit:
             groups.append([])
             filled = 0
@@ -185,6 +200,8 @@ def config_json(config: ModelConfig, dtype: str, assets: Assets) -> bytes:
         dtype: type of the tensors, such as "bfloat16".
         assets: the model's small files.
     """
+    for difference in read_otherwise(config):
+        _LOG.warning("transformers reads this export differently: %s", difference)
     if "config.json" in assets:
         raw = assets["config.json"].read_bytes()
         original: dict[str, Any] = json.loads(raw)

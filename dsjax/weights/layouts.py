@@ -11,12 +11,15 @@ from typing import Any
 
 Path = tuple[str, ...]
 
+# Of a module: a matrix or a norm, and what a matrix in fewer bits has beside its numbers.
+_PARTS = ("weight", "scales", "zeros")
+
 
 def current_path(stored: Path) -> Path:
     """Returns the path that a stored parameter has today."""
     if stored[-2:] == ("router", "weight"):
         return (*stored[:-1], "gate", "weight")
-    return stored if stored[-1] == "weight" else (*stored, "weight")
+    return stored if stored[-1] in _PARTS else (*stored, "weight")
 
 
 def format_1_path(path: Path) -> Path:
@@ -29,7 +32,7 @@ def format_1_path(path: Path) -> Path:
 
 def is_format_1(stored: Iterable[Path]) -> bool:
     """Tells from a checkpoint's paths whether it is of format 1."""
-    return any(path[-1] != "weight" for path in stored)
+    return any(path[-1] not in _PARTS for path in stored)
 
 
 def renamed(tree: Mapping[str, Any], rename: Callable[[Path], Path]) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -23,18 +22,22 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from dsjax.config import KernelConfig, ModelConfig, RuntimeConfig
+from dsjax.config import KernelConfig, ModelConfig, QuantisationConfig, RuntimeConfig
+from dsjax.config.load import load_recipe
 from dsjax.config.runtime import DType
 from dsjax.config.stored import model_to_json
 from dsjax.data.tokenizer import TOKENIZER_FILE
+from dsjax.data.tokenizer_files import mend_tokenizer
 from dsjax.families import hf_table
 from dsjax.families.tensors import Path
-from dsjax.files import write_json
+from dsjax.files import LockHeldError, locked, write_json
 from dsjax.kernels import Kernels, choose_kernels
 from dsjax.mesh import ShardingRules
 from dsjax.model import DeepSeekV2, abstract_model, param_shardings
 from dsjax.weights import assets as asset_files
+from dsjax.weights import host_experts, to_devices
 from dsjax.weights.assets import ASSETS, Assets
+from dsjax.weights.checksums import write_checksums
 from dsjax.weights.hf_export import (
     config_json,
     create_file,
@@ -43,7 +46,9 @@ from dsjax.weights.hf_export import (
     read_tensor,
 )
 from dsjax.weights.hf_export import write_tensor as write_hf_tensor
+from dsjax.weights.hub import resolve
 from dsjax.weights.param_store import save_arrays
+from dsjax.weights.quantised import QuantisingSource
 from dsjax.weights.safetensors import INDEX_NAME
 from dsjax.weights.sources import (
     MANIFEST,
@@ -53,16 +58,16 @@ from dsjax.weights.sources import (
     first_readable,
     is_run,
     open_source,
-    resolve,
     weight_dtype,
 )
+from dsjax.weights.stored_params import stored_params, to_disk
 
-# Arrays up to this size cross between host and device whole, larger ones in parts.
-_HOST_BYTES = 256 << 20
-# Times that what an unfinished save left is looked for, a tenth of a second apart.
-_CLEARINGS = 50
-# What orbax adds to the name of a folder that it is still writing.
-_ORBAX_WORKS_IN = ".orbax-checkpoint-tmp"
+# Says that a save made its folder, and is locked while one is at work there.
+_SAVE_MARKER = "save.lock"
+# Looks, a tenth of a second apart, at what a failed save leaves; and how often in a row nothing was
+# there before it counts as gone. orbax raises while other threads of it go on to write.
+_CLEARINGS = 100
+_QUIET = 10
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,9 @@ def load_weights(
     runtime: RuntimeConfig | None = None,
     rules: ShardingRules | None = None,
     kernels: Kernels | KernelConfig | None = None,
+    allow_nonfinite: bool = False,
+    quantize: str | QuantisationConfig | None = None,
+    device_memory: int | None = None,
 ) -> DeepSeekV2:
     """Loads a model, each device its own shards and no host the whole.
 
@@ -117,17 +125,25 @@ def load_weights(
             `dtype`, or else in float32 where all parameters are stored so and in bfloat16 if not.
         rules: where arrays live; None puts them on the default device.
         kernels: implementations, or what is named of them; None chooses all for the devices.
+        allow_nonfinite: whether NaN and infinite weights are loaded like others.
+        quantize: a recipe that stores weights in fewer bits while they are read, or the name or
+            file of one, such as "int4"; None keeps them as they are, quantised or not.
+        device_memory: bytes of the device that the model may take; where it does not fit, its
+            routed experts stay in the host's memory (`weights.host_experts`).
 
     Raises:
-        ValueError: damaged or unsuitable weights; names file and tensor.
+        ValueError: damaged, non-finite or unsuitable weights; names file and tensor. The weights
+            are quantised already, or the recipe does not fit.
         FileNotFoundError: there is nothing there.
     """
     wanted = None if dtype is None else weight_dtype(dtype)
+    recipe = None if quantize is None else load_recipe(quantize)
     where = resolve(path_or_hub_name)
 
     def load_from(where: FilePath) -> DeepSeekV2:
-        with contextlib.closing(open_source(where)) as source:
-            return _load(source, wanted, runtime, rules or ShardingRules(), kernels)
+        with contextlib.closing(open_source(where, allow_nonfinite)) as found:
+            source = found if recipe is None else QuantisingSource(found, recipe)
+            return _load(source, wanted, runtime, rules or ShardingRules(), kernels, device_memory)
 
     return first_readable(where, load_from) if is_run(where) else load_from(where)
 
@@ -138,37 +154,70 @@ def _load(
     runtime: RuntimeConfig | None,
     rules: ShardingRules,
     kernels: Kernels | KernelConfig | None,
+    device_memory: int | None,
 ) -> DeepSeekV2:
     config = source.config
     if runtime is None:
         runtime = RuntimeConfig(dtype=wanted or _exact_dtype(source))
+    runtime = replace(runtime, quantisation=source.recipe)
     if isinstance(kernels, KernelConfig):
         runtime, kernels = replace(runtime, kernels=kernels), None
     if kernels is None:
         devices = jax.devices() if rules.mesh is None else rules.mesh.devices.flat
         kernels = choose_kernels(devices[0], config, runtime, rules)
     graphdef, abstract = abstract_model(config, runtime, rules, kernels)
+    dtype_of = functools.partial(_wanted_dtype, source, wanted=wanted)
+    on_host = device_memory is not None and host_experts.must_leave_device(
+        abstract, dtype_of, device_memory, rules
+    )
     shardings: dict[Any, jax.sharding.Sharding] = {}
     if rules.mesh is not None:
         flat_shardings = nnx.to_flat_state(param_shardings(abstract, rules))
         shardings = {path: variable.get_raw_value() for path, variable in flat_shardings}
     loaded = []
-    for path, variable in nnx.to_flat_state(abstract):
+    # A matrix's numbers before its scales, which are found while the numbers are.
+    parameters = sorted(
+        nnx.to_flat_state(abstract), key=lambda p: (p[0][:-1], p[0][-1] != "weight")
+    )
+    for path, variable in parameters:
         stored_path = tuple(map(str, path))
-        array = _load_array(
+        if on_host and host_experts.is_routed(stored_path):
+            none = host_experts.no_experts(variable.shape, dtype_of(stored_path))
+            loaded.append((path, variable.replace(none)))
+            continue
+        array = to_devices.load_array(
             source,
             stored_path,
             tuple(variable.shape),
-            source.dtype(stored_path) if wanted is None else jnp.dtype(wanted),
+            dtype_of(stored_path),
             shardings.get(path),
         )
         loaded.append((path, variable.replace(array)))
-    return nnx.merge(graphdef, nnx.from_flat_state(loaded))
+    model = nnx.merge(graphdef, nnx.from_flat_state(loaded))
+    if on_host:
+        (device,) = model.embed.weight[...].devices()
+        shapes = nnx.merge(graphdef, abstract)
+        experts = host_experts.read_experts(source.read, shapes, dtype_of, device, device_memory)
+        host_experts.set_host_experts(model, experts)
+    return model
+
+
+def _wanted_dtype(source: WeightSource, path: Path, wanted: DType | None) -> np.dtype:
+    """The type that a parameter is loaded in; what is stored in fewer bits keeps it."""
+    _, quantised = stored_params(source.config, source.recipe).leaves[path]
+    if quantised is not None:
+        return quantised
+    return source.dtype(path) if wanted is None else jnp.dtype(wanted)
 
 
 def _exact_dtype(source: WeightSource) -> DType:
     """The compute type that loses nothing of float32 parameters."""
-    all_float32 = all(source.dtype(path) == jnp.float32 for path in source.table.params)
+    leaves = stored_params(source.config, source.recipe).leaves
+    all_float32 = all(
+        source.dtype(path) == jnp.float32
+        for path, (_, quantised) in leaves.items()
+        if quantised is None
+    )
     return "float32" if all_float32 else "bfloat16"
 
 
@@ -190,52 +239,86 @@ def save_weights(
         dtype: of the tensors written; None keeps the model's.
 
     Raises:
-        FileExistsError: there is something at `path`.
-        ValueError: a format or dtype that is not one.
+        FileExistsError: there is something at `path`, or at `path.saving` that no save made.
+        RuntimeError: another process saves there.
+        ValueError: a format or dtype that is not one, or not one of a quantised model.
     """
     path = FilePath(path)
     if format not in ("dsjax", "hf"):
         raise ValueError(f"format={format!r}: must be dsjax or hf")
+    recipe = model.options.runtime.quantisation
+    if recipe is not None and (dtype is not None or format == "hf"):
+        field = "format='hf'" if format == "hf" else f"dtype={dtype!r}"
+        raise ValueError(
+            f"{field}: a quantised model is saved as it is, in our format; `dsjax convert` makes a "
+            "Hugging Face folder of that"
+        )
+    if host_experts.host_experts_of(model) is not None:
+        raise ValueError(
+            "model: its experts are in the host's memory; `dsjax convert` copies files"
+        )
     if path.exists():
         raise FileExistsError(f"{path}: exists already")
     stored = None if dtype is None else jnp.dtype(weight_dtype(dtype))
     files = {} if assets is None else describe(resolve(assets))[1]
     files = {name: file for name, file in files.items() if name != INDEX_NAME}
-    draft = path.with_name(path.name + ".saving")  # `.partial` is a conversion's
+    work = path.with_name(path.name + ".saving")  # `.partial` is a conversion's
+    draft = work / "out"
     first = jax.process_index() == 0
-    if first:
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        _clear(draft)
-    _wait_for_all("cleared")
-    try:
+    with contextlib.ExitStack() as held:
+        if first:
+            held.enter_context(_working_in(work))
+        _wait_for_all("cleared")
         if format == "hf":
             _save_hf(model, stored, draft, files)
         else:
-            save_arrays(draft, nnx.to_pure_dict(nnx.state(model)), stored)
+            params = jax.tree.map(to_disk, nnx.to_pure_dict(nnx.state(model)))
+            save_arrays(draft, params, stored)
         if first and format == "dsjax":
             asset_files.copy_files(files, draft / ASSETS)
-            write_json(draft / MANIFEST, model_to_json(model.config))
+            write_json(draft / MANIFEST, model_to_json(model.config, recipe))
+            write_checksums(draft)
         if first:
             draft.rename(path)
-    except BaseException:
-        if first:
-            _clear(draft)  # a full disk should not stay full
-        raise
     _wait_for_all("saved")
 
 
-def _clear(draft: FilePath) -> None:
-    """Removes what an unfinished save left, orbax's own working folder included."""
-    # The threads of a save that failed may still be writing into it.
+@contextlib.contextmanager
+def _working_in(work: FilePath) -> Iterator[None]:
+    """Makes the folder of a save, in place of what a killed save left, and removes it at the end.
+
+    Raises:
+        FileExistsError: the folder is there, and no save made it.
+        LockHeldError: another save is at work in it.
+    """
+    marker = work / _SAVE_MARKER
+    if work.exists() and not marker.is_file() and (not work.is_dir() or any(work.iterdir())):
+        raise FileExistsError(f"{work}: is in the way, and no save made it; move it away")
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(marker):
+            for left in work.iterdir():
+                if left != marker:
+                    shutil.rmtree(left)
+            yield
+            shutil.rmtree(work)
+    except LockHeldError:
+        raise
+    except BaseException:
+        _clear(work)  # a full disk should not stay full
+        raise
+
+
+def _clear(work: FilePath) -> None:
+    """Removes the folder of a save that failed, and what its threads still write after that."""
+    absent = 0
     for _ in range(_CLEARINGS):
-        folders = [
-            folder
-            for folder in draft.parent.iterdir()
-            if folder.name == draft.name or folder.name.startswith(f"{draft.name}{_ORBAX_WORKS_IN}")
-        ]
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        if not folders:
+        if work.exists():
+            absent = 0
+            shutil.rmtree(work, ignore_errors=True)
+        else:
+            absent += 1
+        if absent > _QUIET:
             return
         time.sleep(0.1)
 
@@ -250,6 +333,7 @@ def save_assets(tokenizer: str, init_from: str, run: FilePath) -> None:
     """
     files = describe(resolve(init_from))[1] if init_from else {}
     asset_files.save_assets(tokenizer, files, run)
+    write_checksums(run)
 
 
 def _save_hf(model: DeepSeekV2, stored: np.dtype | None, folder: FilePath, files: Assets) -> None:
@@ -264,7 +348,7 @@ def _save_hf(model: DeepSeekV2, stored: np.dtype | None, folder: FilePath, files
     def read(path: Path, window: tuple[slice, ...]) -> np.ndarray:
         array = params[path][...]
         index = tuple(w.start for w in window[: table.params[path].num_stacked])
-        if array.nbytes > _HOST_BYTES:
+        if array.nbytes > to_devices.HOST_BYTES:
             return _fetch(_take(array, index)).astype(dtype(path), copy=False)
         if path not in on_host:
             on_host[path] = _fetch(array)
@@ -274,6 +358,7 @@ def _save_hf(model: DeepSeekV2, stored: np.dtype | None, folder: FilePath, files
     first = jax.process_index() == 0
     if first:
         asset_files.copy_files(files, folder)
+        mend_tokenizer(folder)
     for name, header in plan.headers.items():
         if first:
             create_file(folder / name, header)
@@ -299,56 +384,6 @@ def _fetch(array: jax.Array) -> np.ndarray:
     if not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
-
-
-def _load_array(
-    source: WeightSource,
-    path: Path,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    sharding: jax.sharding.Sharding | None,
-) -> jax.Array:
-    fill = functools.partial(_fill, functools.partial(source.read, path), dtype=dtype)
-    if sharding is None:
-        return fill(tuple(slice(0, size) for size in shape), device=None)
-    # Devices that hold copies of the same shard share one reading of it.
-    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None
-        bounds = tuple(i.indices(size)[:2] for i, size in zip(index, shape, strict=True))
-        devices_of.setdefault(bounds, []).append(device)
-    shards = []
-    for bounds, devices in devices_of.items():
-        shard = fill(tuple(slice(*pair) for pair in bounds), device=devices[0])
-        shards += [shard] + [jax.device_put(shard, device) for device in devices[1:]]
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
-
-
-def _fill(
-    read: Callable[[tuple[slice, ...]], np.ndarray],
-    window: tuple[slice, ...],
-    *,
-    dtype: np.dtype,
-    device: jax.Device | None,
-) -> jax.Array:
-    """Reads a window onto a device; one that is large, layer by layer."""
-    shape = tuple(w.stop - w.start for w in window)
-    if math.prod(shape) * dtype.itemsize <= _HOST_BYTES or shape[0] == 1:
-        return jax.device_put(read(window).astype(dtype, copy=False), device)
-    out = jnp.zeros(shape, dtype, device=device)
-    rows = max(1, _HOST_BYTES * shape[0] // (math.prod(shape) * dtype.itemsize))
-    for start in range(0, shape[0], rows):
-        stop = min(start + rows, shape[0])
-        block = slice(window[0].start + start, window[0].start + stop)
-        piece = read((block, *window[1:])).astype(dtype, copy=False)
-        out = _set_rows(out, jax.device_put(piece, device), start)
-        out.block_until_ready()  # so that only one block at a time is on the host
-    return out
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_rows(out: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(out, piece, start, axis=0)
 
 
 def _wait_for_all(what: str) -> None:

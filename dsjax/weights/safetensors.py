@@ -19,7 +19,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax.families.tensors import few
 from dsjax.files import LFS_FAULT, LFS_POINTER
+from dsjax.weights.finite import require_finite
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -31,6 +33,7 @@ _ITEM_SIZES = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
 _FLOAT_NAMES = {"F32": "float32", "BF16": "bfloat16"}
+_OTHER_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")  # of other formats
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -85,6 +88,11 @@ def float_dtype(stored: str, where: str) -> np.dtype:
     if stored not in _FLOAT_NAMES:
         raise ValueError(f"{where}: dtype {stored} must be one of {', '.join(_FLOAT_NAMES)}")
     return jnp.dtype(_FLOAT_NAMES[stored])
+
+
+def item_size(stored: str) -> int:
+    """Returns the bytes of one element of a stored type."""
+    return _ITEM_SIZES[stored]
 
 
 def stored_name(dtype: np.dtype) -> str:
@@ -215,19 +223,30 @@ class SafetensorsFolder:
         tensors: file name and place of each tensor, by its name.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, allow_nonfinite: bool = False):
         """Reads every header; no tensor is read.
+
+        Args:
+            path: the folder.
+            allow_nonfinite: whether `read` gives NaN and infinity.
 
         Raises:
             ValueError: a file is missing or damaged, or the index does not fit the files.
         """
         self.path = path
+        self._allow_nonfinite = allow_nonfinite
         index_path = path / INDEX_NAME
         weight_map = _read_weight_map(index_path) if index_path.is_file() else None
         if weight_map is None:
-            names = sorted(file.name for file in path.glob("*.safetensors"))
+            # Copied from a Mac, every file has a sidecar that begins with a dot.
+            found = path.glob("*.safetensors")
+            names = sorted(file.name for file in found if not file.name.startswith("."))
             if not names:
-                raise ValueError(f"{path}: holds no safetensors files")
+                foreign = sorted(f.name for f in path.iterdir() if f.suffix in _OTHER_SUFFIXES)
+                hint = (
+                    f", but {few(foreign)}: save the model again as safetensors" if foreign else ""
+                )
+                raise ValueError(f"{path}: holds no safetensors files{hint}")
         else:
             names = sorted(set(weight_map.values()))
             for name in names:
@@ -260,7 +279,7 @@ class SafetensorsFolder:
             if tensor not in weight_map
         ]
         if faults:
-            raise ValueError(f"{index_path}: {'; '.join(faults)}")
+            raise ValueError(f"{index_path}: {few(faults)}")
 
     def describe(self, tensor: str) -> str:
         """Returns "FILE: tensor NAME" for messages."""
@@ -270,7 +289,8 @@ class SafetensorsFolder:
         """Reads elements start to stop of a tensor, flat, in its stored type.
 
         Raises:
-            ValueError: the type is not one of a weight, or the file ends too early.
+            ValueError: the type is not one of a weight, the file ends too early, or the elements
+                are NaN or infinite.
         """
         name, stored = self.tensors[tensor]
         dtype = float_dtype(stored.dtype, self.describe(tensor))
@@ -282,6 +302,8 @@ class SafetensorsFolder:
             if count == 0:
                 raise ValueError(f"{self.describe(tensor)}: the file ends at byte {offset}")
             buffer, offset = buffer[count:], offset + count
+        if not self._allow_nonfinite:
+            require_finite(out, self.describe(tensor))
         return out
 
     def _open(self, name: str) -> int:

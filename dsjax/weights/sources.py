@@ -15,22 +15,27 @@ from typing import Any, Literal, Protocol, cast
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.config import ModelConfig
+from dsjax.config import ModelConfig, QuantisationConfig
 from dsjax.config.run_file import RUN_FILE, read_run_file
 from dsjax.config.runtime import DType
-from dsjax.config.stored import model_from_json
+from dsjax.config.stored import model_from_json, recipe_from_json
 from dsjax.families import hf_table, read_hf_config
-from dsjax.families.tensors import HFTable, Path
+from dsjax.families.tensors import HFTable, Path, few
 from dsjax.files import read_json
 from dsjax.weights.assets import ASSETS, Assets, small_files
+from dsjax.weights.checksums import checksum_faults, require_checksums
+from dsjax.weights.finite import NonFiniteError
+from dsjax.weights.hf_export import HEADERS_FILE
 from dsjax.weights.param_store import ITEM, METADATA_FILE, ParamStore
 from dsjax.weights.safetensors import SafetensorsFolder, float_dtype
+from dsjax.weights.stored_params import from_disk, on_disk, stored_params
 
 MANIFEST = "dsjax.json"  # its presence says that a model checkpoint is complete
 STEPS_FOLDER = "checkpoints"  # of a run; each step is a folder in it
+STEP_METADATA_FILE = "_CHECKPOINT_METADATA"  # orbax's, of a whole checkpoint
 # Files without which a step is damaged.
 _STEP_PARTS = (
-    "_CHECKPOINT_METADATA",
+    STEP_METADATA_FILE,
     *(
         f"{item}/{name}"
         for item in (ITEM, "optimizer")
@@ -39,9 +44,6 @@ _STEP_PARTS = (
 )
 
 _LOG = logging.getLogger(__name__)
-
-# A repository of the Hub: "deepseek-ai/DeepSeek-V2-Lite".
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class WeightSource(Protocol):
@@ -52,12 +54,14 @@ class WeightSource(Protocol):
         config: what the model is.
         table: the tensors and parameters that the config asks for, all known to be there.
         assets: small files that belong to the model, by name.
+        recipe: which weights are stored in fewer bits; None for none.
     """
 
     where: FilePath
     config: ModelConfig
     table: HFTable
     assets: Assets
+    recipe: QuantisationConfig | None
 
     def dtype(self, path: Path) -> np.dtype:
         """Returns the stored type of a parameter."""
@@ -79,7 +83,9 @@ class HFSource:
         folder: its files.
     """
 
-    def __init__(self, where: FilePath, config: ModelConfig, assets: Assets):
+    def __init__(
+        self, where: FilePath, config: ModelConfig, assets: Assets, allow_nonfinite: bool = False
+    ):
         """Checks every header against the config.
 
         Raises:
@@ -87,15 +93,17 @@ class HFSource:
         """
         self.where = where
         self.assets = assets
+        self.recipe: QuantisationConfig | None = None
         self.table = hf_table(config)
-        self.folder = SafetensorsFolder(where)
+        self.folder = SafetensorsFolder(where, allow_nonfinite)
         # Other software writes experts that a model does not have as tensors of no numbers.
         empty = {
             name
             for name, (_, stored) in self.folder.tensors.items()
             if name not in self.table.tensors and 0 in stored.shape
         }
-        self.table.check_names(self.folder.tensors.keys() - empty, str(where))
+        files = {name: file for name, (file, _) in self.folder.tensors.items() if name not in empty}
+        self.table.check_names(files, str(where))
         found: dict[Path, dict[np.dtype, list[str]]] = {}
         for name, (_, stored) in self.folder.tensors.items():
             if name in empty or self.table.is_ignored(name):
@@ -134,74 +142,65 @@ class HFSource:
 class CheckpointSource:
     """The parameters of an orbax checkpoint, of a model or of a step of a run."""
 
-    def __init__(self, where: FilePath, config: ModelConfig, assets: Assets):
+    def __init__(
+        self,
+        where: FilePath,
+        config: ModelConfig,
+        assets: Assets,
+        allow_nonfinite: bool = False,
+        recipe: QuantisationConfig | None = None,
+    ):
         """Opens the parameters and checks them against the config.
 
         Raises:
-            ValueError: names every parameter that is missing, unknown or misshapen.
+            ValueError: names the parameters that are missing, unknown or misshapen.
         """
         self.where = where
         self.assets = assets
+        self.recipe = recipe
         self.table = hf_table(config)
-        self.store = ParamStore.open(where)
+        self.store = ParamStore.open(where, allow_nonfinite)
+        expected = stored_params(config, recipe).leaves
         faults = []
-        for path in self.table.params.keys() | self.store.arrays.keys():
+        for path in expected.keys() | self.store.arrays.keys():
             name = ".".join(path)
+            shape, dtype = expected.get(path, ((), None))
+            if dtype is not None:
+                shape, dtype = on_disk(shape, dtype)
             if path not in self.store.arrays:
                 faults.append(f"parameter {name} is missing")
-            elif path not in self.table.params:
+            elif path not in expected:
                 faults.append(f"parameter {name} is not of this model")
-            elif self.store.shape(path) != self.table.params[path].shape:
+            elif self.store.shape(path) != shape:
                 faults.append(
-                    f"parameter {name}: shape {list(self.store.shape(path))} must be "
-                    f"{list(self.table.params[path].shape)}"
+                    f"parameter {name}: shape {list(self.store.shape(path))} must be {list(shape)}"
                 )
-            elif self.store.dtype(path) not in (jnp.float32, jnp.bfloat16):
+            elif dtype is not None and self.store.dtype(path) != dtype:
+                faults.append(f"parameter {name}: dtype {self.store.dtype(path)} must be {dtype}")
+            elif dtype is None and self.store.dtype(path) not in (jnp.float32, jnp.bfloat16):
                 faults.append(
                     f"parameter {name}: dtype {self.store.dtype(path)} must be float32 or bfloat16"
                 )
         if faults:
-            raise ValueError(f"{where / ITEM}: {'; '.join(sorted(faults))}")
+            raise ValueError(f"{where / ITEM}: {few(sorted(faults))}")
         self.config = config
+        self._quantised = {
+            path: dtype for path, (_, dtype) in expected.items() if dtype is not None
+        }
 
     def dtype(self, path: Path) -> np.dtype:
         """Returns the stored type of a parameter."""
-        return self.store.dtype(path)
+        return self._quantised.get(path, self.store.dtype(path))
 
     def read(self, path: Path, window: tuple[slice, ...]) -> np.ndarray:
         """Reads a window of a parameter."""
-        return self.store.read(path, window)
+        dtype = self.dtype(path)
+        if dtype == self.store.dtype(path):
+            return self.store.read(path, window)
+        return from_disk(lambda window: self.store.read(path, window), window, dtype)
 
     def close(self) -> None:
         """Does nothing: orbax's files are open only while they are read."""
-
-
-def resolve(path_or_hub_name: str | FilePath) -> FilePath:
-    """Returns a path as it is, and of a Hub name the folder it was downloaded to.
-
-    Raises:
-        FileNotFoundError: it is neither, or the Hub does not give it.
-    """
-    path = FilePath(path_or_hub_name).expanduser()
-    name = str(path_or_hub_name)
-    if path.exists():
-        return path
-    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
-        raise FileNotFoundError(f"{path}: no such folder, and no name on the Hugging Face Hub")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return FilePath(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{name}: no such folder, and not to be had from the Hugging Face Hub: {first_line}"
-        ) from None
 
 
 Kind = Literal["hf", "model", "step"]
@@ -254,25 +253,49 @@ def describe(where: FilePath) -> tuple[ModelConfig, Assets]:
     if kind == "hf":
         return read_hf_config(folder / "config.json"), small_files(folder)
     if kind == "step":
+        require_checksums(folder, RUN_FILE)
         return read_run_file(folder).model, small_files(folder / ASSETS)
+    require_checksums(folder, MANIFEST)
     content = read_json(folder / MANIFEST)
     return model_from_json(content, str(folder / MANIFEST)), small_files(folder / ASSETS)
 
 
-def open_source(where: FilePath) -> HFSource | CheckpointSource:
+def open_source(where: FilePath, allow_nonfinite: bool = False) -> HFSource | CheckpointSource:
     """Opens the weights at a path and checks all that can be checked without reading them.
+
+    Args:
+        where: see `find_kind`.
+        allow_nonfinite: whether NaN and infinite weights are read like others.
 
     Raises:
         FileNotFoundError: there is nothing there.
         ValueError: it is no model, or damaged; names file and tensor.
     """
-    kind, weights, _ = find_kind(where)
+    kind, weights, folder = find_kind(where)
     config, assets = describe(where)
+    for fault in checksum_faults(folder, f"{ASSETS}/"):
+        _LOG.warning("%s", fault)  # text that people edit, and that changes no weight
+    if kind == "model":
+        require_checksums(folder, HEADERS_FILE)
+        require_checksums(folder, ITEM)
     if kind == "hf":
-        return HFSource(weights, config, assets)
+        return HFSource(weights, config, assets, allow_nonfinite)
     if is_run(where):
-        return first_readable(where, lambda step: CheckpointSource(step, config, assets))
-    return CheckpointSource(weights, config, assets)
+        return first_readable(
+            where, lambda step: CheckpointSource(step, config, assets, allow_nonfinite)
+        )
+    recipe = stored_recipe(folder) if kind == "model" else None
+    return CheckpointSource(weights, config, assets, allow_nonfinite, recipe)
+
+
+def stored_recipe(folder: FilePath) -> QuantisationConfig | None:
+    """Returns the recipe that a model checkpoint of ours was quantised by; None for none.
+
+    Raises:
+        ValueError: the description is damaged; names the file.
+    """
+    file = folder / MANIFEST
+    return recipe_from_json(read_json(file), str(file)) if file.is_file() else None
 
 
 def steps_of(run: FilePath) -> list[FilePath]:
@@ -283,7 +306,7 @@ def steps_of(run: FilePath) -> list[FilePath]:
     folder = run / STEPS_FOLDER
     steps = [step for step in (folder.iterdir() if folder.is_dir() else ()) if _is_step(step)]
     steps.sort(key=lambda step: int(step.name), reverse=True)
-    return sorted(steps, key=lambda step: bool(_missing_parts(step)))  # is stable
+    return sorted(steps, key=lambda step: bool(missing_parts(step)))  # is stable
 
 
 def latest_step(run: FilePath) -> FilePath:
@@ -319,6 +342,8 @@ def first_readable[T](run: FilePath, read: Callable[[FilePath], T]) -> T:
         read: reads one step; ValueError and OSError say that it is damaged.
 
     Raises:
+        NonFiniteError: weights are NaN or infinite: read as they were written, so no step is
+            taken in their place.
         ValueError: no step can be read; of the newest one, what `read` raised.
     """
     faults: dict[FilePath, Exception] = {}
@@ -326,12 +351,14 @@ def first_readable[T](run: FilePath, read: Callable[[FilePath], T]) -> T:
     for taken in steps:
         try:
             result = read(taken)
+        except NonFiniteError:
+            raise
         except (ValueError, OSError) as error:
             faults[taken] = error
             continue
         for step in steps:
             if int(step.name) > int(taken.name):
-                reason = f"it lacks {', '.join(_missing_parts(step))}"
+                reason = f"it lacks {', '.join(missing_parts(step))}"
                 if step in faults:
                     reason = str(faults[step]).splitlines()[0]
                 _LOG.warning("DAMAGED: %s: %s; taking step %s instead", step, reason, taken.name)
@@ -345,7 +372,8 @@ def _is_step(path: FilePath) -> bool:
     return bool(re.fullmatch(r"\d+", path.name)) and path.is_dir()
 
 
-def _missing_parts(step: FilePath) -> list[str]:
+def missing_parts(step: FilePath) -> list[str]:
+    """Returns the files, relative to a step of a run, that it lacks or that are empty."""
     return [part for part in _STEP_PARTS if not _is_written(step / part)]
 
 

@@ -81,7 +81,7 @@ def lower_layer(
 
 def main(*arguments: str) -> None:
     """Compiles and prints."""
-    from dsjax.training.step import COMPILER_OPTIONS
+    from dsjax.xla_options import compiler_options
 
     for first in range(0, len(arguments), 6):
         model, topology, axes, tokens, room, chunks = arguments[first : first + 6]
@@ -93,7 +93,7 @@ def main(*arguments: str) -> None:
             lowered,
             topology,
             tpu_facts.exchanges,
-            COMPILER_OPTIONS["tpu"],
+            compiler_options("tpu"),
         )
         print(json.dumps(program | found), flush=True)
 

@@ -1,42 +1,36 @@
-"""Lowers the whole 236B training step for a pod of 64 chips; run as a module, in its own process.
+"""Lowers a run's whole training step for its pod; run as a module, in its own process.
+
+    python -m tests.dsjax.full_size_program v2_v5p_64 v5p:4x4x4
 
 prints one JSON line: the lines of the lowered program, and what the compiled one needs and sends.
 """
 
 import json
+import sys
 
 from tests import tpu_compiler, tpu_facts
 
-TOPOLOGY = "v5p:4x4x4"
 
-
-def main() -> None:
+def main(name: str, topology: str) -> None:
     """Lowers and prints."""
-    from dsjax.config import BalanceConfig, LossConfig, MeshConfig, RuntimeConfig
-    from dsjax.configs.models import deepseek_v2
-    from dsjax.plan import lower_train_step, tpu_devices
-    from dsjax.training.step import COMPILER_OPTIONS
+    from dsjax.config.load import load_train_config
+    from dsjax.plan import tpu_devices
+    from dsjax.plan.lower import lower_run
+    from dsjax.xla_options import compiler_options
 
-    devices = tpu_devices(TOPOLOGY)
-    lowered = lower_train_step(
-        deepseek_v2.config,
-        RuntimeConfig(param_dtype="bfloat16"),
-        MeshConfig(fsdp=8, expert=8),
-        devices,
-        length=4096,
-        loss=LossConfig(BalanceConfig(0.003, 0.05, 0.02), chunk=4096),  # §3.1.2
-    )
+    devices = tpu_devices(topology)
+    lowered = lower_run(load_train_config(name), devices)
     found = tpu_compiler.facts(
         "train_step",
-        f"deepseek_v2 {TOPOLOGY} fsdp=8,expert=8",
+        f"{name} {topology}",
         lowered,
-        TOPOLOGY,
+        topology,
         tpu_facts.collectives_and_memory,
-        COMPILER_OPTIONS["tpu"],
+        compiler_options("tpu"),
     )
     lines = lowered.as_text().count("\n")
     print(json.dumps(found | {"chips": len(devices), "lines": lines}))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

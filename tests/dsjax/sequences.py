@@ -75,7 +75,9 @@ class Sequences:
         for part, index in zip(parts, rows, strict=True):
             np.add.at(self.lengths, np.asarray(index), np.asarray(part.num_new_B))
         return [
-            logits[first : first + part.row_tokens].reshape(part.num_sequences, part.num_tokens, -1)
+            logits[first : first + part.total_tokens].reshape(
+                part.num_sequences, part.num_tokens, -1
+            )
             for part, first in view.places()
         ]
 

@@ -1,6 +1,7 @@
 """Python, as in a notebook: load, call, generate, save, train."""
 
 import importlib.util
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from flax import nnx
 import dsjax
 from dsjax.config import TrainConfig
 from dsjax.data.tokenizer import load_tokenizer
-from dsjax.inference.generate import generate
-from dsjax.inference.sampler import Sampling
+from dsjax.engine import generate
+from dsjax.inference.sampling import Sampling
+from dsjax.weights.convert import convert
 from tests.dsjax.training.small_runs import MODEL, small_run
 from tests.small_models import random_model
 
@@ -124,6 +126,15 @@ def test_chat_with_deepseeks_own_tokenizer(tmp_path: Path):
     ids = tokenizer.encode_prompt("User: Grüß Gott\n\nAssistant:")
     assert plain == generate(model, tokenizer, [ids], Sampling(max_tokens=5))[0].text
 
+    colour = {"enum": ["rot", "grün"]}
+    form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": colour}}
+    answer = model.chat(messages, response_format=form, max_tokens=9)
+    assert json.loads(answer.content or "") in colour["enum"]
+    assert (answer.finish_reason, answer.tool_calls) == ("stop", ())
+    assert (model.chat(messages, regex="[xy]{3}").content or "").strip("xy") == ""
+    with pytest.raises(ValueError, match=r"^response_format.type: "):
+        model.chat(messages, response_format={"type": "xml"})
+
     from typer.testing import CliRunner
 
     from dsjax.cli import app
@@ -192,3 +203,26 @@ def test_a_models_repr_fits_a_screen(model):
     assert shown.startswith("LanguageModel(")
     assert "parameters in float32" in shown
     assert len(shown.replace(str(model.source), "")) < 200
+
+
+def test_generation_defaults_come_along_everywhere(
+    model, trained_run: TrainConfig, tmp_path, caplog
+):
+    """From a Hugging Face folder, our checkpoint made of it, and the export of that again."""
+    assert model.generation_defaults.eos_ids == (257,)
+    dsjax.save(model, tmp_path / "hf", format="hf")
+    text = '{"do_sample": true, "temperature": 0.3, "eos_token_id": [7, 9], "num_beams": 4}'
+    (tmp_path / "hf" / "generation_config.json").write_text(text)
+    loaded = dsjax.load(tmp_path / "hf", dtype="float32")
+    assert "generation_config.json: not done here: num_beams" in caplog.text
+    defaults = loaded.generation_defaults
+    assert (defaults.temperature, defaults.top_k, defaults.eos_ids) == (0.3, 50, (7, 9, 257))
+    dsjax.save(loaded, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "again", progress=False)
+    for place in ("ours", "again"):
+        assert dsjax.load(tmp_path / place, dtype="float32").generation_defaults == defaults
+    assert (tmp_path / "again" / "generation_config.json").read_text() == text
+    (tmp_path / "again" / "generation_config.json").write_text('{"top_p": "much"}')
+    (tmp_path / "again" / "model.safetensors").unlink()  # is not looked at before that
+    with pytest.raises(ValueError, match=r"generation_config.json: top_p='much': must be float"):
+        dsjax.load(tmp_path / "again")

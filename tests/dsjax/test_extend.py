@@ -12,7 +12,8 @@ from dsjax.cache import Part, View, allocate_pool
 from dsjax.config import MeshConfig
 from dsjax.configs.models import deepseek_v2, deepseek_v2_lite
 from dsjax.kernels import Kernels
-from dsjax.mesh import inference_rules, make_mesh
+from dsjax.layers.attention.latent import _cut
+from dsjax.mesh import inference_rules, make_mesh, serving_rules
 from tests.dsjax.sequences import Sequences
 from tests.small_models import SMALL, SMALL_LITE, random_model
 
@@ -138,6 +139,46 @@ def test_devices_that_divide_heads_and_experts_give_the_same_logits():
             assert_close(logits[row, :count], want[row, start : start + count])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_devices_with_pages_of_their_own_give_the_same(name):
+    """Four rows of two sequences, whose pages each two devices know; tokens travel to experts."""
+    _, tokens, want = model_and_logits(name)
+    rules = serving_rules(make_mesh(MeshConfig(data=2, fsdp=1, expert=2, tensor=2)))
+    model = random_model(MODELS[name], rules=rules)
+    pool = allocate_pool(model.config, 16, jnp.float32, page_size=8, num_shards=4)
+    place = lambda x: jax.device_put(x, rules.sharding("pages", None, None))  # noqa: E731
+    pool = replace(pool, pages=jax.tree.map(place, pool.pages))
+    texts = np.array([0, 1, 2, 3, 4, 0, 1, 2])  # of the sequences; two a row
+    rng = np.random.default_rng(3)
+    table = np.stack([rng.permutation(16).reshape(2, 8) for _ in range(4)]).reshape(8, 8)
+    lengths, extend = np.zeros(8, np.int32), jax.jit(lambda *arguments: model.extend(*arguments))
+    # A prompt's beginning, then every first sequence reads on while the second decodes.
+    for sizes in ((16, 16), (16, 1), (16, 2), (5, 1)):
+        parts: list[Part] = []
+        rows: list[np.ndarray] = []
+        for which, size in enumerate(sizes):
+            index = np.arange(which, 8, 2)
+            counts = np.minimum(size, LENGTH - lengths[index])
+            pages, cached, new = (
+                jnp.asarray(x, jnp.int32) for x in (table[index], lengths[index], counts)
+            )
+            parts.append(Part(pages, cached, new, size, is_first=sizes == (16, 16)))
+            padded = np.pad(tokens[texts[index]], ((0, 0), (0, 16)))
+            rows.append(np.stack([padded[i, lengths[at] :][:size] for i, at in enumerate(index)]))
+        flat = jnp.asarray(np.concatenate(rows, axis=1).reshape(-1))
+        found, pool = extend(flat, pool, View(tuple(parts), 4), jnp.arange(flat.size))
+        logits = np.asarray(found).reshape(4, sum(sizes), -1)
+        for at in range(8):
+            first, start = (at % 2) * sizes[0], lengths[at]
+            count = int(parts[at % 2].num_new_B[at // 2])
+            expected = want[texts[at], start : start + count]
+            assert_close(logits[at // 2, first : first + count], expected)
+            lengths[at] += count
+    shard = pool.pages.latent.sharding.shard_shape(pool.pages.latent.shape)
+    assert shard[0] == 16 * SMALL.num_layers
+
+
 def test_only_the_wanted_places_have_logits():
     model, tokens, want = model_and_logits("v2")
     pool = allocate_pool(CROSSING, 3, jnp.float32, page_size=8)
@@ -150,6 +191,29 @@ def test_only_the_wanted_places_have_logits():
     assert_close(logits, want[0, [19, 3]])
 
 
+def test_a_decode_step_layer_by_layer_is_the_loop_over_them():
+    """As GPUs run it; and no stack is sliced in a loop there, which would be a copy."""
+    _, tokens, want = model_and_logits("v2")
+    sequences = Sequences(random_model(CROSSING, kernels=Kernels(unroll_decode=True)), 3, LENGTH)
+    for counts, is_first in (([13, 5, 16], True), ([1] * 3, False), ([2, 1, 2], False)):
+        starts = sequences.lengths.copy()
+        logits = sequences.step(tokens, counts, is_first=is_first)
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            assert_close(logits[row, :count], want[row, start : start + count])
+    assert " scan[" in program_of(CROSSING, 1)
+    assert " scan[" not in program_of(CROSSING, 1, Kernels(unroll_decode=True))
+    assert " scan[" in program_of(CROSSING, 16, Kernels(unroll_decode=True))
+
+
+@pytest.mark.parametrize("num_decoding", [1, 2])
+def test_a_part_that_begins_off_alignment_is_copied_for_its_kernel(num_decoding):
+    """Rotary keys of 64 bfloat16 numbers are 128 bytes a token; Mosaic wants multiples of 256."""
+    part = Part(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.array([8]), 8)
+    row = jnp.zeros((1, num_decoding + 8, 64), jnp.bfloat16)
+    program = str(jax.make_jaxpr(lambda row: _cut(row, part, num_decoding))(row))
+    assert ("optimization_barrier" in program) == (num_decoding == 1)
+
+
 def program_of(config, num_tokens, kernels=None):
     """The jaxpr of one part of two sequences after up to 640 cached tokens."""
     model = random_model(config, kernels=kernels)
@@ -160,7 +224,7 @@ def program_of(config, num_tokens, kernels=None):
         jnp.full(2, num_tokens),
         num_tokens,
     )
-    tokens = jnp.zeros(part.row_tokens, int)
+    tokens = jnp.zeros(part.total_tokens, int)
     run = jax.make_jaxpr(lambda *arguments: model.extend(*arguments))
     return str(run(tokens, pool, View((part,)), jnp.arange(2)))
 

@@ -51,6 +51,17 @@ def test_transport_of_the_expert_exchange(device, transport):
     assert choose_kernels(device, deepseek_v2.config, BF16).expert_exchange == transport
 
 
+@pytest.mark.parametrize(("device", "rows"), [(H200, 16), (A100, 16), (V5P, 1), (CPU, 1)])
+def test_a_gpus_decode_step_has_whole_tiles_of_rows(device, rows):
+    assert choose_kernels(device, deepseek_v2.config, BF16).min_decode_rows == rows
+
+
+def test_the_layers_of_a_decode_step_may_stand_by_themselves():
+    runtime = replace(BF16, kernels=KernelConfig(unroll_decode=True))
+    assert choose_kernels(H200, deepseek_v2.config, runtime).unroll_decode
+    assert not choose_kernels(H200, deepseek_v2.config, BF16).unroll_decode
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "router"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,9 @@ from pallas_kernels.mla_decode import supported as mla_decode_supported
 # The released code builds the latents' norms with this epsilon whatever `rms_norm_eps` says.
 _LATENT_NORM_EPS = 1e-6
 
+# Bytes at whose multiples Mosaic's GPU kernels want their operands to begin.
+_KERNEL_ALIGNMENT = 256
+
 _HEADS = ("batch", "length", "heads", "head_dim")
 
 
@@ -39,8 +43,8 @@ class MLA(nnx.Module):
         heads, latent = config.num_heads, config.kv_lora_rank
         nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
 
-        def linear(shape: tuple[int, ...], *dims: str) -> Linear:
-            return Linear(shape, dims, options, rngs)
+        def linear(shape: tuple[int, ...], *dims: str, num_contracted: int = 1) -> Linear:
+            return Linear(shape, dims, options, rngs, num_contracted=num_contracted)
 
         if config.q_lora_rank is None:
             self.wq_a = self.q_norm = None
@@ -55,7 +59,9 @@ class MLA(nnx.Module):
         self.kv_norm = RMSNorm(latent, options, _LATENT_NORM_EPS)
         self.wk_b = linear((latent, heads, nope), "kv_latent_in", "heads", "head_dim")
         self.wv_b = linear((latent, heads, value), "kv_latent_in", "heads", "head_dim")
-        self.wo = linear((heads, value, hidden_dim), "heads", "head_dim", "param_embed")
+        self.wo = linear(
+            (heads, value, hidden_dim), "heads", "head_dim", "param_embed", num_contracted=2
+        )
         self.config = config
         self.options = options
 
@@ -110,23 +116,25 @@ class MLA(nnx.Module):
         """Attends from new tokens to themselves and to what the pool holds of their sequences.
 
         Args:
-            x_BTD: normalised residual stream of one row of tokens (B is 1).
+            x_BTD: normalised residual stream of the view's rows of tokens.
             pool: the latents so far.
-            view: the row's parts, and where their sequences lie in the pool.
+            view: the rows' parts, and where their sequences lie in the pool.
             layer: int32 scalar, the layer whose part of the pool this is.
 
         Returns:
             out_BTD, and the pool with the new tokens' latents written.
         """
-        positions_BT = view.positions()[None]
+        positions_BT = view.positions()
+        num_rows = view.num_rows
         row = (*self._queries(x_BTD, positions_BT), *self._latents(x_BTD, positions_BT))
         outs = []
         for part, first in view.places():
             tokens = _Tokens(*(_cut(array, part, first) for array in row))
-            pool = pool.write(layer, part, tokens.latent_BTC, tokens.k_rope_BTR)
+            latent_BTC, k_rope_BTR = tokens.latent_BTC, tokens.k_rope_BTR
+            pool = pool.write(layer, part, latent_BTC, k_rope_BTR, self.options.rules)
             attend = self._absorbed if self._prefers_absorbed(part, pool) else self._expanded
             out_BTHV = attend(tokens, pool, part, layer)
-            outs.append(out_BTHV.reshape(1, part.row_tokens, *out_BTHV.shape[2:]))
+            outs.append(out_BTHV.reshape(num_rows, -1, *out_BTHV.shape[2:]))
         out_BTHV = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
         return self._output(out_BTHV), pool
 
@@ -182,7 +190,9 @@ class MLA(nnx.Module):
             )[0]
 
         run = self.options.rules.shard_map(
-            attend, in_dims=(_HEADS, _HEADS, (), ("batch", None), ("batch",)), out_dims=_HEADS
+            attend,
+            in_dims=(_HEADS, _HEADS, pool.dims(), ("batch", None), ("batch",)),
+            out_dims=_HEADS,
         )
         table_BP = pool.layer_table(layer, part.page_table_BP)
         lengths_B = part.lengths_B + part.num_tokens
@@ -207,7 +217,8 @@ class MLA(nnx.Module):
             index: jax.Array, sums: tuple[jax.Array, jax.Array]
         ) -> tuple[jax.Array, jax.Array]:
             block_BP = jax.lax.dynamic_slice_in_dim(table_BP, index * pages, pages, axis=1)
-            latent_BSC, k_rope_BSR = pool.read(layer, block_BP, self.config.qk_rope_head_dim)
+            rope_dim, rules = self.config.qk_rope_head_dim, self.options.rules
+            latent_BSC, k_rope_BSR = pool.read(layer, block_BP, rope_dim, rules)
             visible_BS = index * keys + jnp.arange(keys) < part.lengths_B[:, None]
             block = self._attend_expanded(tokens, latent_BSC, k_rope_BSR, visible_BS)
             return _merge(sums, block)
@@ -295,8 +306,12 @@ class _Tokens(NamedTuple):
 
 
 def _cut(row_BTX: jax.Array, part: Part, first: int) -> jax.Array:
-    """Cuts a part out of a row of tokens and puts its sequences one under the other."""
-    tokens_BTX = row_BTX[:, first : first + part.row_tokens]
+    """Cuts a part out of each row of tokens and puts its sequences one under the other."""
+    tokens_BTX = row_BTX[:, first : first + part.total_tokens // row_BTX.shape[0]]
+    offset = first * math.prod(row_BTX.shape[2:]) * row_BTX.dtype.itemsize
+    if offset % _KERNEL_ALIGNMENT:
+        # XLA would hand a kernel the part where it lies in the row.
+        tokens_BTX = jax.lax.optimization_barrier(tokens_BTX)
     return tokens_BTX.reshape(part.num_sequences, part.num_tokens, *row_BTX.shape[2:])
 
 

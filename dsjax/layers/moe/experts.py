@@ -9,12 +9,13 @@ import jax
 from dsjax.kernels import Kernels
 from pallas_kernels.expert_permute import combine_rows, gather_rows, sort_by_expert, take_rows
 from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
+from pallas_kernels.quantised import QuantisedWeights
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ExpertWeights:
-    """SwiGLU's three matrices for every expert of a layer, compute dtype.
+    """SwiGLU's three matrices for every expert of a layer, compute dtype or quantised.
 
     Attributes:
         gate: [E, D, F]; with `layer`, those of all layers, [L, E, D, F].
@@ -24,9 +25,9 @@ class ExpertWeights:
             those of all layers; None where the matrices are the layer's own.
     """
 
-    gate: jax.Array
-    up: jax.Array
-    down: jax.Array
+    gate: jax.Array | QuantisedWeights
+    up: jax.Array | QuantisedWeights
+    down: jax.Array | QuantisedWeights
     layer: jax.Array | None = None
 
     @property
@@ -43,7 +44,7 @@ class ExpertWeights:
         return gate, up, down
 
 
-GroupedWeights = jax.Array | LayerOfStack
+GroupedWeights = jax.Array | QuantisedWeights | LayerOfStack
 
 
 def apply_experts_to_rows(

@@ -12,7 +12,7 @@ from flax import nnx
 
 from dsjax.config import MoEConfig
 from dsjax.kernels import Kernels
-from dsjax.layers.linear import Linear
+from dsjax.layers.linear import Linear, multiply
 from dsjax.layers.mlp import MLP
 from dsjax.layers.moe.balance import Dropping
 from dsjax.layers.moe.dispatch import Dispatch, Routes, Sent, choose_dispatch
@@ -20,6 +20,8 @@ from dsjax.layers.moe.experts import ExpertWeights, apply_experts_to_rows
 from dsjax.layers.moe.passes import sum_passes
 from dsjax.layers.moe.router import Router, RouterStats, Routing
 from dsjax.layers.options import LayerOptions
+from dsjax.mesh import ShardingRules
+from dsjax.quantise import dims_within
 
 _INTO, _OUT = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
 
@@ -31,9 +33,9 @@ class MoE(nnx.Module):
         self.router = Router(config, hidden_dim, options, rngs)
         into = (config.num_experts, hidden_dim, config.intermediate_dim)
         out = (config.num_experts, config.intermediate_dim, hidden_dim)
-        self.w_gate = Linear(into, _INTO, options, rngs)
-        self.w_up = Linear(into, _INTO, options, rngs)
-        self.w_down = Linear(out, _OUT, options, rngs)
+        self.w_gate = Linear(into, _INTO, options, rngs, num_stacked=1)
+        self.w_up = Linear(into, _INTO, options, rngs, num_stacked=1)
+        self.w_down = Linear(out, _OUT, options, rngs, num_stacked=1)
         width = config.shared_intermediate_dim
         self.shared = MLP(hidden_dim, width, options, rngs) if width else None
         self.config = config
@@ -115,7 +117,7 @@ def apply_experts(
     routed = Routing(chosen, chosen)
     run = rules.shard_map(
         of_device,
-        in_dims=(tokens, routed, _dims(experts), _shared_dims(shared)),
+        in_dims=(tokens, routed, _dims(experts, rules), _shared_dims(shared, rules)),
         out_dims=tokens,
     )
     return run(x_BTD, routing, experts, shared)
@@ -203,17 +205,17 @@ def _first_pass(
     sent = dispatch.send(routes, 0, x_ND, gates_NK)
     hidden_NF = None
     if shared is not None and dispatch.waits:
-        hidden_NF = _hidden(x_ND, shared)
+        hidden_NF = _hidden(x_ND, shared, kernels)
         experts_RK, hidden_NF = jax.lax.optimization_barrier((sent.experts_RK, hidden_NF))
         sent = sent._replace(experts_RK=experts_RK)
     out_RD = _apply(sent, experts, routes, kernels)
     if shared is None:
         return dispatch.combine(out_RD, sent)
     if hidden_NF is None:
-        hidden_NF = _hidden(x_ND, shared)
+        hidden_NF = _hidden(x_ND, shared, kernels)
     else:
         out_RD, hidden_NF = jax.lax.optimization_barrier((out_RD, hidden_NF))
-    shared_ND = dispatch.own(hidden_NF @ shared.down)
+    shared_ND = dispatch.own(multiply(hidden_NF, shared.down, kernels))
     return dispatch.combine(out_RD, sent) + shared_ND
 
 
@@ -237,13 +239,16 @@ def _apply(sent: Sent, experts: ExpertWeights, routes: Routes, kernels: Kernels)
     )
 
 
-def _hidden(x_ND: jax.Array, shared: ExpertWeights) -> jax.Array:
+def _hidden(x_ND: jax.Array, shared: ExpertWeights, kernels: Kernels) -> jax.Array:
     """Hidden rows of the shared experts."""
-    return jax.nn.silu(x_ND @ shared.gate) * (x_ND @ shared.up)
+    gate_NF, up_NF = (multiply(x_ND, matrix, kernels) for matrix in (shared.gate, shared.up))
+    return jax.nn.silu(gate_NF) * up_NF
 
 
 def _gather(weights: ExpertWeights, axes: tuple[str, ...]) -> ExpertWeights:
     """Gathers weights whose model width D is divided over mesh axes, just in time (fsdp)."""
+    if not axes:
+        return weights
     gate, up, down = weights.gate, weights.up, weights.down
     # The minor axis first: its parts lie beside one another.
     for axis in reversed(axes):
@@ -254,12 +259,15 @@ def _gather(weights: ExpertWeights, axes: tuple[str, ...]) -> ExpertWeights:
     return dataclasses.replace(weights, gate=gate, up=up, down=down)
 
 
-def _dims(experts: ExpertWeights) -> Any:
+def _dims(experts: ExpertWeights, rules: ShardingRules) -> Any:
     """The logical dims of a layer's experts, or of those of all layers."""
-    if experts.layer is None:
-        return _weights_of(_INTO, _INTO, _OUT)
-    into, out = ("layers", *_INTO), ("layers", *_OUT)
-    return _weights_of(into, into, out, ())
+    layers, layer = ((), None) if experts.layer is None else (("layers",), ())
+    matrices = (experts.gate, experts.up, experts.down)
+    of_matrices = (
+        dims_within(matrix, (*layers, *dims), rules)
+        for matrix, dims in zip(matrices, (_INTO, _INTO, _OUT), strict=True)
+    )
+    return _weights_of(*of_matrices, layer)
 
 
 def _weights_of(*leaves: Any) -> Any:
@@ -267,14 +275,21 @@ def _weights_of(*leaves: Any) -> Any:
     return ExpertWeights(*leaves)
 
 
-def _shared_dims(shared: ExpertWeights | None) -> Any:
+def _shared_dims(shared: ExpertWeights | None, rules: ShardingRules) -> Any:
     """The logical dims of the shared experts."""
+    if shared is None:
+        return None
     into = ("param_embed", "mlp")
-    return None if shared is None else _weights_of(into, into, into[::-1])
+    matrices = (shared.gate, shared.up, shared.down)
+    return _weights_of(
+        *(
+            dims_within(matrix, dims, rules)
+            for matrix, dims in zip(matrices, (into, into, into[::-1]), strict=True)
+        )
+    )
 
 
 def _weights(holder: MoE | MLP) -> ExpertWeights:
     """A layer's experts, or its shared ones as one wider MLP, in the compute type."""
-    return ExpertWeights(
-        *(matrix.divided() for matrix in (holder.w_gate, holder.w_up, holder.w_down))
-    )
+    gate, up, down = (matrix.divided() for matrix in (holder.w_gate, holder.w_up, holder.w_down))
+    return ExpertWeights(gate, up, down)

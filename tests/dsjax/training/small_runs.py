@@ -2,13 +2,16 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from dsjax.config import (
     BatchConfig,
@@ -116,3 +119,36 @@ def losses(run: Path) -> dict[int, float]:
             assert line["step"] not in found
             found[line["step"]] = line["loss"]
     return found
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    """Waits until a run has written the figures of a step."""
+    until = time.monotonic() + 900
+    path = run / "metrics.jsonl"
+    while time.monotonic() < until and process.poll() is None:
+        if path.exists() and len(path.read_bytes().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"step {step} was never reached: {process.communicate()[1]}")
+
+
+def free_port() -> int:
+    """Returns a port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def start_two(file: Path, port: int, environment: dict[str, Any]) -> list[subprocess.Popen]:
+    """Starts a run in two processes."""
+    return [
+        start_cli(
+            "train",
+            file,
+            **environment,
+            JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(index),
+        )
+        for index in range(2)
+    ]

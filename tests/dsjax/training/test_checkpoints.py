@@ -1,8 +1,10 @@
 """A run's checkpoints: what is kept, what a damaged or foreign one says."""
 
+import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 from flax import nnx
 
 import dsjax
+from dsjax import files
 from dsjax.config import CheckpointConfig, TrainConfig
 from dsjax.config.run_file import read_run_file, write_run_file
 from dsjax.training.checkpoints import RunCheckpoints
 from dsjax.training.loop import fit
-from tests.dsjax.training.small_runs import MODEL, losses
+from tests.dsjax.training.small_runs import MODEL, losses, small_run
 
 
 @pytest.fixture
@@ -165,3 +168,89 @@ def test_damaged_small_files_stop_no_resume(copied: TrainConfig, caplog):
     assert "metrics.jsonl: 1 damaged lines were dropped" in caplog.text
     assert read_run_file(run) == copied
     assert len(losses(run)) == 6
+
+
+def test_narrow_moments_and_what_rounding_lost_are_resumed_bit_by_bit(corpus: Path, tmp_path: Path):
+    """And other types than a run's are refused, with and without the file that says them."""
+    wide = small_run(tmp_path / "whole", corpus, num_steps=4)
+    config = replace(
+        wide,
+        runtime=replace(wide.runtime, param_dtype="bfloat16"),
+        optimizer=replace(wide.optimizer, moment_dtype="bfloat16", rounding="compensated"),
+    )
+    whole = fit(config, devices=jax.devices()[:1])
+    parts = replace(config, directory=str(tmp_path / "parts"))
+    for num_steps in (2, 4):
+        result = fit(replace(parts, num_steps=num_steps), devices=jax.devices()[:1])
+    same = zip(*(jax.tree.leaves(nnx.state(r.model)) for r in (whole, result)), strict=True)
+    for a, b in same:
+        np.testing.assert_array_equal(a, b)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+    def with_optimizer(**changes: Any) -> TrainConfig:
+        return replace(parts, num_steps=6, optimizer=replace(parts.optimizer, **changes))
+
+    others = {
+        r"optimizer\.moment_dtype=float32 \(it was bfloat16\)": with_optimizer(
+            moment_dtype="float32"
+        ),
+        r"optimizer\.rounding=nearest \(it was compensated\)": with_optimizer(rounding="nearest"),
+        r"runtime\.param_dtype=float32 \(it was bfloat16\)": replace(
+            with_optimizer(rounding="nearest"), runtime=wide.runtime
+        ),
+    }
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=message):
+            fit(other, devices=jax.devices()[:1])
+    (tmp_path / "parts" / "run.json").unlink()
+    stored = r"checkpoints/4/optimizer: mu\..* was stored as bfloat16, not float32"
+    with pytest.raises(ValueError, match=stored):
+        fit(with_optimizer(moment_dtype="float32"), devices=jax.devices()[:1])
+
+
+def test_a_run_goes_on_from_a_step_that_is_named_and_later_ones_are_set_aside(copied: TrainConfig):
+    run = Path(copied.directory)
+    before = losses(run)
+    with pytest.raises(ValueError, match=r"step=3: .* has no such step; it has 2, 4, 6"):
+        fit(copied, devices=jax.devices()[:1], step=3)
+    assert fit(copied, devices=jax.devices()[:1], step=2).step == 6
+    assert losses(run) == before
+    assert sorted(path.name for path in (run / "set_aside").iterdir()) == ["4", "6"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4", "6"]
+
+
+def test_a_storage_that_fails_while_reading_damages_no_step(copied, monkeypatch, caplog):
+    """What a network's file system says for a while is tried again, and never taken for damage."""
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    run = Path(copied.directory)
+    restore, failing = RunCheckpoints._restore, [2]
+
+    def ill(self, *args: Any) -> Any:
+        if failing[0]:
+            failing[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle", "params/d/x")
+        return restore(self, *args)
+
+    monkeypatch.setattr(RunCheckpoints, "_restore", ill)
+    assert fit(copied, devices=jax.devices()[:1]).step == 6
+    assert "checkpoints/6: [Errno 116] Stale file handle" in caplog.text
+    assert "trying again in 4 s, retry 2 of 3" in caplog.text
+    failing[0] = 99
+    with pytest.raises(files.StorageError, match=r"checkpoints/6: the storage fails: .*Stale"):
+        fit(copied, devices=jax.devices()[:1])
+    assert not (run / "damaged").exists()
+    assert len(list((run / "checkpoints").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (OSError(errno.EIO, "Input/output error"), True),
+        (ValueError("UNAVAILABLE: Error reading gs://bucket/x [source locations='...']"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ValueError("DATA_LOSS: CRC-32C mismatch"), False),
+    ],
+)
+def test_what_passes_is_told_from_damage(error: Exception, passing: bool):
+    assert files.is_passing(error) == passing

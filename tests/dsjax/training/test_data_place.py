@@ -53,3 +53,10 @@ def test_a_run_goes_on_with_other_data_where_asked_to(half: TrainConfig, caplog)
 def test_a_place_that_does_not_fit_the_new_data_is_one_line(half: TrainConfig):
     with pytest.raises(ValueError, match="data: the checkpoint's place is of another pipeline"):
         fit(changed(half, count=2, on_change="keep"), devices=jax.devices()[:1])
+
+
+def test_a_run_keeps_its_place_in_other_data_where_asked_to(half: TrainConfig, caplog):
+    again = fit(changed(half, seed=3, on_change="keep"), devices=jax.devices()[:1])
+    assert again.step == 6
+    assert "data.seed=0, not 3" in caplog.text
+    assert "on_change=keep" in caplog.text

@@ -32,7 +32,7 @@ def test_training_from_python_joins_the_other_processes(corpus: Path, tmp_path: 
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     monkeypatch.setattr(join.jax.distributed, "initialize", lambda *_, **__: order.append("joined"))
-    monkeypatch.setattr(api, "fit", lambda config: order.append(config.directory))
+    monkeypatch.setattr(api, "fit", lambda config, step: order.append(config.directory))
     config = small_run(tmp_path, corpus)
     api.train(config)
     assert order == ["joined", str(tmp_path)]

@@ -2,14 +2,12 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,11 +20,14 @@ from tests.cpu_compiler import xla_flags
 from tests.dsjax.training.small_runs import (
     REPOSITORY,
     STARTED,
+    free_port,
     losses,
     read_metrics,
     run_cli,
     small_run,
     start_cli,
+    start_two,
+    wait_for_step,
     write_run,
 )
 
@@ -115,16 +116,6 @@ def test_killed_in_a_save_and_resumed_changes_no_bit(whole, corpus, tmp_path: Pa
     assert_same_end(tmp_path / "run", whole)
 
 
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
-    until = time.monotonic() + 900
-    path = run / "metrics.jsonl"
-    while time.monotonic() < until and process.poll() is None:
-        if path.exists() and len(path.read_bytes().splitlines()) >= step:
-            return
-        time.sleep(0.01)
-    pytest.fail(f"step {step} was never reached: {process.communicate()[1]}")
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_and_the_run_goes_on(
     number: signal.Signals, whole, tmp_path: Path, environment
@@ -155,7 +146,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing past the limit is 
 from dsjax.training.checkpoints import RunCheckpoints
 save = RunCheckpoints.save
 def limited(self, step, *rest):
-    if step == 3:
+    if step == 3 and self.latest == 2:
         self.wait()  # the step before is complete
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
     return save(self, step, *rest)
@@ -166,7 +157,8 @@ main()
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(whole, tmp_path: Path, environment):
-    config = replace(whole, directory=str(tmp_path / "run"))
+    once_more = replace(whole.checkpoint, retries=1, retry_seconds=0.01)
+    config = replace(whole, directory=str(tmp_path / "run"), checkpoint=once_more)
     file = write_run(config, tmp_path / "run.py")
     env = dict(os.environ) | {"XLA_FLAGS": xla_flags(1)} | environment
     env["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # its files have a limit, too
@@ -182,6 +174,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(whole, tmp_path: Path, enviro
     errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, process.stderr
     assert f"{tmp_path / 'run' / 'checkpoints'}: saving failed: " in errors[0]
+    assert errors[0].endswith("(2 times in a row)")
+    assert "trying again in 0.01 s, retry 1 of 1" in process.stderr
     # orbax's own thread may add to the log; what the user is told is the one line.
     finished = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
     assert sorted(finished) == ["1", "2"]
@@ -193,23 +187,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(whole, tmp_path: Path, enviro
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-def start_two(file: Path, port: int, environment: dict[str, Any]) -> list[subprocess.Popen]:
-    return [
-        start_cli(
-            "train",
-            file,
-            **environment,
-            JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(index),
-        )
-        for index in range(2)
-    ]
+    return free_port()
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:

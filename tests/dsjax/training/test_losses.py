@@ -1,5 +1,6 @@
 """Cross entropy in chunks: its value, its gradient and the memory it takes."""
 
+import functools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.config import BalanceConfig, LossConfig
+from dsjax.config import BalanceConfig, LossConfig, MeshConfig
 from dsjax.layers.linear import float32_matmul
 from dsjax.layers.moe import RouterStats
-from dsjax.mesh import ShardingRules
+from dsjax.mesh import ShardingRules, make_mesh, train_rules
+from dsjax.plan import count_collectives
 from dsjax.training.losses import balance_terms, sum_cross_entropy, training_loss
 from tests.small_models import SMALL, SMALL_MOE, random_model
 
@@ -30,6 +32,20 @@ def direct(weight_DW, hidden_BTD, targets_BT, weights_BT):
     return nats, jnp.sum(log_z_BT**2 * weights_BT)
 
 
+def test_with_a_gradient_a_chunk_has_three_products_of_the_head(rng):
+    """Its logits and the two gradients: nothing is multiplied again."""
+    shapes = ((8, 50), (2, 12, 8), (2, 12), (2, 12))
+    weight, hidden, targets, weights = (jnp.ones(shape) for shape in shapes)
+    targets = targets.astype(jnp.int32)
+
+    def nats(weight, hidden):
+        return sum_cross_entropy(with_head(weight), hidden, targets, weights, 8).objective
+
+    text = jax.jit(jax.grad(nats, (0, 1))).lower(weight, hidden).as_text()
+    assert text.count("stablehlo.dot_general") == 3
+    assert jax.jit(nats).lower(weight, hidden).as_text().count("stablehlo.dot_general") == 1
+
+
 @pytest.mark.core
 @pytest.mark.parametrize(("length", "chunk"), [(12, 1), (12, 7), (12, 24), (12, 10**6), (13, 15)])
 def test_chunks_give_the_direct_value_and_gradient(rng, length: int, chunk: int):
@@ -39,18 +55,64 @@ def test_chunks_give_the_direct_value_and_gradient(rng, length: int, chunk: int)
     weights = jnp.asarray(rng.integers(0, 2, (3, length)), jnp.float32)
 
     def chunked(weight, hidden):
-        nats, z = sum_cross_entropy(with_head(weight), hidden, targets, weights, chunk)
-        return nats + 0.3 * z, (nats, z)
+        sums = sum_cross_entropy(with_head(weight), hidden, targets, weights, chunk, 0.3)
+        return 2 * sums.objective, (sums.nats, sums.squared_z)
 
     def whole(weight, hidden):
         nats, z = direct(weight, hidden, targets, weights)
-        return nats + 0.3 * z, (nats, z)
+        return 2 * (nats + 0.3 * z), (nats, z)
 
     found, found_gradient = jax.value_and_grad(chunked, (0, 1), has_aux=True)(weight, hidden)
     expected, gradient = jax.value_and_grad(whole, (0, 1), has_aux=True)(weight, hidden)
     np.testing.assert_allclose(found[1], expected[1], rtol=2e-6)
     for a, b in zip(found_gradient, gradient, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "expert": 2}, {"fsdp": 4, "tensor": 2}])
+def test_the_head_is_gathered_once_and_its_gradient_scattered_once(rng, sizes):
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:8])
+    rules = train_rules(mesh)
+    hidden = jnp.asarray(rng.standard_normal((8, 32, 16)), jnp.float32)
+    weight = jnp.asarray(rng.standard_normal((16, 64)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 64, (8, 32)), jnp.int32)
+    weights = jnp.asarray(rng.integers(0, 2, (8, 32)), jnp.float32)
+    arrays = [
+        jax.device_put(array, rules.sharding(*dims))
+        for array, dims in (
+            (weight, ("param_embed", "vocab")),
+            (hidden, ("batch", "length", "embed")),
+            (targets, ("batch", "length")),
+            (weights, ("batch", "length")),
+        )
+    ]
+    rows = 8 // rules.num_batch_shards()
+
+    def loss(weight, hidden, targets, weights, rules=rules):
+        model = with_head(weight)
+        model.options.rules = rules
+        return sum_cross_entropy(model, hidden, targets, weights, 4 * rows, 0.3).objective
+
+    step = jax.jit(
+        jax.value_and_grad(loss, (0, 1)),
+        out_shardings=(None, (arrays[0].sharding, arrays[1].sharding)),
+    )
+    compiled = step.lower(*arrays).compile()
+    uses = count_collectives(compiled.as_text() or "", dict(mesh.shape))
+    head_bytes = 16 * 64 * 4 // sizes.get("tensor", 1)
+    for axis in ("fsdp", "expert"):
+        if sizes.get(axis, 1) > 1:  # eight chunks; forward and, no more backward
+            assert uses[f"all-gather over {axis}"].executions == 1
+            assert uses[f"reduce-scatter over {axis}"].executions == 1
+    summed = sum(use.bytes for name, use in uses.items() if name.startswith("all-reduce"))
+    assert summed < 2 * head_bytes or sizes.get("tensor", 1) > 1  # none of the whole head a chunk
+    value, gradients = compiled(*arrays)
+    expected = jax.value_and_grad(functools.partial(loss, rules=ShardingRules()), (0, 1))(
+        weight, hidden, targets, weights
+    )
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    for found, each in zip(gradients, expected[1], strict=True):
+        np.testing.assert_allclose(found, each, rtol=1e-4, atol=1e-5)
 
 
 def test_a_prime_length_takes_no_more_chunks_than_another():

@@ -5,7 +5,6 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -32,8 +31,8 @@ from dsjax.training.step import (
     accumulate_gradients,
     init_train_state,
     jitted_train_step,
-    make_optimizer,
 )
+from dsjax.xla_options import compiler_options
 from tests.dsjax.training.small_runs import MODEL, small_run
 from tests.small_models import LOSS, RUNTIME
 
@@ -115,22 +114,6 @@ def test_a_step_is_adamw_with_clipped_gradients(batches):
     assert int(after.step) == 1
 
 
-@pytest.mark.core
-def test_weight_decay_acts_on_all_but_the_norms():
-    _, state = begin()
-    optimizer = make_optimizer(OPTIMIZER)
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    updates, _ = optimizer.update(zeros, optimizer.init(state.params), state.params)
-    norms = 0
-    params = dict(nnx.to_flat_state(state.params))
-    for path, update in nnx.to_flat_state(updates):
-        is_norm = "norm" in str(path[-2]) if len(path) > 1 else False
-        norms += is_norm
-        expected = np.zeros(update.shape) if is_norm else 0.1 * np.asarray(params[path][...])
-        np.testing.assert_allclose(update[...], expected, rtol=1e-6)
-    assert norms == 9  # four in each kind of layer, and the last
-
-
 def test_bfloat16_parameters_keep_float32_moments(batches):
     graphdef, state = begin(
         MODEL, RuntimeConfig(dtype="bfloat16", param_dtype="bfloat16", remat="none")
@@ -139,7 +122,7 @@ def test_bfloat16_parameters_keep_float32_moments(batches):
     after, report = step(graphdef, state, batches[0], 1e-2)
     assert {leaf.dtype for leaf in leaves(after.params)} == {jnp.dtype("bfloat16")}
     for name in ("mu", "nu"):
-        moments = optax.tree_utils.tree_get(after.moments, name)
+        moments = getattr(after.moments, name)
         assert {leaf.dtype for leaf in leaves(moments)} == {jnp.dtype("float32")}
         assert all(np.any(leaf != 0) for leaf in leaves(moments))
     # The same weights in float32 have nearly the same loss: one field apart.
@@ -249,6 +232,15 @@ def test_a_run_keeps_its_budget(tmp_path):
     with pytest.raises(ValueError, match="budget_rows=8: must divide the 2 sequences of a slice"):
         with_budget(cut, ShardingRules(), started)
     assert with_budget(config, ShardingRules(), with_rows(cut, 2)) == with_rows(config, 2)
+
+
+def test_a_users_flags_go_before_ours(monkeypatch):
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        monkeypatch.setenv(name, "")
+    (option,) = compiler_options("tpu")
+    assert compiler_options("cpu") == {}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--other=1 --{option}=false")
+    assert compiler_options("tpu") == {}
 
 
 @pytest.mark.slow

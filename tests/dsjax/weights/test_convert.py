@@ -257,3 +257,38 @@ def test_a_file_that_cannot_be_written_is_named_and_a_rerun_goes_on(tmp_path, di
 
 
 # Each damages a folder of three files and says what the error must name.
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"normalize_weights": True}, "norm_topk_prob"),
+        ({"normalize_weights": True, "top_k": 1, "top_groups": 1}, None),  # then nothing is normed
+        ({"num_shared_experts": 0}, "shared experts of width 0"),
+        ({}, None),
+    ],
+)
+def test_an_export_that_other_software_runs_differently_is_said(tmp_path, caplog, fields, said):
+    config = replace(SMALL, moe=replace(SMALL_MOE, **fields))
+    save_weights(random_model(config), tmp_path / "hf", format="hf")
+    if said is None:
+        assert "differently" not in caplog.text
+    else:
+        assert said in caplog.text
+
+
+def test_tensors_of_no_numbers_of_absent_shared_experts_are_taken(tmp_path):
+    config = replace(SMALL, moe=replace(SMALL_MOE, num_shared_experts=0))
+    tensors = make_folder(tmp_path / "hf", config, np.float32, num_files=1)
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    prefix = "model.layers.1.mlp.shared_experts"
+    empty = {
+        f"{prefix}.gate_proj.weight": np.zeros((0, 32), np.float32),
+        f"{prefix}.down_proj.weight": np.zeros((32, 0), np.float32),
+    }
+    safetensors.numpy.save_file(tensors | empty, file)
+    load_weights(tmp_path / "hf")
+    convert_quietly(tmp_path / "hf", tmp_path / "ours")
+    convert_quietly(tmp_path / "ours", tmp_path / "back")
+    back = safetensors.numpy.load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensors.keys()

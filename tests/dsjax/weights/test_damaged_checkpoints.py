@@ -231,7 +231,47 @@ def no_weights(folder, names):
     return [str(folder), "no safetensors files"]
 
 
+def rename_all(folder, rename):
+    for file in folder.glob("*.safetensors"):
+        tensors = safetensors.numpy.load_file(file)
+        safetensors.numpy.save_file(rename(tensors), file)
+    (folder / INDEX_NAME).unlink()
+
+
+def base_model_without_prefix(folder, names):
+    rename_all(folder, lambda t: {name.removeprefix("model."): x for name, x in t.items()})
+    return [str(folder), "a base model without the prefix `model.`", "tensors are missing", "more"]
+
+
+def scales_of_fp8(folder, names):
+    def add(tensors):
+        scales = {f"{name}_scale_inv": np.ones(1, np.float32) for name in tensors}
+        return tensors | scales
+
+    rename_all(folder, add)
+    return [str(folder), "quantised weights (FP8", "weight_scale_inv", "and", "more"]
+
+
+def adapter_beside_it(folder, names):
+    (folder / INDEX_NAME).unlink()
+    lora = {"base_model.model.lora_A.weight": np.ones((2, 2), np.float32)}
+    safetensors.numpy.save_file(lora, folder / "adapter_model.safetensors")
+    return ["adapter_model.safetensors", "a LoRA adapter", "base_model.model.lora_A"]
+
+
+def weights_of_torch(folder, names):
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    for number in range(9):
+        (folder / f"pytorch_model-{number}.bin").write_bytes(b"PK")
+    return ["no safetensors files", "pytorch_model-0.bin", "and 4 more", "as safetensors"]
+
+
 DAMAGES = [
+    base_model_without_prefix,
+    scales_of_fp8,
+    adapter_beside_it,
+    weights_of_torch,
     truncate,
     truncate_in_the_header,
     empty_file,
@@ -281,6 +321,7 @@ def test_damaged_input_is_named_in_one_line_before_anything_is_written(
             use()
         message = str(info.value)
         assert [part for part in expected if part not in message] == [], message
+        assert len(message) < 1500, message
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -315,3 +356,12 @@ def test_every_header_that_the_library_writes_is_read_alike(tmp_path, rng):
     with pytest.raises(ValueError, match=r"x.safetensors: tensor ids: dtype I64 must be one of"):
         folder.read("ids", 0, 5)
     folder.close()
+
+
+def test_sidecars_of_a_mac_are_no_weights(tmp_path, sound_folder):
+    shutil.copytree(sound_folder, tmp_path / "hf")
+    (tmp_path / "hf" / INDEX_NAME).unlink()
+    for file in list((tmp_path / "hf").glob("*.safetensors")):
+        file.with_name(f"._{file.name}").write_bytes(b"\x00\x05\x16\x07Mac OS X")
+    load_weights(tmp_path / "hf")
+    convert_quietly(tmp_path / "hf", tmp_path / "ours")

@@ -29,8 +29,10 @@ from dsjax.config import (
 )
 from dsjax.config.stored import run_to_json
 from dsjax.data.tokenizer import load_tokenizer
+from dsjax.data.tokenizer_files import write_byte_tokenizer
 from dsjax.families import find_model_config, hf_table
 from dsjax.families.tensors import params_to_hf
+from dsjax.files import LockHeldError, locked
 from dsjax.mesh import inference_rules, make_mesh, train_rules
 from dsjax.weights import load_weights, locate, save_assets, save_weights
 from dsjax.weights.convert import convert
@@ -142,7 +144,7 @@ def test_eight_devices_hold_the_same_weights(tmp_path, config, rules):
 
 def test_large_arrays_cross_between_host_and_devices_in_parts(places, model, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "dsjax.weights.load_save._HOST_BYTES", 6000
+        "dsjax.weights.to_devices.HOST_BYTES", 6000
     )  # a third of the experts' arrays
     assert_same_weights(load_weights(places / "ours"), model)
     mesh = make_mesh(MeshConfig(fsdp=1, expert=2), devices=jax.devices()[:2])
@@ -234,6 +236,14 @@ def test_a_run_converts_to_a_hugging_face_folder(places, model, tmp_path, place)
     assert load_tokenizer(spec).bos_id == 256
 
 
+def test_a_step_of_a_run_is_chosen_for_conversion(places, model, tmp_path):
+    convert(places / "run", tmp_path / "hf", progress=False, step=3)  # zeros, by `make_run`
+    zeros = jax.tree.leaves(params_of(load_weights(tmp_path / "hf")))
+    assert not any(leaf.any() for leaf in zeros)
+    with pytest.raises(ValueError, match=r"step=4: .* has no such step; it has 3, 12"):
+        convert(places / "run", tmp_path / "other", progress=False, step=4)
+
+
 def test_a_hub_name_is_downloaded_and_loaded(places, model, monkeypatch):
     asked = []
 
@@ -252,6 +262,18 @@ def test_a_run_that_starts_from_a_model_keeps_its_files_but_not_its_tokenizer(pl
     names = {file.name for file in (tmp_path / "hf").iterdir()}
     assert names == {"README.md", "tokenizer.json", "tokenizer_config.json"}
     assert load_tokenizer(str(tmp_path / "hf")).eos_id == 257
+
+
+def test_another_tokenizer_leaves_no_ids_of_the_old_one_in_generation_config(places, tmp_path):
+    shutil.copytree(places / "hf", tmp_path / "hf")
+    file = tmp_path / "hf" / "generation_config.json"
+    file.write_text('{"eos_token_id": [5, 6], "pad_token_id": 5, "temperature": 0.3}')
+    save_assets("bytes", str(tmp_path / "hf"), tmp_path / "other")
+    content = json.loads((tmp_path / "other" / "hf" / file.name).read_text())
+    assert content == {"temperature": 0.3, "bos_token_id": 256, "eos_token_id": 257}
+    write_byte_tokenizer(tmp_path / "hf")
+    save_assets("bytes", str(tmp_path / "hf"), tmp_path / "same")
+    assert (tmp_path / "same" / "hf" / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -282,12 +304,34 @@ def test_a_path_with_dots_is_read_like_any_other(places, model):
 
 
 def test_saving_removes_nothing_but_what_a_save_left(model, tmp_path):
-    left = ["new.saving", "new.saving.orbax-checkpoint-tmp-1"]
     kept = ["new.partial", "new.partial-notes", "new.saving-mine"]
-    for name in left + kept:
+    for name in kept:
         (tmp_path / name).mkdir()
+    (tmp_path / "new.saving" / "out").mkdir(parents=True)  # of a save that was killed
+    (tmp_path / "new.saving" / "save.lock").touch()
     save_weights(model, tmp_path / "new", format="hf")
     assert {file.name for file in tmp_path.iterdir()} == {"new", *kept}
+
+
+@pytest.mark.parametrize("format", ["hf", "dsjax"])
+def test_a_folder_of_the_users_own_is_not_cleared(model, tmp_path, format):
+    thesis = tmp_path / "new.saving" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("text")
+    with pytest.raises(FileExistsError, match=r"new\.saving: is in the way, and no save made it"):
+        save_weights(model, tmp_path / "new", format=format)
+    assert thesis.read_text() == "text"
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_saves_do_not_share_a_folder(model, tmp_path):
+    (tmp_path / "new.saving").mkdir()
+    with (
+        locked(tmp_path / "new.saving" / "save.lock"),
+        pytest.raises(LockHeldError, match=r"new\.saving: in use by process"),
+    ):
+        save_weights(model, tmp_path / "new", format="hf")
+    assert [file.name for file in tmp_path.iterdir()] == ["new.saving"]
 
 
 def test_saving_never_overwrites(places, model):
@@ -317,8 +361,8 @@ def test_a_save_that_fails_names_the_file_and_leaves_nothing(places, tmp_path):
     args = [sys.executable, "-c", FULL, places / "hf", tmp_path / "new"]
     done = subprocess.run(args, capture_output=True, text=True, check=True)
     of_hf, of_ours = done.stdout.splitlines()
-    assert f"{tmp_path}/new.saving/model.safetensors" in of_hf
-    assert f"{tmp_path}/new.saving/params: cannot be written: " in of_ours
+    assert f"{tmp_path}/new.saving/out/model.safetensors" in of_hf
+    assert f"{tmp_path}/new.saving/out/params: cannot be written: " in of_ours
     assert list(tmp_path.iterdir()) == []
 
 
@@ -326,6 +370,7 @@ def test_a_damaged_checkpoint_of_ours_is_named(places, model, tmp_path):
     shutil.copytree(places / "ours", tmp_path / "ours")
     file = tmp_path / "ours" / "dsjax.json"
     content = json.loads(file.read_text())
+    (tmp_path / "ours" / "checksums.json").unlink()  # as for whoever means to edit a file
 
     file.write_text(json.dumps(content | {"format": 9}))
     with pytest.raises(ValueError, match=r"dsjax\.json: format=9: this version reads 1"):
@@ -338,7 +383,9 @@ def test_a_damaged_checkpoint_of_ours_is_named(places, model, tmp_path):
         load_weights(tmp_path / "ours")
 
     file.write_text(json.dumps(content | {"model": to_json(SMALL_LITE)}))
-    with pytest.raises(ValueError, match=r"moe_layers.attention.wq_a.weight is not of this model"):
+    with pytest.raises(
+        ValueError, match=r"dense_layers.attention.wq_a.weight is not of this model"
+    ):
         load_weights(tmp_path / "ours")
 
     file.unlink()  # what is not complete is no checkpoint

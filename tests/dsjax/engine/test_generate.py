@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from dsjax.data.tokenizer import ByteTokenizer
-from dsjax.inference.generate import generate
-from dsjax.inference.sampler import Sampling
+from dsjax.engine import generate
+from dsjax.inference.sampling import Sampling
+from dsjax.kernels import Kernels
 from dsjax.model import DeepSeekV2
 from tests.small_models import SMALL, random_model
 
@@ -51,6 +52,14 @@ def test_prompts_together_give_what_each_gives_alone(model, greedy):
     for i, prompt in enumerate(PROMPTS):
         (alone,) = generate(model, TOKENIZER, [ids(prompt)], Sampling(max_tokens=12))
         assert alone == greedy[i]
+
+
+def test_steps_padded_with_rows_of_nobody_give_the_same(greedy):
+    """As GPUs run them: multiples of so many rows, and each layer by itself if asked for."""
+    config = replace(SMALL, num_layers=2, vocab_size=258, max_length=100)
+    padded = random_model(config, kernels=Kernels(unroll_decode=True, min_decode_rows=6))
+    found = generate(padded, TOKENIZER, [ids(p) for p in PROMPTS], Sampling(max_tokens=12))
+    assert found == greedy
 
 
 def test_drawn_together_or_alone_is_the_same(model):

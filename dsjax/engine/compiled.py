@@ -1,0 +1,58 @@
+"""Compiled programs of all engines of this process, so that a second engine compiles nothing."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsjax.xla_options import quantised_options
+
+_MAX_PROGRAMS = 256
+_QUANTISED_DTYPES = tuple(map(jnp.dtype, (jnp.int8, jnp.int4, jnp.uint4, jnp.float8_e4m3fn)))
+_programs: OrderedDict[Hashable, Any] = OrderedDict()
+_lock = threading.Lock()
+
+
+def compiled(
+    function: Callable[..., Any],
+    static: tuple[Hashable, ...],
+    arguments: tuple[Any, ...],
+    donated: tuple[int, ...],
+    out_sharding: Any,
+    *,
+    unpacks: bool = False,
+) -> Any:
+    """Returns a compiled program, which takes arrays of these shapes and nothing else.
+
+    Args:
+        function: takes `static`, then arrays.
+        static: its first arguments.
+        arguments: its other arguments: arrays, or `jax.ShapeDtypeStruct` with shardings.
+        donated: places among `arguments` whose arrays are overwritten.
+        out_sharding: of all results, or a tuple of them.
+        unpacks: whether quantised weights come as bytes.
+    """
+    leaves, treedef = jax.tree.flatten(arguments)
+    shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype), leaf.sharding) for leaf in leaves)
+    key = (function, static, treedef, shapes, donated, out_sharding)
+    with _lock:
+        if key in _programs:
+            _programs.move_to_end(key)
+            return _programs[key]
+    run = functools.partial(function, *static)
+    jitted = jax.jit(run, donate_argnums=donated, out_shardings=out_sharding)
+    quantised = unpacks or any(leaf.dtype in _QUANTISED_DTYPES for leaf in leaves)
+    device: Any = next(iter(jax.tree.leaves(out_sharding)[0].device_set))
+    options = quantised_options(device.platform) if quantised else {}
+    program = jitted.lower(*arguments).compile(compiler_options=options or None)
+    with _lock:
+        _programs[key] = program
+        while len(_programs) > _MAX_PROGRAMS:
+            _programs.popitem(last=False)
+    return program

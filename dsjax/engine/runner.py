@@ -1,0 +1,394 @@
+"""The device's side of the engine: its arrays, and the launching of steps on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Container
+from collections.abc import Sequence as Listing
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from dsjax.cache import LatentPool
+from dsjax.config import EngineConfig
+from dsjax.engine import programs
+from dsjax.engine.compiled import compiled
+from dsjax.engine.host_reader import HostReader, Tables
+from dsjax.engine.packing import Choice, pack_changes, pack_choices, pack_rows
+from dsjax.engine.programs import ChoiceShape, ModelKey, RowShape
+from dsjax.engine.sizes import expert_capacity, num_lanes, pool_shapes, serving_model_rules
+from dsjax.engine.state import ChunkShape, Limits, Sequence, Step
+from dsjax.inference.sampler import PACKED_SIZE, LogitChanges, LogProbs
+from dsjax.model import DeepSeekV2, abstract_model
+from dsjax.weights.host_experts import host_experts_of
+
+
+class Chosen(NamedTuple):
+    """What the device chooses, on its way to the host."""
+
+    tokens_M: jax.Array
+    logprobs: LogProbs | None
+
+    def on_host(self) -> tuple[np.ndarray, LogProbs | None]:
+        """Waits for the device and returns NumPy arrays."""
+        return jax.device_get((self.tokens_M, self.logprobs))
+
+
+class Row(NamedTuple):
+    """Rows that are being read: their logits, and log-probabilities of the prompts' tokens."""
+
+    shape: RowShape
+    logits_MW: jax.Array
+    prompt_logprobs: LogProbs | None
+
+    def place(self, lane: int, index: int) -> int:
+        """Returns where the logits of a lane's sample lie."""
+        return lane * self.shape.num_wanted + index
+
+    def prompt_place(self, lane: int, index: int) -> int:
+        """Returns where the log-probabilities of a lane's piece begin."""
+        assert self.shape.chunk is not None
+        return lane * self.shape.chunk.row_tokens + index * self.shape.chunk.num_tokens
+
+
+class Runner:
+    """Holds a model, the pool and the tables, and runs steps; knows nothing of requests.
+
+    All launches return before the device is done; but where experts are in the host's memory, a row
+    is read layer by layer, and `read` returns during the last.
+    """
+
+    def __init__(
+        self,
+        model: DeepSeekV2,
+        config: EngineConfig,
+        limits: Limits,
+        num_pages: int,
+        known_W: np.ndarray,
+    ) -> None:
+        """Allocates nothing yet; `reset` does.
+
+        Args:
+            model: the model.
+            config: sizes.
+            limits: what each lane's scheduler keeps to.
+            num_pages: pages of each layer's part of a device's pool.
+            known_W: bool, ids that the tokenizer has.
+        """
+        mesh = model.options.rules.mesh
+        if mesh is not None:
+            self._sharding: jax.sharding.Sharding = NamedSharding(mesh, PartitionSpec())
+        else:
+            (device,) = jax.tree.leaves(nnx.state(model))[0].devices()
+            self._sharding = SingleDeviceSharding(device)
+        self._config = config
+        self._limits = limits
+        step = model.options.kernels.min_decode_rows
+        of_lane = (-(-size // num_lanes(model)) for size in config.decode_sizes())
+        self._decode_sizes = sorted({-(-size // step) * step for size in of_lane})
+        self._most_rows = -(-limits.max_batch // step) * step
+        self._vocab_size = model.config.vocab_size
+        rules = serving_model_rules(model)
+        self._num_lanes = num_lanes(model)
+        self._nobody = self._num_lanes * limits.max_batch
+        graphdef, state = nnx.split(model)
+        if rules != model.options.rules:  # the arrays stay where they are
+            options = model.options
+            graphdef, _ = abstract_model(model.config, options.runtime, rules, options.kernels)
+        leaves, treedef = jax.tree.flatten(state)
+        self._key = ModelKey(graphdef, treedef)
+        self._leaves = tuple(leaves)
+        self._known_W = self._put(known_W)
+        self._pool_sharding = rules.sharding("pages") or self._sharding
+        self._logits_sharding = rules.sharding("batch", None) or self._sharding
+        self._shapes = self._array_shapes(pool_shapes(model, config, num_pages))
+        self._arrays: _Arrays | None = None
+        self._host_reader: HostReader | None = None
+        if (experts := host_experts_of(model)) is not None:
+            capacity = expert_capacity(model, config, num_pages)
+            self._host_reader = HostReader(
+                self._key, self._leaves, experts, capacity, self._sharding
+            )
+        self._programs: dict[_ProgramKey, Any] = {}
+
+    # Arrays
+
+    def reset(self) -> None:
+        """Allocates the pool and the tables anew, as at the start and after a failed step."""
+        self._arrays = None
+        self._arrays = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self._shapes
+        )
+
+    def release(self) -> None:
+        """Frees the pool and the tables, and experts that are in the host's memory anyway."""
+        self._arrays = None
+        if self._host_reader is not None:
+            self._host_reader.forget()
+
+    def update_weights(self, state: nnx.State) -> None:
+        """Puts other weights in the place of the model's: same shapes, types and layout.
+
+        Raises:
+            ValueError: names the first that differs.
+        """
+        if self._host_reader is not None:
+            raise ValueError("weights: not replaced while experts are in the host's memory")
+        flat, treedef = jax.tree.flatten(state)
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]
+        if treedef != self._key.treedef:
+            raise ValueError("weights: their names are not those of the model")
+        for path, old, new in zip(paths, self._leaves, flat, strict=True):
+            if (old.shape, old.dtype) != (new.shape, new.dtype):
+                raise ValueError(
+                    f"weights{path}: {new.dtype}{list(new.shape)} cannot replace "
+                    f"{old.dtype}{list(old.shape)}"
+                )
+        self._leaves = tuple(
+            jax.device_put(new, old.sharding) for old, new in zip(self._leaves, flat, strict=True)
+        )
+
+    def _array_shapes(self, pool: LatentPool) -> _Arrays:
+        slots = self._nobody + 1
+        columns = -(-self._limits.max_length // self._config.page_size)
+        tables: Any = (self._shape((slots,), jnp.int32), self._shape((slots, columns), jnp.int32))
+        place = self._pool_sharding
+        divided = jax.tree.map(lambda x: self._shape(x.shape, x.dtype, place), pool)
+        return _Arrays(divided, *tables)
+
+    def _shape(
+        self, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding | None = None
+    ) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self._sharding)
+
+    def _put(self, array: np.ndarray | np.integer) -> jax.Array:
+        return jax.device_put(array, self._sharding)
+
+    # Launching
+
+    def read(self, steps: Listing[Step], prompt_logprobs: Container[Sequence] = ()) -> Row:
+        """Begins to read the rows of a step.
+
+        Args:
+            steps: the step of each lane; those that have a chunk have the same.
+            prompt_logprobs: sequences whose prompts' tokens get their log-probabilities.
+        """
+        assert self._arrays is not None
+        self._set_pages([page for step in steps for page in step.new_pages])
+        shape = self._row_shape(
+            max(len(step.decoding) for step in steps),
+            next((step.chunk for step in steps if step.chunk), None),
+            max(len(step.samples) for step in steps),
+            any(piece.sequence in prompt_logprobs for step in steps for piece in step.pieces),
+        )
+        integers_RK = self._put(pack_rows(shape, steps, self._nobody))
+        pool, tables = self._arrays.pool, (self._arrays.newest_S, self._arrays.table_SP)
+        if self._host_reader is None:
+            logits_MW, logprobs, pool = self._program(shape)(
+                self._leaves, pool, *tables, self._known_W, integers_RK
+            )
+        else:
+            logits_MW, logprobs, pool = self._host_reader.read(
+                shape, pool, Tables(*tables, integers_RK), self._known_W
+            )
+        self._arrays = self._arrays._replace(pool=pool)
+        if logprobs is not None:
+            _copy_to_host(logprobs)
+        return Row(shape, logits_MW, logprobs)
+
+    def choose(
+        self,
+        row: Row,
+        sequences: Listing[Sequence],
+        choices: Listing[Choice],
+        places: Listing[int],
+    ) -> Chosen:
+        """Begins to choose next tokens.
+
+        Args:
+            row: what `read` gave.
+            sequences: whose tokens.
+            choices: how each is chosen.
+            places: of each among the logits wanted.
+        """
+        assert self._arrays is not None
+        num_wanted = row.logits_MW.shape[0]
+        shape = ChoiceShape(
+            num_wanted,
+            draws=any(choice.draws for choice in choices),
+            limits=any(choice.limits for choice in choices),
+            changes=any(choice.changes for choice in choices),
+            logprobs=any(choice.logprobs for choice in choices),
+        )
+        shape = _compiled_for(shape)
+        packed_MK = pack_choices(num_wanted, sequences, choices, places, self._nobody)
+        counts = changes = None
+        if shape.changes:
+            counts = self._counts()
+            changes = tuple(
+                self._put(array)
+                for array in pack_changes(num_wanted, self._vocab_size, choices, places)
+            )
+        tokens_M, logprobs, newest_S, counts = self._program(shape)(
+            row.logits_MW,
+            self._arrays.newest_S,
+            self._known_W,
+            self._put(packed_MK),
+            counts,
+            changes,
+        )
+        self._arrays = self._arrays._replace(newest_S=newest_S)
+        if counts is not None:
+            self._arrays = self._arrays._replace(counts_SW=counts)
+        _copy_to_host((tokens_M, logprobs))
+        return Chosen(tokens_M, logprobs)
+
+    def set_counts(self, slot: int, prompt: Listing[int], text: Listing[int]) -> None:
+        """Counts a sequence's tokens, before the first choice that depends on them."""
+        assert self._arrays is not None
+        row_W = 2 * np.bincount(text, minlength=self._vocab_size).astype(np.int32)
+        row_W[np.asarray(prompt)] |= 1
+        run = self._program("counts")
+        counts = run(self._counts(), self._put(np.int32(slot)), self._put(row_W))
+        self._arrays = self._arrays._replace(counts_SW=counts)
+
+    def _counts(self) -> jax.Array:
+        """Returns the counts of all slots, allocated when they are needed first."""
+        assert self._arrays is not None
+        if self._arrays.counts_SW is None:
+            shape = self._counts_shape()
+            counts = self._put(np.zeros(shape.shape, shape.dtype))  # compiles nothing
+            self._arrays = self._arrays._replace(counts_SW=counts)
+        assert self._arrays.counts_SW is not None
+        return self._arrays.counts_SW
+
+    def _counts_shape(self) -> jax.ShapeDtypeStruct:
+        return self._shape((self._nobody + 1, self._vocab_size), jnp.int32)
+
+    def _set_pages(self, new_pages: Listing[tuple[int, int, int]]) -> None:
+        assert self._arrays is not None
+        table_SP = self._arrays.table_SP
+        for start in range(0, len(new_pages), programs.TABLE_UPDATES):
+            entries = np.full((3, programs.TABLE_UPDATES), table_SP.shape[0], np.int32)
+            some = new_pages[start : start + programs.TABLE_UPDATES]
+            entries[:, : len(some)] = np.asarray(some, np.int32).T
+            table_SP = self._program("pages")(table_SP, self._put(entries))
+        self._arrays = self._arrays._replace(table_SP=table_SP)
+
+    # Programs
+
+    def _row_shape(
+        self, num_decoding: int, chunk: ChunkShape | None, num_chosen: int, prompt_logprobs: bool
+    ) -> RowShape:
+        """Returns the compiled shape for a step; beside a chunk, the smallest or largest."""
+        sizes = self._decode_sizes
+        if chunk is None and sizes:
+            size = next(size for size in sizes if size >= num_decoding)
+            return RowShape(size, None, size, num_rows=self._num_lanes)
+        chunk = chunk or min(self._limits.chunks, key=lambda shape: shape.row_tokens)
+        few = sizes and max(num_decoding, num_chosen) <= sizes[0] and not prompt_logprobs
+        size = sizes[0] if few else self._most_rows
+        return RowShape(size, chunk, size, prompt_logprobs, self._num_lanes)
+
+    def row_shapes(self) -> list[RowShape]:
+        """Returns all shapes of rows that the engine ever reads."""
+        shapes = [self._row_shape(size, None, size, False) for size in self._decode_sizes]
+        wants = (False, True) if self._config.prompt_logprobs else (False,)
+        beside = [(0, False), *((self._most_rows, want) for want in wants)]
+        shapes += [
+            self._row_shape(n, c, n, want) for c in self._limits.chunks for n, want in beside
+        ]
+        return list(dict.fromkeys(shapes))
+
+    def choice_shapes(self) -> list[ChoiceShape]:
+        """Returns all shapes of choices that the engine ever makes."""
+        kinds = [(False, False, False), (True, False, False), (True, True, False)]
+        kinds.append((True, True, True))
+        return [
+            ChoiceShape(size * self._num_lanes, *kind, logprobs)
+            for size in sorted({*self._decode_sizes, self._most_rows})
+            for kind in kinds
+            for logprobs in (False, True)
+        ]
+
+    def warm_up(self) -> None:
+        """Compiles every program, several at a time; `read` and `choose` compile none after."""
+        keys: list[_ProgramKey] = [*self.choice_shapes(), "pages", "counts"]
+        if self._host_reader is None:
+            keys += self.row_shapes()
+        else:
+            arrays, known = self._shapes, self._shape((self._vocab_size,), bool)
+            tables = Tables(arrays.newest_S, arrays.table_SP, None)
+            self._host_reader.warm_up(self.row_shapes(), arrays.pool, tables, known)
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            list(pool.map(self._program, keys))
+
+    def _program(self, key: _ProgramKey) -> Any:
+        """Returns a program, compiled when it is needed first."""
+        if key not in self._programs:
+            places: Any = self._sharding
+            if isinstance(key, RowShape):
+                places = (self._logits_sharding, self._sharding, self._pool_sharding)
+            self._programs[key] = compiled(*self._to_compile(key), places)
+        return self._programs[key]
+
+    def _to_compile(self, key: _ProgramKey) -> _ToCompile:
+        """Returns what `compiled` takes for a program."""
+        arrays, known = self._shapes, self._shape((self._vocab_size,), bool)
+        if isinstance(key, RowShape):
+            integers_RK = self._shape((key.num_rows, key.num_integers), jnp.int32)
+            tables = (arrays.pool, arrays.newest_S, arrays.table_SP)
+            return (
+                programs.read_row,
+                (self._key, key),
+                (self._leaves, *tables, known, integers_RK),
+                (1,),
+            )
+        if isinstance(key, ChoiceShape):
+            size = key.num_wanted
+            wide = (size, self._vocab_size)
+            logits_MW = self._shape(wide, jnp.float32, self._logits_sharding)
+            packed_MK = self._shape((size, PACKED_SIZE + 1), jnp.uint32)
+            counts = changes = None
+            if key.changes:
+                counts = self._counts_shape()
+                host = LogitChanges.host_arrays(size, self._vocab_size)
+                changes = tuple(self._shape(array.shape, array.dtype) for array in host)
+            arguments = (logits_MW, arrays.newest_S, known, packed_MK, counts, changes)
+            return programs.choose_tokens, (key,), arguments, (1, 4) if key.changes else (1,)
+        if key == "pages":
+            entries = self._shape((3, programs.TABLE_UPDATES), jnp.int32)
+            return programs.set_pages, (), (arrays.table_SP, entries), (0,)
+        row_W = self._shape((self._vocab_size,), jnp.int32)
+        slot = self._shape((), jnp.int32)
+        return programs.set_counts, (), (self._counts_shape(), slot, row_W), (0,)
+
+
+# A function, its static arguments, its arrays, and the places of those that it overwrites.
+_ToCompile = tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], tuple[int, ...]]
+_ProgramKey = RowShape | ChoiceShape | Literal["pages", "counts"]
+
+
+class _Arrays(NamedTuple):
+    """What the device keeps from step to step, the weights apart."""
+
+    pool: LatentPool
+    newest_S: jax.Array
+    table_SP: jax.Array
+    counts_SW: jax.Array | None = None
+
+
+def _compiled_for(shape: ChoiceShape) -> ChoiceShape:
+    """Returns the compiled shape that does at least as much; there are four kinds."""
+    draws = shape.draws or shape.changes
+    return shape._replace(draws=draws, limits=(draws and shape.limits) or shape.changes)
+
+
+def _copy_to_host(arrays: Any) -> None:
+    for leaf in jax.tree.leaves(arrays):
+        leaf.copy_to_host_async()

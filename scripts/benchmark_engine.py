@@ -1,0 +1,137 @@
+"""Speed of the engine as it serves, on random weights and tokens.
+
+    python scripts/benchmark_engine.py configs/models/deepseek_v2_lite.py --requests 1000
+
+Prints one JSON line a measurement: "start" (compiling), "single" (one request), "prefix" (the time
+to the first token, cold, after a shared prefix and without it) and "load" (many requests at once).
+Every text has its full length: end tokens are read on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsjax.config import EngineConfig
+from dsjax.config.load import load_model_and_runtime
+from dsjax.data.tokenizer import ByteTokenizer
+from dsjax.engine import Engine, Request, TextPiece
+from dsjax.inference.sampling import Sampling
+from dsjax.kernels import choose_kernels
+from dsjax.model import create_model
+
+
+class NumberTokenizer(ByteTokenizer):
+    """As many ids as the model has; those past the bytes are spelled by their number."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self._token_bytes += [f"<{i}>".encode() for i in range(len(self._token_bytes), vocab_size)]
+        self.known_ids = np.ones(vocab_size, np.bool_)
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--batch", type=int, default=256, help="requests that run at once")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of each text")
+    parser.add_argument("--chunk", type=int, default=2048, help="prompt tokens a step")
+    parser.add_argument("--prefix", type=int, default=4000)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    arguments = parser.parse_args()
+    config, runtime = load_model_and_runtime(arguments.config, arguments.overrides)
+    runtime = dataclasses.replace(runtime, param_dtype=runtime.dtype)
+    device = jax.devices()[0]
+    model = create_model(config, 0, runtime, kernels=choose_kernels(device, config, runtime))
+    jax.block_until_ready(jax.tree.leaves(model))
+    longest = max(arguments.prompt + arguments.tokens, arguments.prefix + 64, 2048 + 256)
+    begun = time.perf_counter()
+    engine = Engine(
+        model,
+        NumberTokenizer(config.vocab_size),
+        EngineConfig(
+            max_batch=arguments.batch,
+            max_length=min(config.max_length, longest),
+            chunk_tokens=arguments.chunk,
+            prompt_logprobs=False,
+        ),
+    )
+    started = {"seconds": time.perf_counter() - begun, "num_pages": engine.figures().num_pages}
+    report("start", started)
+    rng = np.random.default_rng(0)
+
+    def prompt(size: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, config.vocab_size, size).tolist())
+
+    def sampling(tokens: int) -> Sampling:
+        return Sampling(
+            max_tokens=tokens, ignore_eos=True, temperature=arguments.temperature, top_p=0.95
+        )
+
+    def timed(request: Request) -> tuple[float, float]:
+        """Seconds to the first token, and between the tokens after it."""
+        times = [time.perf_counter()]
+
+        def note(_: int, event: Any) -> None:
+            if isinstance(event, TextPiece) and event.tokens:
+                times.append(time.perf_counter())
+
+        engine.generate([request], note)
+        return times[1] - times[0], (times[-1] - times[1]) / max(1, len(times) - 2)
+
+    timed(Request(prompt(64), sampling(4)))
+    single = min(2048, config.max_length - 256)
+    between = min(timed(Request(prompt(single), sampling(256)))[1] for _ in range(2))
+    report("single", {"prompt": single, "tokens_per_second": 1 / between})
+    shared, suffix = prompt(arguments.prefix), prompt(32)
+    seconds = {
+        "cold": timed(Request((*shared, *suffix), sampling(2)))[0],
+        "shared": timed(Request((*shared, *prompt(32)), sampling(2)))[0],
+        "suffix": timed(Request(prompt(32), sampling(2)))[0],
+    }
+    report("prefix", {"prefix": arguments.prefix} | seconds)
+    requests = [
+        Request(prompt(arguments.prompt), sampling(arguments.tokens))
+        for _ in range(arguments.requests)
+    ]
+    before = engine.figures()
+    begun = time.perf_counter()
+    found = engine.generate(requests)
+    seconds_taken = time.perf_counter() - begun
+    tokens = sum(len(one.tokens) for one in found)
+    figures = dataclasses.asdict(engine.figures())
+    figures["steps"] -= before.steps
+    memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    report(
+        "load",
+        {
+            "requests": arguments.requests,
+            "prompt": arguments.prompt,
+            "tokens": arguments.tokens,
+            "batch": arguments.batch,
+            "seconds": seconds_taken,
+            "tokens_per_second": tokens / seconds_taken,
+            "peak_bytes": memory,
+            "figures": figures,
+        },
+    )
+
+
+def report(name: str, figures: dict[str, Any]) -> None:
+    """Prints a measurement with the chip that it was made on."""
+    about = {"measurement": name, "chip": jax.devices()[0].device_kind}
+    print(json.dumps(about | figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

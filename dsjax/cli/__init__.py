@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from dsjax import __version__
-from dsjax.cli import convert, data, generate, info, train
+from dsjax.cli import chat, convert, data, evaluate, generate, info, plan, serve, train
 
 app = typer.Typer(
     help="DeepSeek-V2 in JAX: train, generate, convert.",
@@ -26,8 +26,10 @@ app = typer.Typer(
 )
 # Typer exports no base of its usage errors, which is its own class or click's, by its version.
 _USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
-for command in (info.info, train.train, generate.generate, convert.convert, info.check):
+_COMMANDS = (info.info, train.train, plan.plan, generate.generate, chat.chat, serve.serve)
+for command in (*_COMMANDS, convert.convert, info.check):
     app.command()(command)
+app.command("eval")(evaluate.evaluate)
 app.add_typer(data.app, name="data")
 
 

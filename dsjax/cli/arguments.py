@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Literal
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +12,36 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Config fields to change: field.subfield=value.")
 ]
 DType = Literal["bfloat16", "float32"]
+ModelDType = Annotated[DType, typer.Option(help="Of parameters and computation.")]
+Step = Annotated[int | None, typer.Option(help="Of a training run, else the newest.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="int8, fp8 or int4, or a recipe's file: weights in fewer bits."),
+]
+Kernels = Annotated[
+    list[str] | None, typer.Option(help="OP=IMPLEMENTATION, such as mla_decode=xla.")
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="What the model may take, as 16GiB; experts that do not fit stay in host memory."
+    ),
+]
+
+# How tokens are chosen.
+Temperature = Annotated[
+    float | None, typer.Option(help="0 takes the best token; else the model's, or 0.")
+]
+TopK = Annotated[int | None, typer.Option(help="Keep the best so many; 0 keeps all.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the best tokens of this probability.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Keep tokens of this share of the best one's probability.")
+]
+Seed = Annotated[int, typer.Option(help="Of the draws.")]
+Stop = Annotated[list[str] | None, typer.Option(help="String that ends a text.")]
+
+if TYPE_CHECKING:
+    from dsjax.model import DeepSeekV2
 
 _DETAILS = ("dsjax.kernels",)  # what only -v shows, of their lines that are no warnings
 
@@ -25,3 +56,11 @@ Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Also say which kernels run.", callback=_show_details),
 ]
+
+
+def say_traffic(model: DeepSeekV2) -> None:
+    """Says on standard error what was copied of experts in the host's memory, if any are there."""
+    from dsjax.weights.host_experts import host_experts_of
+
+    if (experts := host_experts_of(model)) is not None:
+        print(experts.traffic, file=sys.stderr)

@@ -6,15 +6,32 @@ from typing import Annotated
 
 import typer
 
-from dsjax.cli.arguments import DType
+from dsjax.cli.arguments import DType, Step
 
 
 def convert(
     source: Annotated[str, typer.Argument(help="Hugging Face folder or Hub name, or ours.")],
     destination: Annotated[str, typer.Argument(help="Folder to make.")],
     dtype: Annotated[DType | None, typer.Option(help="Of the result; default as stored.")] = None,
+    step: Step = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="int8, fp8 or int4, or a recipe's file: ours, with weights in fewer bits."
+        ),
+    ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Convert NaN and infinite weights too.")
+    ] = False,
 ) -> None:
     """Converts a checkpoint from Hugging Face to ours, or from ours to Hugging Face."""
     from dsjax.weights.convert import convert as run
 
-    run(source, destination, dtype=dtype)
+    run(
+        source,
+        destination,
+        dtype=dtype,
+        step=step,
+        allow_nonfinite=allow_nonfinite,
+        quantize=quantize,
+    )

@@ -6,8 +6,23 @@ from typing import Annotated, Any
 
 import typer
 
-from dsjax.cli.arguments import DType, Verbose
+from dsjax.cli.arguments import (
+    DeviceMemory,
+    Kernels,
+    MinP,
+    ModelDType,
+    Quantize,
+    Seed,
+    Step,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    Verbose,
+    say_traffic,
+)
 from dsjax.config import KernelConfig
+from dsjax.config.engine import memory_bytes
 from dsjax.config.load import override
 
 
@@ -16,37 +31,51 @@ def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; repeatable.")],
     chat: Annotated[bool, typer.Option(help="Apply the chat template to the prompt.")] = False,
     system: Annotated[str, typer.Option(help="System message, with --chat.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Tokens generated at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the best token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the best so many tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the best tokens of this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="String that ends a text.")] = None,
-    step: Annotated[int | None, typer.Option(help="Of a training run, else the newest.")] = None,
-    dtype: Annotated[DType, typer.Option(help="Of parameters and computation.")] = "bfloat16",
-    kernels: Annotated[
-        list[str] | None, typer.Option(help="OP=IMPLEMENTATION, such as mla_decode=xla.")
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens generated at most; else the model's, or 128.")
     ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = 0,
+    stop: Stop = None,
+    step: Step = None,
+    dtype: ModelDType = "bfloat16",
+    quantize: Quantize = None,
+    device_memory: DeviceMemory = None,
+    kernels: Kernels = None,
     verbose: Verbose = False,
 ) -> None:
     """Continues prompts, streamed to the terminal."""
     named = override(KernelConfig(), kernels or ())
+    if device_memory is not None:
+        memory_bytes(device_memory)  # what is wrong with it is said at once
     if system and not chat:
         raise ValueError("--system needs --chat: only a chat has a system message")
-    from dsjax.inference.sampler import Sampling
+    from dsjax.inference.sampling import Sampling
 
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        "min_p": min_p,
         "seed": seed,
         "stop": stop or (),
     }
+    options = {name: value for name, value in options.items() if value is not None}
     Sampling(**options)  # what is wrong with them is said before minutes of reading weights
     from dsjax.api import load
 
-    model = load(checkpoint, dtype=dtype, kernels=named, step=step)
+    model = load(
+        checkpoint,
+        dtype=dtype,
+        kernels=named,
+        step=step,
+        quantize=quantize,
+        device_memory=device_memory,
+    )
     prompts: list[Any] = list(prompt)
     if chat:
         before = [{"role": "system", "content": system}] if system else []
@@ -59,6 +88,8 @@ def generate(
     texts = model.generate(prompts, **options, on_text=show)
     if len(texts) == 1:
         print()
+    say_traffic(model)
+    if len(texts) == 1:
         return
     for text, answer in zip(prompt, texts, strict=True):
         print(f"--- {text!r}\n{answer}")

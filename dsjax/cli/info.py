@@ -1,4 +1,4 @@
-"""`dsjax info` and `dsjax check`: what a config comes to, without a device."""
+"""`dsjax info` and `dsjax check`: what a config comes to, and whether files are whole."""
 
 from __future__ import annotations
 
@@ -67,10 +67,30 @@ def _model_config(name: str, overrides: Sequence[str]) -> ModelConfig:
 
 
 def check(
-    config: Annotated[str, typer.Argument(help="A config's name or file.")],
+    config: Annotated[
+        str, typer.Argument(help="A config's name or file; a model's folder or a run's.")
+    ],
     overrides: Overrides = None,
 ) -> None:
-    """Loads a config, applies overrides, and prints what it comes to."""
+    """Prints what a config comes to, or reads all of a model or a run and names every fault."""
+    path = Path(config).expanduser()
+    if config not in named_configs() and path.is_dir():
+        _check_files(path, overrides or ())
+        return
     from rich.pretty import pprint
 
     pprint(load_config(config, overrides or ()))
+
+
+def _check_files(path: Path, overrides: Sequence[str]) -> None:
+    if overrides:
+        raise ValueError(f"{overrides[0]}: {path} is a folder: only a config takes other fields")
+    from dsjax.weights.check import faults_of
+
+    count = 0
+    for fault in faults_of(path):
+        print(fault, flush=True)
+        count += 1
+    if count:
+        raise typer.Exit(1)
+    print(f"{path}: all was read; no fault")

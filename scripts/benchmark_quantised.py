@@ -200,8 +200,9 @@ def random_state(abstract: nnx.State) -> nnx.State:
         if path[-1] == "scales":
             return jnp.full(leaf.shape, 0.004, dtype)
         if jnp.issubdtype(dtype, jnp.integer):
-            least = -8 if dtype == jnp.int4 else -127 if dtype == jnp.int8 else 0
-            return _random_integers(key, leaf.shape, dtype, least)
+            most = 7 if dtype == jnp.int4 else 127 if dtype == jnp.int8 else 15
+            least = 0 if dtype in (jnp.uint4, jnp.uint8) else -most  # with no mean
+            return _random_integers(key, leaf.shape, dtype, least, most)
         if "norm" in str(path[-2]):
             return jnp.ones(leaf.shape, dtype)
         return _random_floats(key, leaf.shape, dtype)
@@ -211,9 +212,9 @@ def random_state(abstract: nnx.State) -> nnx.State:
     return nnx.from_flat_state(filled)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _random_integers(key: jax.Array, shape: Any, dtype: Any, least: int) -> jax.Array:
-    return jax.random.randint(key, shape, least, -least + (least == 0) * 15, jnp.int8).astype(dtype)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _random_integers(key: jax.Array, shape: Any, dtype: Any, least: int, most: int) -> jax.Array:
+    return jax.random.randint(key, shape, least, most + 1, jnp.int16).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -16,18 +16,22 @@ class ExpertCache[Key: Hashable, Value]:
     """
 
     def __init__(
-        self, capacity: int, bring: Callable[[Key], Value], num_bytes: int, traffic: ExpertTraffic
+        self,
+        capacity: int,
+        bring: Callable[[Sequence[Key]], Sequence[Value]],
+        num_bytes: int,
+        traffic: ExpertTraffic,
     ) -> None:
         """Makes an empty cache.
 
         Args:
             capacity: experts kept at most.
-            bring: begins to copy one to the device and returns it at once.
+            bring: begins to copy some to the device and returns them at once.
             num_bytes: of an expert.
             traffic: what is counted here.
         """
         self.capacity = capacity
-        self._bring_one = bring
+        self._bring_all = bring
         self._num_bytes = num_bytes
         self._traffic = traffic
         self._kept: OrderedDict[Key, Value] = OrderedDict()  # the longest unused first
@@ -50,21 +54,28 @@ class ExpertCache[Key: Hashable, Value]:
                 self._kept.move_to_end(key)
         self._traffic.wanted += len(keys)
         self._traffic.hits += len(found)
-        for key in keys:
-            if key not in found:
-                found[key] = self._bring(key)
-                if not passing or len(self._kept) < self.capacity:
-                    self._keep(key, found[key])
+        for key, value in self._bring([key for key in keys if key not in found]):
+            found[key] = value
+            if not passing or len(self._kept) < self.capacity:
+                self._keep(key, value)
         return [found[key] for key in keys]
 
-    def foresee(self, keys: Sequence[Key]) -> None:
-        """Begins to bring what the next layer will likely want, at most half of what is kept."""
-        for key in keys[: self.capacity // 2]:
+    def foresee(self, keys: Sequence[Key], most: int) -> None:
+        """Begins to bring what the next layer will likely want, at most half of what is kept.
+
+        Args:
+            keys: the experts, the likeliest first.
+            most: how many to bring; those that are there already cost nothing.
+        """
+        keys = keys[: self.capacity // 2]
+        for key in keys:
             if key in self._kept:
                 self._kept.move_to_end(key)  # it must not go for one that is brought beside it
-            else:
-                self._keep(key, self._bring(key))
-                self._foreseen.add(key)
+        missing = [key for key in keys if key not in self._kept][:most]
+        self._traffic.guessed += len(missing)
+        for key, value in self._bring(missing):
+            self._keep(key, value)
+            self._foreseen.add(key)
 
     def clear(self) -> None:
         """Lets all go."""
@@ -77,10 +88,12 @@ class ExpertCache[Key: Hashable, Value]:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def _bring(self, key: Key) -> Value:
-        self._traffic.copied += 1
-        self._traffic.copied_bytes += self._num_bytes
-        return self._bring_one(key)
+    def _bring(self, keys: list[Key]) -> list[tuple[Key, Value]]:
+        if not keys:
+            return []
+        self._traffic.copied += len(keys)
+        self._traffic.copied_bytes += len(keys) * self._num_bytes
+        return list(zip(keys, self._bring_all(keys), strict=True))
 
     def _keep(self, key: Key, value: Value) -> None:
         self._kept[key] = value

@@ -8,9 +8,9 @@ bring them. A layer is two programs, each compiled once for all layers:
     experts    the products of the experts wanted, each of which comes as an array of its own bytes
 
 Between the two the host waits for the choice (a few integers), begins to copy the experts that the
-device does not keep, launches the products behind those copies, and only then begins to copy what
-is foreseen for the next layer: the link is busy while the device computes, and never with a guess
-while something is known to be wanted. What the device keeps is a table of arrays on the host
+device does not keep, then what is foreseen for the next layer, and launches the products behind
+the former: the link is busy while the device computes, and never with a guess while something is
+known to be wanted. What the device keeps is a table of arrays on the host
 (`ExpertCache`), so an expert that comes or goes costs no launch and moves nothing else. The price
 is that the products' program lays a layer's few experts side by side first, a copy within the
 device that is some ten times as fast as any link.
@@ -23,7 +23,7 @@ of another number of experts add up in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,7 +65,8 @@ class Attended(NamedTuple):
         out_BTD: what the feed-forward gives so far: the shared experts.
         gates_BTK: float32.
         indices_BTK: int32 experts; their number for none.
-        foreseen_BTK: int32, what the next layer's router chooses for this layer's input.
+        choices_2BTK: int32, for the host: the experts again, and those that the next layer's router
+            chooses for this layer's input.
     """
 
     x_BTD: jax.Array
@@ -73,7 +74,7 @@ class Attended(NamedTuple):
     out_BTD: jax.Array
     gates_BTK: jax.Array
     indices_BTK: jax.Array
-    foreseen_BTK: jax.Array
+    choices_2BTK: jax.Array
 
 
 class HostReader:
@@ -87,7 +88,7 @@ class HostReader:
         capacity: int,
         sharding: jax.sharding.Sharding,
         *,
-        foresee: bool = True,
+        guesses: int | None = None,
     ) -> None:
         """Copies nothing yet.
 
@@ -97,20 +98,29 @@ class HostReader:
             experts: its routed experts.
             capacity: experts that the device keeps.
             sharding: of all arrays on the device.
-            foresee: whether experts are copied on the word of the router before.
+            guesses: experts of a layer that are copied at most on the word of the router before;
+                None for a wave.
         """
         self._key, self._leaves, self._experts = key, leaves, experts
-        self._sharding, self._foresee = sharding, foresee
+        self._sharding = sharding
         self._model = key.model(leaves)
         self._sizes = wave_sizes(self._model.config)
+        self.guesses = self._sizes[-1] if guesses is None else guesses
         self._cache: ExpertCache[tuple[int, int], jax.Array] = ExpertCache(
             capacity, self._bring, experts.layout.num_bytes, experts.traffic
         )
         self._programs: dict[Hashable, Any] = {}
+        self._numbers: list[jax.Array] = []
 
-    def _bring(self, place: tuple[int, int]) -> jax.Array:
-        layer, expert = place
-        return jax.device_put(self._experts.packed[layer][expert], self._sharding)
+    def _bring(self, places: Sequence[tuple[int, int]]) -> list[jax.Array]:
+        packed = [self._experts.packed[layer][expert] for layer, expert in places]
+        return jax.device_put(packed, self._sharding)
+
+    def _number(self, value: int) -> jax.Array:
+        """Returns an int32 on the device. None is copied there twice: it would wait for experts."""
+        for one in range(len(self._numbers), value + 1):
+            self._numbers.append(jax.device_put(np.int32(one), self._sharding))
+        return self._numbers[value]
 
     def forget(self) -> None:
         """Frees what the device keeps."""
@@ -123,10 +133,11 @@ class HostReader:
         arguments: tuple[Any, ...] = (self._leaves, pool, *tables)
         x_BTD, out_BTD, pool = self._run(begin_row, shape, arguments, (1,))
         num_layers = len(self._experts.packed)
+        self._number(max(num_layers, self._experts.layout.num_experts) - 1)
         for layer in range(num_layers):
-            number = jax.device_put(np.int32(layer), self._sharding)
-            arguments = (self._leaves, pool, *tables, x_BTD, out_BTD, number)
+            arguments = (self._leaves, pool, *tables, x_BTD, out_BTD, self._number(layer))
             attended, pool = self._run(attend, shape, arguments, (1,))
+            attended.choices_2BTK.copy_to_host_async()
             out_BTD = self._experts_of(layer, attended, passing=shape.chunk is not None)
             x_BTD = attended.x_BTD
         logits_MW, logprobs = self._run(
@@ -136,7 +147,7 @@ class HostReader:
 
     def _experts_of(self, layer: int, attended: Attended, *, passing: bool) -> jax.Array:
         """Adds a layer's routed experts to its shared ones."""
-        indices_BTK, foreseen_BTK = jax.device_get((attended.indices_BTK, attended.foreseen_BTK))
+        indices_BTK, foreseen_BTK = np.asarray(attended.choices_2BTK)
         places = self._places(layer, indices_BTK)
         most = self._sizes[-1]
         sums = [attended.out_BTD]
@@ -146,23 +157,21 @@ class HostReader:
                 sums[-_AHEAD].block_until_ready()
             packed = self._cache.take(wave, passing=passing)
             size = next(size for size in self._sizes if size >= len(wave))
-            ids_E = np.full(size, -1, np.int32)
-            ids_E[: len(wave)] = [expert for _, expert in wave]
             packed += [packed[0]] * (size - len(wave))
-            sums.append(
-                self._run(
-                    run_experts,
-                    None,
-                    (
-                        attended._replace(out_BTD=sums[-1]),
-                        jax.device_put(ids_E, self._sharding),
-                        tuple(packed),
-                    ),
-                )
-            )
-        if self._foresee and not passing and layer + 1 < len(self._experts.packed):
-            self._cache.foresee(self._places(layer + 1, foreseen_BTK)[:most])
+            if first + most >= len(places) and not passing:
+                # Before the products are launched: memory that a copy goes to is free when all that
+                # was launched before is done.
+                self._foresee_for(layer + 1, foreseen_BTK)
+            added = attended._replace(out_BTD=sums[-1])
+            sums.append(self._run(run_experts, None, (added, self._number(first), tuple(packed))))
         return sums[-1]
+
+    def _foresee_for(self, layer: int, foreseen_BTK: np.ndarray) -> None:
+        if self.guesses and layer < len(self._experts.packed):
+            by_rank = np.moveaxis(foreseen_BTK, -1, 0).reshape(-1).tolist()
+            places = [(layer, one) for one in dict.fromkeys(by_rank)]
+            known = [place for place in places if place[1] < len(self._experts.packed[layer])]
+            self._cache.foresee(known[: self._sizes[-1]], self.guesses)
 
     def _places(self, layer: int, indices_BTK: np.ndarray) -> list[tuple[int, int]]:
         found = np.unique(indices_BTK)
@@ -185,11 +194,11 @@ class HostReader:
             self._program(end_row, shape, (leaves, *row, x_BTD, x_BTD, known_W))
             chosen = (1, size, config.moe.top_k)
             gates, indices = self._shape(chosen, jnp.float32), self._shape(chosen, jnp.int32)
-            attended = Attended(x_BTD, x_BTD, x_BTD, gates, indices, indices)
+            choices = self._shape((2, *chosen), jnp.int32)
+            attended = Attended(x_BTD, x_BTD, x_BTD, gates, indices, choices)
             packed = self._shape((self._experts.layout.num_bytes,), jnp.uint8)
             for count in self._sizes:
-                ids = self._shape((count,), jnp.int32)
-                self._program(run_experts, None, (attended, ids, (packed,) * count))
+                self._program(run_experts, None, (attended, number, (packed,) * count))
 
     def _shape(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
@@ -311,7 +320,7 @@ def attend(
         out_BTD,
         routing.gates_BTK,
         routing.indices_BTK,
-        foreseen.indices_BTK,
+        jnp.stack([routing.indices_BTK, foreseen.indices_BTK]),
     )
     return attended, pool
 
@@ -320,7 +329,7 @@ def run_experts(
     layout: ExpertLayout,
     kernels: Kernels,
     attended: Attended,
-    ids_E: jax.Array,
+    first: jax.Array,
     packed: tuple[jax.Array, ...],
 ) -> jax.Array:
     """Adds some experts to what a layer's feed-forward gives so far.
@@ -329,14 +338,19 @@ def run_experts(
         layout: what an expert's bytes mean.
         kernels: that copy rows and multiply them.
         attended: the layer so far.
-        ids_E: int32, which experts these are; -1 for none.
-        packed: uint8, the bytes of each.
+        first: int32 scalar. Of the experts that the layer wants, in rising order, the first here.
+        packed: uint8, the bytes of this expert and those after it; more than there are is no harm.
 
     Returns:
         out_BTD.
     """
-    chosen_BTKE = attended.indices_BTK[..., None] == ids_E
-    places_BTK = jnp.where(chosen_BTKE.any(-1), jnp.argmax(chosen_BTKE, -1), len(packed))
+    num_experts = layout.num_experts
+    # Which experts these are, the device knows as well: nothing need be copied to say it.
+    wanted_E = jnp.zeros(num_experts, jnp.int32).at[attended.indices_BTK].set(1, mode="drop")
+    places_E = jnp.cumsum(wanted_E) - 1 - first
+    places_BTK = places_E.at[attended.indices_BTK].get(mode="fill", fill_value=-1)
+    here_BTK = (places_BTK >= 0) & (places_BTK < len(packed))
+    places_BTK = jnp.where(here_BTK, places_BTK, len(packed))
     width, top_k = attended.normed_BTD.shape[-1], places_BTK.shape[-1]
     places_NK = places_BTK.reshape(-1, top_k).astype(jnp.int32)
     with jax.named_scope("experts"):

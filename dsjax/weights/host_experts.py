@@ -41,6 +41,7 @@ class ExpertTraffic:
         wanted: experts that layers asked for.
         hits: of these, those that the device had.
         foreseen: of the hits, those copied because the router before had foreseen them.
+        guessed: experts copied for that reason, wanted afterwards or not.
         copied: experts copied to the device.
         copied_bytes: bytes of these.
     """
@@ -48,6 +49,7 @@ class ExpertTraffic:
     wanted: int = 0
     hits: int = 0
     foreseen: int = 0
+    guessed: int = 0
     copied: int = 0
     copied_bytes: int = 0
 
@@ -55,7 +57,8 @@ class ExpertTraffic:
         rate = self.hits / max(self.wanted, 1)
         return (
             f"experts: {self.wanted:,} wanted, {rate:.1%} were on the device ({self.foreseen:,} "
-            f"foreseen); {self.copied:,} copied, {self.copied_bytes / 1e9:.2f} GB"
+            f"foreseen, of {self.guessed:,} guesses); {self.copied:,} copied, "
+            f"{self.copied_bytes / 1e9:.2f} GB"
         )
 
 

@@ -58,6 +58,7 @@ class ExpertLayout:
         forms: how each is stored, None for as it is.
         dtype: compute type.
         num_bytes: of one expert.
+        num_experts: of a layer.
     """
 
     leaves: tuple[PackedLeaf, ...]
@@ -65,6 +66,7 @@ class ExpertLayout:
     forms: tuple[Format | None, ...]
     dtype: str
     num_bytes: int
+    num_experts: int
 
     @classmethod
     def of(cls, moe: MoE) -> ExpertLayout:
@@ -86,6 +88,7 @@ class ExpertLayout:
             tuple(matrix.form for matrix in matrices),
             moe.options.dtype.name,
             start,
+            tuple(moe.w_gate.weight.shape)[1],
         )
 
     def pack(self, parts: Mapping[tuple[str, str], np.ndarray]) -> np.ndarray:

@@ -41,7 +41,7 @@ ODD = QuantisationConfig((QuantisationRule(r".*\.w_(gate|up|down)", "int4_g32_ze
 
 def a_cache(capacity: int) -> tuple[ExpertCache[str, str], ExpertTraffic]:
     traffic = ExpertTraffic()
-    return ExpertCache(capacity, str.upper, 10, traffic), traffic
+    return ExpertCache(capacity, lambda keys: [key.upper() for key in keys], 10, traffic), traffic
 
 
 def test_the_least_recently_used_expert_goes():
@@ -63,7 +63,7 @@ def test_more_experts_than_there_is_room_for_are_given_all_the_same():
     assert traffic.hits == 2
     nothing, traffic = a_cache(0)
     assert nothing.take("aa"[:1]) == ["A"]
-    nothing.foresee("b")
+    nothing.foresee("b", 1)
     assert traffic.copied == 1
 
 
@@ -80,12 +80,14 @@ def test_a_prompt_drives_out_nothing():
 def test_what_is_foreseen_is_there_when_it_is_wanted():
     cache, traffic = a_cache(4)
     cache.take("abcd")
-    cache.foresee("aef")  # at most half of what is kept: a and e
+    cache.foresee("aef", 3)  # at most half of what is kept: a and e
     assert "e" in cache
     assert "f" not in cache
     assert "b" not in cache  # the longest unused, as a was renewed
     cache.take("ea")
-    assert (traffic.hits, traffic.foreseen, traffic.copied) == (2, 1, 5)
+    assert (traffic.hits, traffic.foreseen, traffic.guessed, traffic.copied) == (2, 1, 1, 5)
+    cache.foresee("ebz", 0)
+    assert "b" not in cache
 
 
 def quantised_model(recipe: QuantisationConfig | None) -> DeepSeekV2:

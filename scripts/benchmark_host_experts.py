@@ -333,11 +333,9 @@ def decode(engine: Engine, reader: HostReader, request: Request, warm: int) -> d
     foreseen, guessed = after.foreseen - before.foreseen, after.guessed - before.guessed
     # What came on a guess had to cross the link as well: it is no hit of what the device kept.
     missed = asked - hits + foreseen
-    quarter = sum(
-        sum(sorted(wanted[layer, e] for e in range(reader._experts.layout.num_experts))[-n:])
-        for layer in range(len(reader._experts.packed))
-        if (n := -(-reader._experts.layout.num_experts // 4))
-    )
+    layers, experts = len(reader._experts.packed), reader._experts.layout.num_experts
+    counts = [sorted(wanted[layer, one] for one in range(experts)) for layer in range(layers)]
+    quarter = sum(sum(of_layer[-experts // 4 :]) for of_layer in counts)
     return {
         "seconds_a_token": (ended - began) / tokens,
         "tokens": tokens,

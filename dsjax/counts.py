@@ -48,6 +48,31 @@ def train_flops_per_token(config: ModelConfig, length: int) -> int:
     return 6 * matrices + attended * (4 * qk + 3 * attention.v_head_dim)
 
 
+def serving_flops(config: ModelConfig, tokens: int, chosen: int, pairs: int, form: str) -> int:
+    """Returns the FLOPs of a forward pass over tokens whose latents are cached.
+
+    Two per active matrix parameter of a token, the head's for tokens that are chosen alone, and two
+    per pair of query and key, head and width.
+
+    Args:
+        config: the model.
+        tokens: that are read.
+        chosen: of these, those whose logits are wanted.
+        pairs: queries times the keys that each sees.
+        form: "expanded" attends with keys and values of each head (192 + 128), as prompts do;
+            "absorbed" with the latents themselves (576 + 512), as single tokens do.
+    """
+    attention = config.attention
+    _, active = count_parameters(config)
+    vocabulary = config.vocab_size * config.hidden_dim
+    if form == "absorbed":
+        widths = 2 * attention.kv_lora_rank + attention.qk_rope_head_dim
+    else:
+        widths = attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim
+    attended = config.num_layers * attention.num_heads * pairs * widths
+    return 2 * ((active - 2 * vocabulary) * tokens + vocabulary * chosen + attended)
+
+
 def describe(config: ModelConfig, length: int) -> dict[str, Any]:
     """Returns the figures that `dsjax info` prints.
 

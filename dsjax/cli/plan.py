@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import typer
 
-from dsjax.cli.arguments import Overrides
-from dsjax.config.load import load_train_config
+from dsjax.cli.arguments import Overrides, Quantize
+from dsjax.config import EngineConfig, MeshConfig
+from dsjax.config.load import load_model_and_runtime, load_recipe, load_train_config, override
+
+Use = Literal["train", "prefill", "decode"]
 
 
 def plan(
-    config: Annotated[str, typer.Argument(help="A run's name or its file.")],
+    config: Annotated[
+        str, typer.Argument(help="A run's name or its file; for prefill and decode also a model's.")
+    ],
     overrides: Overrides = None,
     topology: Annotated[
         str, typer.Option(help="One slice of the pod by libtpu's name, like v5p:4x4x4.")
     ] = "v5p:4x4x4",
     slices: Annotated[int, typer.Option(help="Slices that DCN joins.", min=1)] = 1,
+    use: Annotated[Use, typer.Option("--for", help="Which step: of a run, or of the engine.")] = (
+        "train"
+    ),
+    mesh: Annotated[
+        list[str] | None,
+        typer.Option(help="AXIS=DEVICES for the engine, such as expert=8; else experts divided."),
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="FIELD=VALUE of EngineConfig, such as max_batch=128 or max_length=4096."),
+    ] = None,
+    quantize: Quantize = None,
     picture: Annotated[str | None, typer.Option(help="Also write a PNG there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compiles a run's training step for a TPU pod that is not here: memory, FLOPs, time."""
-    run = load_train_config(config, overrides or ())
+    """Compiles a step for a TPU pod that is not here: memory, FLOPs, time, tokens of cache."""
     if picture is not None and not picture.endswith(".png"):  # said before minutes of compiling
         raise ValueError(f"picture {picture!r}: must end in .png")
-    from dsjax.plan.plan import plan_training
+    if use == "train":
+        given = {"mesh": mesh, "engine": engine, "quantize": quantize}
+        name = next((name for name, value in given.items() if value), None)
+        if name is not None:
+            raise ValueError(f"--{name}: is of the engine, so with --for prefill or decode")
+        run = load_train_config(config, overrides or ())
+        from dsjax.plan.plan import plan_training
 
-    figures = plan_training(run, topology, slices)
+        figures = plan_training(run, topology, slices)
+    else:
+        figures = _serving(
+            config, overrides or (), topology, slices, use, mesh or (), engine or (), quantize
+        )
     if picture is not None:
         from dsjax.plan.picture import draw_plan
 
@@ -36,6 +64,27 @@ def plan(
         print(json.dumps(figures, indent=2))
     else:
         _print(figures)
+
+
+def _serving(
+    config: str,
+    overrides: Sequence[str],
+    topology: str,
+    slices: int,
+    use: Literal["prefill", "decode"],
+    mesh: Sequence[str],
+    engine: Sequence[str],
+    quantize: str | None,
+) -> dict[str, Any]:
+    """Plans a step of the engine: parameters in the type of computation, as `load` has them."""
+    model, runtime = load_model_and_runtime(config, overrides)
+    recipe = runtime.quantisation if quantize is None else load_recipe(quantize)
+    runtime = dataclasses.replace(runtime, param_dtype=runtime.dtype, quantisation=recipe)
+    axes = override(MeshConfig(fsdp=1), mesh) if mesh else None
+    sizes = override(EngineConfig(), engine)
+    from dsjax.plan.serving import plan_serving
+
+    return plan_serving(model, runtime, sizes, topology, use, mesh=axes, num_slices=slices)
 
 
 def _print(figures: dict[str, Any]) -> None:
@@ -52,5 +101,7 @@ def _print(figures: dict[str, Any]) -> None:
             print("assumptions")
             for figure, entry in value.items():
                 print(f"  {figure:24} {entry['value']:<10.4g} {entry['source']}")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            print(f"{name:28} {value:,}")
         else:
             print(f"{name:28} {f'{value:.4g}' if isinstance(value, float) else value}")

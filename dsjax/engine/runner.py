@@ -74,7 +74,7 @@ class Runner:
         """Allocates nothing yet; `reset` does.
 
         Args:
-            model: the model.
+            model: the model; of shapes alone, for who only wants its programs compiled.
             config: sizes.
             limits: what each lane's scheduler keeps to.
             num_pages: pages of each layer's part of a device's pool.
@@ -84,7 +84,7 @@ class Runner:
         if mesh is not None:
             self._sharding: jax.sharding.Sharding = NamedSharding(mesh, PartitionSpec())
         else:
-            (device,) = jax.tree.leaves(nnx.state(model))[0].devices()
+            (device,) = jax.tree.leaves(nnx.state(model))[0].sharding.device_set
             self._sharding = SingleDeviceSharding(device)
         self._config = config
         self._limits = limits
@@ -103,7 +103,7 @@ class Runner:
         leaves, treedef = jax.tree.flatten(state)
         self._key = ModelKey(graphdef, treedef)
         self._leaves = tuple(leaves)
-        self._known_W = self._put(known_W)
+        self._known_ids = known_W
         self._pool_sharding = rules.sharding("pages") or self._sharding
         self._logits_sharding = rules.sharding("batch", None) or self._sharding
         self._shapes = self._array_shapes(pool_shapes(model, config, num_pages))
@@ -121,6 +121,7 @@ class Runner:
     def reset(self) -> None:
         """Allocates the pool and the tables anew, as at the start and after a failed step."""
         self._arrays = None
+        self._known_W = self._put(self._known_ids)
         self._arrays = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self._shapes
         )
@@ -189,7 +190,7 @@ class Runner:
         integers_RK = self._put(pack_rows(shape, steps, self._nobody))
         pool, tables = self._arrays.pool, (self._arrays.newest_S, self._arrays.table_SP)
         if self._host_reader is None:
-            logits_MW, logprobs, pool = self._program(shape)(
+            logits_MW, logprobs, pool = self.program(shape)(
                 self._leaves, pool, *tables, self._known_W, integers_RK
             )
         else:
@@ -234,7 +235,7 @@ class Runner:
                 self._put(array)
                 for array in pack_changes(num_wanted, self._vocab_size, choices, places)
             )
-        tokens_M, logprobs, newest_S, counts = self._program(shape)(
+        tokens_M, logprobs, newest_S, counts = self.program(shape)(
             row.logits_MW,
             self._arrays.newest_S,
             self._known_W,
@@ -253,7 +254,7 @@ class Runner:
         assert self._arrays is not None
         row_W = 2 * np.bincount(text, minlength=self._vocab_size).astype(np.int32)
         row_W[np.asarray(prompt)] |= 1
-        run = self._program("counts")
+        run = self.program("counts")
         counts = run(self._counts(), self._put(np.int32(slot)), self._put(row_W))
         self._arrays = self._arrays._replace(counts_SW=counts)
 
@@ -277,7 +278,7 @@ class Runner:
             entries = np.full((3, programs.TABLE_UPDATES), table_SP.shape[0], np.int32)
             some = new_pages[start : start + programs.TABLE_UPDATES]
             entries[:, : len(some)] = np.asarray(some, np.int32).T
-            table_SP = self._program("pages")(table_SP, self._put(entries))
+            table_SP = self.program("pages")(table_SP, self._put(entries))
         self._arrays = self._arrays._replace(table_SP=table_SP)
 
     # Programs
@@ -326,9 +327,9 @@ class Runner:
             tables = Tables(arrays.newest_S, arrays.table_SP, None)
             self._host_reader.warm_up(self.row_shapes(), arrays.pool, tables, known)
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            list(pool.map(self._program, keys))
+            list(pool.map(self.program, keys))
 
-    def _program(self, key: _ProgramKey) -> Any:
+    def program(self, key: _ProgramKey) -> Any:
         """Returns a program, compiled when it is needed first."""
         if key not in self._programs:
             places: Any = self._sharding

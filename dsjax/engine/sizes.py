@@ -21,8 +21,15 @@ _LOG = logging.getLogger(__name__)
 _SEQUENCES_WITHOUT_LIMIT = 4
 
 
-def num_pages(model: DeepSeekV2, config: EngineConfig) -> int:
+def num_pages(
+    model: DeepSeekV2, config: EngineConfig, memory: tuple[int, int] | None = None
+) -> int:
     """Returns the number of pages of the pool, of one device.
+
+    Args:
+        model: the model.
+        config: sizes.
+        memory: bytes that a device may hold, and those in use; None asks the model's.
 
     Raises:
         ValueError: the weights leave no room for one sequence of `max_length`; says what to lower.
@@ -31,20 +38,29 @@ def num_pages(model: DeepSeekV2, config: EngineConfig) -> int:
         return config.num_pages
     per_sequence = -(-max_length(model, config) // config.page_size)
     sequences = -(-config.max_batch // num_lanes(model))
-    if _memory(model) is None:
+    memory = memory or _memory(model)
+    if memory is None:
         sequences = min(sequences, _SEQUENCES_WITHOUT_LIMIT)
-    pages = fitting_pages(model, config, sequences * per_sequence)
+    pages = fitting_pages(model, config, sequences * per_sequence, memory)
     _LOG.info("engine: %d tokens of latents", pages * config.page_size)
     return pages
 
 
-def fitting_pages(model: DeepSeekV2, config: EngineConfig, wanted: int) -> int:
+def fitting_pages(
+    model: DeepSeekV2, config: EngineConfig, wanted: int, memory: tuple[int, int] | None = None
+) -> int:
     """Returns the number of pages wanted, or as many as the device has memory for.
+
+    Args:
+        model: the model.
+        config: sizes.
+        wanted: pages.
+        memory: as for `num_pages`.
 
     Raises:
         ValueError: they do not hold one sequence of `max_length`; says what to lower.
     """
-    memory = _memory(model)
+    memory = memory or _memory(model)
     if memory is None:
         return wanted
     limit, used = memory

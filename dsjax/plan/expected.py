@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from dsjax.config import MoEConfig
 from dsjax.plan.program import Instruction, Program
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a program will meet when it runs.
+
+    Attributes:
+        exchange_room: how much more room a ragged exchange has than the rows that are expected.
+        cached_tokens: that every sequence of a decode holds.
+        experts_read: share of a device's experts that its rows belong to, in generation: a product
+            reads no others.
+    """
+
+    exchange_room: float = 1.0
+    cached_tokens: int = 0
+    experts_read: float = 1.0
+
+
+AS_WRITTEN = Expected()
+
+
+def share_of_experts(config: MoEConfig, tokens: int) -> float:
+    """Returns the share of experts that so many tokens go to, where all are as likely."""
+    return 1 - (1 - config.top_k / config.num_experts) ** tokens
+
 
 # Widths of a head that the TPU's attention kernels take: without and with position, and values.
 _NOPE, _ROPE, _VALUE = 128, 64, 128
@@ -52,3 +79,44 @@ def attention_flops(each: Instruction, named: Mapping[str, Instruction]) -> floa
     num_keys = keys.arrays[0].shape[1] if keys is not None and keys.arrays else queries
     pairs = queries * (max(num_keys, queries) - queries / 2)
     return 2.0 * batch * heads * pairs * _KEY_WIDTHS[kernel]
+
+
+_DECODE_QUERIES = 2  # after the table of pages and the lengths; then their rotary part, and pages
+_GROUPED = ("grouped_swiglu", "grouped_matmul")
+_GROUPED_SCALARS = 10
+
+
+def decode_work(
+    each: Instruction, named: Mapping[str, Instruction], cached_tokens: int
+) -> tuple[float, float] | None:
+    """FLOPs and bytes of the TPU's kernel for absorbed decode; None for others.
+
+    Every sequence has so many cached tokens. Widths are those in memory: rotary keys of 64 take a
+    lane's 128.
+    """
+    if each.op != "custom-call" or "mla_decode" not in each.name:
+        return None
+    arrays = [named[name].arrays[0] for name in each.operands[_DECODE_QUERIES:][:4]]
+    latent_q, rope_q, latent, rope = arrays
+    batch, rows, width = latent_q.shape
+    scores = width + rope_q.shape[-1]
+    stored = latent.bytes_of(width) + rope.bytes_of(rope.shape[-1])
+    flops = 2.0 * batch * rows * cached_tokens * (scores + width)
+    moved = sum(x.num_bytes for x in (latent_q, rope_q, *each.arrays))
+    return flops, float(batch * cached_tokens * stored + moved)
+
+
+def grouped_bytes(
+    each: Instruction, named: Mapping[str, Instruction], estimate: float, experts_read: float
+) -> float:
+    """Bytes of a grouped product of the TPU's, which names those of all experts that it has."""
+    if experts_read == 1 or not any(name in each.name for name in _GROUPED):
+        return estimate
+    rows = (
+        named.get(each.operands[_GROUPED_SCALARS])
+        if len(each.operands) > _GROUPED_SCALARS
+        else None
+    )
+    moved = sum(array.num_bytes for array in each.arrays)
+    moved += rows.arrays[0].num_bytes if rows is not None and rows.arrays else 0
+    return moved + experts_read * max(0.0, estimate - moved)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_MEMORY = ("parameter", "optimizer", "activation")
+_MEMORY = ("parameter", "optimizer", "cache", "activation")
 _TIME = ("compute", "copy", "collective")
 
 
@@ -13,7 +13,7 @@ def draw_plan(figures: dict[str, Any], path: str | Path) -> None:
     """Writes a PNG of a plan.
 
     Args:
-        figures: what `plan_training` returns.
+        figures: what `plan_training` or `plan_serving` returns.
         path: of the file, which must end in ".png".
 
     Raises:
@@ -28,7 +28,8 @@ def draw_plan(figures: dict[str, Any], path: str | Path) -> None:
         raise ImportError("a picture needs matplotlib: pip install 'dsjax[plots]'") from None
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     memory, time = figure.subplots(2, 1)
-    _bar(memory, {kind: figures[f"{kind}_bytes"] / 2**30 for kind in _MEMORY})
+    held = {kind: figures.get(f"{kind}_bytes", 0) / 2**30 for kind in _MEMORY}
+    _bar(memory, {kind: size for kind, size in held.items() if size})
     memory.axvline(figures["capacity_bytes"] / 2**30, color="black", linestyle="--")
     memory.set_xlabel("GiB a chip; dashed: capacity")
     _bar(time, {kind: figures[f"{kind}_seconds"] for kind in _TIME})

@@ -66,8 +66,12 @@ class Array:
     @property
     def num_bytes(self) -> int:
         """Its size without padding."""
+        return self.bytes_of(math.prod(self.shape))
+
+    def bytes_of(self, count: int) -> int:
+        """The size of so many of its numbers."""
         bits = 8 if self.dtype == "pred" else int(_BITS.findall(self.dtype)[0])
-        return math.prod(self.shape) * bits // 8
+        return count * bits // 8
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsjax.plan.collectives import find_collective, is_fused_scatter
-from dsjax.plan.expected import attention_flops
+from dsjax.plan.expected import AS_WRITTEN, Expected, attention_flops, decode_work, grouped_bytes
 from dsjax.plan.pods import Pod
 from dsjax.plan.program import Instruction, Program
 
@@ -58,7 +58,7 @@ class Work:
 
 
 def measure(
-    program: Program, pod: Pod, mesh: Mapping[str, int], exchange_room: float = 1.0
+    program: Program, pod: Pod, mesh: Mapping[str, int], expected: Expected = AS_WRITTEN
 ) -> Work:
     """Returns the work of a program.
 
@@ -66,7 +66,7 @@ def measure(
         program: what one chip runs.
         pod: the chips.
         mesh: sizes of the mesh's axes.
-        exchange_room: as for `count_collectives`; ragged exchanges take what is expected.
+        expected: what the program will meet; ragged exchanges take what is expected.
     """
 
     @functools.cache
@@ -96,7 +96,7 @@ def measure(
         collective = find_collective(program, each, mesh)
         if collective is not None:
             group = collective.groups[0] if collective.groups else ()
-            seconds = pod.send_seconds(collective.expected_bytes(exchange_room), group)
+            seconds = pod.send_seconds(collective.expected_bytes(expected.exchange_room), group)
             return Work(collective_seconds=seconds, scheduled_seconds=seconds)
         if each.op in ("while", "call", "conditional", "call-start", "async-start"):
             inside = [
@@ -107,7 +107,11 @@ def measure(
             return functools.reduce(Work.__add__, inside, Work())
         if each.op in _FREE:
             return Work()
-        flops, moved = _flops(program, each, named), _hbm_bytes(program, each, named)
+        of_decode = decode_work(each, named, expected.cached_tokens)
+        flops, moved = of_decode or (
+            _flops(program, each, named),
+            _hbm_bytes(program, each, named, expected.experts_read),
+        )
         if each.op in ("copy-start", "slice-start"):
             seconds = moved / pod.rates.hbm_bytes_per_second
             return Work(hbm_bytes=moved, copy_seconds=seconds, scheduled_seconds=seconds)
@@ -119,7 +123,7 @@ def measure(
 
 
 def collective_seconds(
-    program: Program, pod: Pod, mesh: Mapping[str, int], exchange_room: float = 1.0
+    program: Program, pod: Pod, mesh: Mapping[str, int], expected: Expected = AS_WRITTEN
 ) -> dict[str, float]:
     """Returns the time of each kind of collective by the name that `count_collectives` gives it.
 
@@ -127,7 +131,7 @@ def collective_seconds(
         program: as for `measure`, and so the others.
         pod: the chips.
         mesh: sizes of the mesh's axes.
-        exchange_room: ragged exchanges take what is expected.
+        expected: ragged exchanges take what is expected.
     """
     found: dict[str, float] = {}
     for name, times in program.executions():
@@ -138,7 +142,7 @@ def collective_seconds(
             if collective is None:
                 continue
             group = collective.groups[0] if collective.groups else ()
-            seconds = pod.send_seconds(collective.expected_bytes(exchange_room), group)
+            seconds = pod.send_seconds(collective.expected_bytes(expected.exchange_room), group)
             key = f"{collective.kind} over {collective.axes}"
             found[key] = found.get(key, 0.0) + times * seconds
     return found
@@ -146,6 +150,7 @@ def collective_seconds(
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier"}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # written in place; where the update stands
 _ESTIMATE = re.compile(r'cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
@@ -217,12 +222,16 @@ def _pairs(size_in: int, size_out: int, window: tuple[int, int, int, int, int]) 
     return found
 
 
-def _hbm_bytes(program: Program, each: Instruction, named: Mapping[str, Instruction]) -> float:
+def _hbm_bytes(
+    program: Program, each: Instruction, named: Mapping[str, Instruction], experts_read: float
+) -> float:
     estimate = _ESTIMATE.search(each.attributes) if each.op == "custom-call" else None
     if estimate is not None:
-        return float(estimate[2])
+        return grouped_bytes(each, named, float(estimate[2]), experts_read)
     if each.op == "copy-start":  # the copy, and what is copied
         return float(sum(array.num_bytes for array in each.arrays[:2] if array.in_hbm))
+    if each.op == "slice-start":  # its result is the whole, and then the part that is copied
+        return float(each.arrays[1].num_bytes * (1 + each.arrays[1].in_hbm))
     body = program.bodies.get(each.called[0], ()) if each.called else ()
     inner = [other for other in body if other.op == "parameter"]
     inner.sort(key=lambda other: int(other.attributes) if other.attributes.isdigit() else 0)
@@ -231,28 +240,46 @@ def _hbm_bytes(program: Program, each: Instruction, named: Mapping[str, Instruct
         arrays = named[name].arrays if name in named else ()
         size = sum(array.num_bytes for array in arrays if array.in_hbm)
         if size and each.op == "fusion" and place < len(inner):
-            size = min(size, _read_of(body, inner[place].name, size))
-        elif each.op in ("dynamic-slice", "gather", "dynamic-update-slice") and place == 0:
-            size = 0 if each.op == "dynamic-update-slice" else each.arrays[0].num_bytes
+            size = min(size, _read_of(program, body, inner[place].name, size))
+        elif each.op in ("dynamic-slice", "gather", *_UPDATES) and place == 0:
+            size = 0 if each.op in _UPDATES else each.arrays[0].num_bytes
         total += size
     root = next((other for other in body if other.is_root), each)
-    if root.op == "dynamic-update-slice":  # in place
+    if root.op in _UPDATES:  # in place
         inside = {other.name: other for other in body} if body else named
-        update = inside.get(root.operands[1]) if len(root.operands) > 1 else None
+        place = _UPDATES[root.op]
+        update = inside.get(root.operands[place]) if len(root.operands) > place else None
         return total + (update.arrays[0].num_bytes if update is not None else 0)
     return total + sum(array.num_bytes for array in each.arrays if array.in_hbm)
 
 
-def _read_of(body: tuple[Instruction, ...], parameter: str, whole: int) -> int:
+def _read_of(program: Program, body: tuple[Instruction, ...], parameter: str, whole: int) -> int:
     """What a fusion reads of an operand: the slices, where it only slices."""
     read = 0
     for user in body:
         if parameter not in user.operands:
             continue
-        if user.op in ("dynamic-slice", "gather", "slice") and user.operands[0] == parameter:
+        first = user.operands[0] == parameter
+        if user.op in _UPDATES and first:
+            continue  # in place
+        if user.op in ("dynamic-slice", "gather", "slice") and first:
             read += sum(array.num_bytes for array in user.arrays)
-        elif user.op == "dynamic-update-slice" and user.operands[0] == parameter:
-            continue
+        elif not user.is_root and (
+            user.op in ("bitcast", "copy") or (user.op == "fusion" and _is_copy(program, user))
+        ):
+            read += _read_of(program, body, user.name, whole)
+        elif user.op == "fusion" and user.called:
+            inner = program.bodies.get(user.called[0], ())
+            names = {each.attributes: each.name for each in inner if each.op == "parameter"}
+            for place, name in enumerate(user.operands):
+                if name == parameter and str(place) in names:
+                    read += _read_of(program, inner, names[str(place)], whole)
         else:
             return whole
-    return read
+    return min(read, whole)
+
+
+def _is_copy(program: Program, fusion: Instruction) -> bool:
+    """Whether a fusion within a fusion only lays its operand out otherwise."""
+    body = program.bodies.get(fusion.called[0], ()) if fusion.called else ()
+    return bool(body) and {each.op for each in body} <= {"parameter", "bitcast", "copy"}

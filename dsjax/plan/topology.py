@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
+_CHIPS_OF_A_HOST = 4
 # libtpu is to compile, not to look for a TPU.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -33,7 +37,10 @@ def tpu_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     os.environ.pop("XLA_FLAGS", None)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    more = {"num_slices": num_slices} if num_slices > 1 else {}
+    more: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+    sizes = [int(size) for size in re.findall(r"\d+", topology.partition(":")[2])]
+    if sizes and math.prod(sizes) < _CHIPS_OF_A_HOST:  # part of a host, as "v5e:1x1" is
+        more["chips_per_host_bounds"] = (*sizes, 1, 1)[:3]
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:

@@ -87,8 +87,8 @@ def count_collectives(
     program = Program.of(hlo) if isinstance(hlo, str) else hlo
     uses: dict[str, CollectiveUse] = {}
     for name, times in program.executions():
-        if is_fused_scatter(program, name):
-            continue  # counted where it is called
+        if is_counted_at_its_call(program, name):
+            continue
         for instruction in program.bodies[name]:
             found = find_collective(program, instruction, mesh)
             if found is None:
@@ -110,22 +110,67 @@ def find_collective(
     """Returns the collective that an instruction is, or None where it is none.
 
     An all-reduce of which each chip keeps its part is emitted as one reduce-scatter, and is written
-    as a fusion that calls the all-reduce and the slice. The fusion is then the collective; what it
-    calls (`is_fused_scatter`) is not to be counted again.
+    as a fusion that calls the all-reduce and the slice. One that runs beside products, on v5e and
+    v6e, is written once in each of a chain of fusions: that which starts it, the products, and that
+    which waits for it. The fusion, of a chain the first, is then the collective; what fusions call
+    (`is_counted_at_its_call`) is not to be counted again.
     """
     kind, started = instruction.op.removesuffix("-start"), instruction.op.endswith("-start")
     arrays, written = instruction.arrays, instruction
     if instruction.op == "fusion":
-        fused = next((name for name in instruction.called if is_fused_scatter(program, name)), None)
-        if fused is None:
+        name = next(iter(instruction.called), "")
+        link = chain_link(program, instruction)
+        if link is not None:
+            if link.place != "start":
+                return None
+            written = link.collective
+            kind, arrays = written.op, written.arrays
+        elif is_fused_scatter(program, name):
+            kind = "reduce-scatter"
+            written = next(each for each in program.bodies[name] if each.op == "all-reduce")
+        else:
             return None
-        kind = "reduce-scatter"
-        written = next(each for each in program.bodies[fused] if each.op == "all-reduce")
     elif kind not in COLLECTIVES:
         return None
     axes, groups, chips = _chips(written, kind, mesh)
     sent = _sent_bytes(kind, [array.num_bytes for array in arrays], chips, started)
     return Collective(kind, axes, groups, chips, sent, started)
+
+
+@dataclass(frozen=True)
+class ChainLink:
+    """A fusion as a part of a collective that runs beside products.
+
+    Attributes:
+        chain: the same for all of one collective.
+        place: where in it: "start", "middle" (products) or "done".
+        collective: what is written in it of the collective.
+    """
+
+    chain: str
+    place: str
+    collective: Instruction
+
+
+def chain_link(program: Program, fusion: Instruction) -> ChainLink | None:
+    """Returns what a fusion is of a collective that runs beside products, or None."""
+    for name in fusion.called if fusion.op == "fusion" else ():
+        body = program.bodies.get(name, ())
+        for each in body:
+            found = _CHAIN.search(each.attributes)
+            if found is not None and each.op in COLLECTIVES:
+                marks = "".join(other.attributes for other in body if other.op == "custom-call")
+                starts, ends = _STARTS in marks, _ENDS in marks
+                place = "start" if starts else "done" if ends else "middle"
+                return ChainLink(found[1], place, each)
+    return None
+
+
+def is_counted_at_its_call(program: Program, computation: str) -> bool:
+    """Whether the collective in a computation is that of the fusion which calls it."""
+    body = program.bodies.get(computation, ())
+    chained = any(each.op in COLLECTIVES and _CHAIN.search(each.attributes) for each in body)
+    return chained or is_fused_scatter(program, computation)
 
 
 def is_fused_scatter(program: Program, computation: str) -> bool:
@@ -144,6 +189,8 @@ def is_fused_scatter(program: Program, computation: str) -> bool:
     return source is not None and source.op == "all-reduce"
 
 
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_STARTS, _ENDS = '"AsyncCollectiveStart"', '"AsyncCollectiveDone"'
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](.*?) \{([^}]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _SHAPE = re.compile(r"replica_groups=\[(\d+),(\d+)\]")

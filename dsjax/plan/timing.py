@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsjax.plan.collectives import find_collective, is_fused_scatter
+from dsjax.plan.collectives import COLLECTIVES, chain_link, find_collective, is_counted_at_its_call
 from dsjax.plan.expected import AS_WRITTEN, Expected, attention_flops, decode_work, grouped_bytes
 from dsjax.plan.pods import Pod
 from dsjax.plan.program import Instruction, Program
@@ -81,12 +81,18 @@ def measure(
                 if each.op.endswith("-update"):
                     ends[each.name] = max((ends.get(n, 0.0) for n in each.operands), default=0.0)
                 continue
+            link = chain_link(program, each)
+            if link is not None and link.place == "done":
+                now = max(now, ends.get(f"chain {link.chain}", 0.0))
+                continue
             work = one(each, named)
             total += work
-            if each.op.endswith("-start"):
+            starts = link is not None and link.place == "start"
+            if starts or each.op.endswith("-start"):
                 resource = "links" if work.collective_seconds else "copy"
-                ends[each.name] = max(now, free[resource]) + work.scheduled_seconds
-                free[resource] = ends[each.name]
+                end = max(now, free[resource]) + work.scheduled_seconds
+                ends[f"chain {link.chain}" if link is not None else each.name] = end
+                free[resource] = end
             else:
                 now += work.scheduled_seconds
         end = max([now, *ends.values()])
@@ -102,7 +108,7 @@ def measure(
             inside = [
                 body_work(name).times(trips)
                 for name, trips in program.calls(each)
-                if not is_fused_scatter(program, name)
+                if not is_counted_at_its_call(program, name)
             ]
             return functools.reduce(Work.__add__, inside, Work())
         if each.op in _FREE:
@@ -135,7 +141,7 @@ def collective_seconds(
     """
     found: dict[str, float] = {}
     for name, times in program.executions():
-        if is_fused_scatter(program, name):
+        if is_counted_at_its_call(program, name):
             continue
         for each in program.bodies[name]:
             collective = find_collective(program, each, mesh)
@@ -245,6 +251,11 @@ def _hbm_bytes(
             size = 0 if each.op in _UPDATES else each.arrays[0].num_bytes
         total += size
     root = next((other for other in body if other.is_root), each)
+    if root.op == "tuple" and len(root.operands) == len(each.arrays):
+        ops = {other.name: other.op for other in body}
+        passing = ("parameter", *COLLECTIVES)  # what only passes through is no result
+        results = zip(root.operands, each.arrays, strict=True)
+        return total + sum(x.num_bytes for n, x in results if x.in_hbm and ops[n] not in passing)
     if root.op in _UPDATES:  # in place
         inside = {other.name: other for other in body} if body else named
         place = _UPDATES[root.op]
@@ -260,8 +271,8 @@ def _read_of(program: Program, body: tuple[Instruction, ...], parameter: str, wh
         if parameter not in user.operands:
             continue
         first = user.operands[0] == parameter
-        if user.op in _UPDATES and first:
-            continue  # in place
+        if (user.op in _UPDATES and first) or user.op == "tuple" or user.op in COLLECTIVES:
+            continue  # in place, passed through, or of a collective
         if user.op in ("dynamic-slice", "gather", "slice") and first:
             read += sum(array.num_bytes for array in user.arrays)
         elif not user.is_root and (

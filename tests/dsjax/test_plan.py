@@ -125,6 +125,12 @@ FORMS = {
         8,
         {"all-reduce over fsdp+expert": use(3, 15, 15 * 2 * 2 * MIB * 63 // 64)},
     ),
+    # A gather beside a product (v5e, v2_lite_v5e_16): written in the fusion that starts it, in the
+    # product's, and in that which waits.
+    "gather_beside_product": (
+        4,
+        {"all-gather over fsdp": use(1, 1, 2048 * 16 * 128 * 2 * 3 // 4)},
+    ),
     "psum_scatter": (4, {"reduce-scatter over expert": use(1, 1, MIB * 3)}),
     "all_to_all": (4, {"all-to-all over expert": use(1, 1, 8 * MIB * 3 // 4)}),
     "permute": (4, {"collective-permute over expert": use(1, 1, 8 * MIB)}),
@@ -149,6 +155,26 @@ def test_each_form_that_libtpu_emits_is_counted_once_over_its_axes(form: str):
     side, expected = FORMS[form]
     text = (TEXTS / f"{form}.txt").read_text(encoding="utf-8")
     assert count_collectives(text, {"fsdp": side, "expert": side}, 1.25) == expected
+
+
+def test_a_gather_beside_a_product_takes_its_time_once_and_hides_what_it_can():
+    pod = Pod((SimpleNamespace(coords=(0, 0, 0)),) * 16, RATES["TPU v5 lite"], 197e12)
+    text = (TEXTS / "gather_beside_product.txt").read_text(encoding="utf-8")
+    mesh = {"fsdp": 4, "expert": 4}
+    work = measure(Program.of(text), pod, mesh)
+    sent = 2048 * 16 * 128 * 2 * 3 // 4
+    assert work.collective_seconds == pytest.approx(sent / 45e9)
+    assert work.flops == 2 * 2 * 4096 * 512 * 16 * 128
+    # What the fusions hand on of the gather is no work of the product, and the rest is in VMEM.
+    assert work.hbm_bytes == 0
+    assert work.compute_seconds == pytest.approx(work.flops / 197e12)
+    assert work.scheduled_seconds == max(work.collective_seconds, work.compute_seconds)
+    # Started later, behind the product, it hides nothing.
+    start = next(line for line in text.splitlines() if "%async-collective-start.24 =" in line)
+    done = next(line for line in text.splitlines() if "%async-collective-done.24 =" in line)
+    late = text.replace(start + "\n", "").replace(done, f"{start}\n{done}")
+    late_work = measure(Program.of(late), pod, mesh)
+    assert late_work.scheduled_seconds == pytest.approx(work.serial_seconds)
 
 
 def test_axes_follow_the_mesh_whatever_way_the_program_writes_its_groups():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import typer
 
 from dsjax.cli.arguments import Overrides, Quantize
-from dsjax.config import EngineConfig, MeshConfig
+from dsjax.config import EngineConfig, MeshConfig, TrainConfig
 from dsjax.config.load import load_model_and_runtime, load_recipe, load_train_config, override
 
 Use = Literal["train", "prefill", "decode"]
@@ -37,6 +38,13 @@ def plan(
         typer.Option(help="FIELD=VALUE of EngineConfig, such as max_batch=128 or max_length=4096."),
     ] = None,
     quantize: Quantize = None,
+    search: Annotated[
+        int | None,
+        typer.Option(
+            help="Try so many variants of a run's mesh, rows, remat and exchange; each compiles.",
+            min=1,
+        ),
+    ] = None,
     picture: Annotated[str | None, typer.Option(help="Also write a PNG there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -51,8 +59,14 @@ def plan(
         run = load_train_config(config, overrides or ())
         from dsjax.plan.plan import plan_training
 
+        if search is not None:
+            _search(run, topology, slices, search, picture, as_json)
+            return
+
         figures = plan_training(run, topology, slices)
     else:
+        if search is not None:
+            raise ValueError(f"--search: is of a run's step, so not with --for {use}")
         figures = _serving(
             config, overrides or (), topology, slices, use, mesh or (), engine or (), quantize
         )
@@ -64,6 +78,32 @@ def plan(
         print(json.dumps(figures, indent=2))
     else:
         _print(figures)
+
+
+def _search(
+    run: TrainConfig, topology: str, slices: int, most: int, picture: str | None, as_json: bool
+) -> None:
+    """Says each trial as it ends on standard error, then the ranking."""
+    from dsjax.plan.plan import plan_training
+    from dsjax.plan.search import ranked, search
+    from dsjax.plan.topology import tpu_devices
+
+    if picture is not None:
+        raise ValueError("--picture: draws one plan, so not with --search")
+    chips = len(tpu_devices(topology, slices))
+    trials = []
+    for trial in search(run, chips, most, lambda each: plan_training(each, topology, slices)):
+        trials.append(trial)
+        print(f"{len(trials)} of at most {most}: {trial}", file=sys.stderr, flush=True)
+    best = ranked(trials)
+    if not best:
+        raise ValueError(f"none of {len(trials)} trials fits {topology}; the last: {trials[-1]}")
+    if as_json:
+        found = [{"changes": list(each.changes), **(each.figures or {})} for each in best]
+        print(json.dumps(found, indent=2))
+        return
+    for place, trial in enumerate(best, 1):
+        print(f"{place}. {trial}")
 
 
 def _serving(

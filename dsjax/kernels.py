@@ -171,6 +171,9 @@ def _choose(
         "hopper", width=config.hidden_dim, dtype=dtype, chip=chip
     )
     quantised_experts = form_of(runtime.quantisation, "moe_layers.feed_forward.w_gate") is not None
+    unroll = named.unroll_decode
+    if unroll is None:
+        unroll = gpu and not quantised_experts
     router = named.router
     if router == "auto":  # a TPU's compiler splits float32 by itself
         router = "bfloat16_terms" if gpu and dtype == jnp.bfloat16 else "float32"
@@ -185,7 +188,7 @@ def _choose(
         grouped_matmul=products,
         expert_permute="hopper" if products == "hopper" and permute_refusal is None else "xla",
         experts_in_place=products == "tpu" or quantised_experts,
-        unroll_decode=named.unroll_decode,
+        unroll_decode=unroll,
         min_decode_rows=16 if gpu else 1,
         router=router,
         expert_exchange=transport,

@@ -13,11 +13,21 @@ _OPTIONS: dict[str, dict[str, str]] = {
     # Without it libtpu's ragged all-to-all stands still while products could run beside it.
     "tpu": {"xla_tpu_enable_async_ragged_all_to_all": "true"},
 }
+# Of decode steps that have every layer by itself. XLA joins two products of the same rows and, in
+# each step, writes their weights out side by side first: 4 % of a step of 256 rows of V2-Lite on an
+# H100. With its own Triton products to choose from beside cuBLAS's, such a step takes 85 s to
+# compile there instead of 17, and as long to run. Where layers are a loop, cuBLAS must wait for the
+# place of a layer's weights: there a step with a prompt's chunk took 80 ms instead of 49.
+_UNROLLED: dict[str, dict[str, bool | int]] = {
+    "gpu": {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_triton_gemm": False},
+}
 # Of programs that multiply quantised weights. Without it XLA writes such weights out widened before
 # each product of more than one row: for 4-bit numbers some five times the bytes (seen in programs
 # compiled for an H100).
-_QUANTISED: dict[str, dict[str, bool]] = {
-    "gpu": {"xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True},
+_QUANTISED: dict[str, dict[str, bool | int]] = {
+    "gpu": {
+        "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True,
+    },
 }
 
 
@@ -26,9 +36,18 @@ def compiler_options(platform: str) -> dict[str, str]:
     return _not_named_by_user(_OPTIONS.get(platform, {}))
 
 
-def quantised_options(platform: str) -> dict[str, bool]:
-    """Returns the options of a program that multiplies quantised weights."""
-    return _not_named_by_user(_QUANTISED.get(platform, {}))
+def inference_options(
+    platform: str, *, quantised: bool, unrolled: bool = False
+) -> dict[str, bool | int]:
+    """Returns the options of a program that generates.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+        quantised: whether it multiplies quantised weights.
+        unrolled: whether it is a decode step that has every layer by itself.
+    """
+    options = _QUANTISED if quantised else _UNROLLED if unrolled else {}
+    return _not_named_by_user(options.get(platform, {}))
 
 
 def _not_named_by_user[T](options: dict[str, T]) -> dict[str, T]:

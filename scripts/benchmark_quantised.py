@@ -31,7 +31,7 @@ from dsjax.config.load import load_model_config
 from dsjax.kernels import choose_kernels
 from dsjax.model import DeepSeekV2, abstract_model
 from dsjax.quantise import format_of
-from dsjax.xla_options import quantised_options
+from dsjax.xla_options import inference_options
 from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
 from pallas_kernels.quantised import Format, QuantisedWeights, quantise
 from pallas_kernels.quantised_matmul import quantised_matmul
@@ -71,7 +71,8 @@ def main() -> None:
 
 def compiled(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()) -> Any:
     """Compiles as the engine does."""
-    options = quantised_options(jax.devices()[0].platform)
+    narrow = any(jnp.dtype(leaf.dtype).itemsize == 1 for leaf in jax.tree.leaves(arguments))
+    options = inference_options(jax.devices()[0].platform, quantised=narrow)
     lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
     return lowered.compile(compiler_options=options or None)
 

@@ -5,6 +5,7 @@
 or a CPU are then skipped where there are none.
 """
 
+import gc
 import importlib.util
 import os
 from collections.abc import Generator, Iterator
@@ -18,9 +19,7 @@ PLATFORM = os.environ.get("DSJAX_TEST_PLATFORM", "cpu")
 if PLATFORM == "cpu":
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = cpu_compiler.xla_flags(num_devices=8)
-# Of some thousand CPU programs that are read from a cache, one ends the process (jaxlib 0.11.2),
-# and compiling them anew takes no longer.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compiling anew takes no longer
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is a broken test
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -34,6 +33,8 @@ from tests import annotations, tpu_compiler
 jaxtyping.install_import_hook("pallas_kernels", f"{annotations.__name__}.check")
 
 import jax
+
+from dsjax.engine.compiled import forget_programs
 
 
 def pytest_configure() -> None:
@@ -52,6 +53,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+# Each program that XLA compiles for the CPU keeps several parts of memory mapped. Linux gives a
+# process 65,530 of them, and one that wants more ends without a word, as half of the tests would.
+MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Lets go of compiled programs where they have become many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
+        forget_programs()
+        gc.collect()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -33,9 +33,9 @@ class KernelConfig:
         exchange_room: what a device has room to receive in one pass of an exchange, and rows that
             one pass over its experts has room for, over the mean. Where there is more, all devices
             take more passes; nothing is lost.
-        unroll_decode: whether a decode step has every layer by itself, for a GPU: its compiler
-            copies what a loop over the layers takes out of their stacked weights (1.5 of 5.5 ms of
-            a step of V2-Lite on an H100). Not yet timed there as a whole, so it is asked for.
+        unroll_decode: whether a decode step has every layer by itself. A GPU's compiler copies what
+            a loop over the layers takes out of their stacked weights: 1.5 of 17.0 ms of a step of
+            128 rows of V2-Lite on an H100. None: on GPUs, unless the experts are quantised.
     """
 
     mla_attention: Implementation = "auto"
@@ -45,7 +45,7 @@ class KernelConfig:
     expert_exchange: Literal["auto", "fixed", "ragged", "ragged_parts"] = "auto"
     exchange_chunks: int = 1
     exchange_room: float = 1.25
-    unroll_decode: bool = False
+    unroll_decode: bool | None = None
 
     def __post_init__(self) -> None:
         require_positive(

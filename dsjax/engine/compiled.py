@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsjax.xla_options import quantised_options
+from dsjax.xla_options import inference_options
 
 _MAX_PROGRAMS = 256
 _QUANTISED_DTYPES = tuple(map(jnp.dtype, (jnp.int8, jnp.int4, jnp.uint4, jnp.float8_e4m3fn)))
@@ -27,6 +27,7 @@ def compiled(
     out_sharding: Any,
     *,
     unpacks: bool = False,
+    unrolled: bool = False,
 ) -> Any:
     """Returns a compiled program, which takes arrays of these shapes and nothing else.
 
@@ -37,6 +38,7 @@ def compiled(
         donated: places among `arguments` whose arrays are overwritten.
         out_sharding: of all results, or a tuple of them.
         unpacks: whether quantised weights come as bytes.
+        unrolled: whether it is a decode step that has every layer by itself.
     """
     leaves, treedef = jax.tree.flatten(arguments)
     shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype), leaf.sharding) for leaf in leaves)
@@ -49,10 +51,16 @@ def compiled(
     jitted = jax.jit(run, donate_argnums=donated, out_shardings=out_sharding)
     quantised = unpacks or any(leaf.dtype in _QUANTISED_DTYPES for leaf in leaves)
     device: Any = next(iter(jax.tree.leaves(out_sharding)[0].device_set))
-    options = quantised_options(device.platform) if quantised else {}
+    options = inference_options(device.platform, quantised=quantised, unrolled=unrolled)
     program = jitted.lower(*arguments).compile(compiler_options=options or None)
     with _lock:
         _programs[key] = program
         while len(_programs) > _MAX_PROGRAMS:
             _programs.popitem(last=False)
     return program
+
+
+def forget_programs() -> None:
+    """Lets go of all compiled programs; engines that run keep theirs."""
+    with _lock:
+        _programs.clear()

@@ -102,6 +102,7 @@ class Runner:
             graphdef, _ = abstract_model(model.config, options.runtime, rules, options.kernels)
         leaves, treedef = jax.tree.flatten(state)
         self._key = ModelKey(graphdef, treedef)
+        self._unrolls = model.options.kernels.unroll_decode
         self._leaves = tuple(leaves)
         self._known_ids = known_W
         self._pool_sharding = rules.sharding("pages") or self._sharding
@@ -333,9 +334,11 @@ class Runner:
         """Returns a program, compiled when it is needed first."""
         if key not in self._programs:
             places: Any = self._sharding
+            unrolled = False
             if isinstance(key, RowShape):
                 places = (self._logits_sharding, self._sharding, self._pool_sharding)
-            self._programs[key] = compiled(*self._to_compile(key), places)
+                unrolled = self._unrolls and key.chunk is None
+            self._programs[key] = compiled(*self._to_compile(key), places, unrolled=unrolled)
         return self._programs[key]
 
     def _to_compile(self, key: _ProgramKey) -> _ToCompile:

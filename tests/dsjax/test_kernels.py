@@ -7,7 +7,7 @@ from typing import Any, cast
 import jax
 import pytest
 
-from dsjax.config import KernelConfig, RuntimeConfig
+from dsjax.config import RECIPES, KernelConfig, RuntimeConfig
 from dsjax.configs.models import deepseek_v2, deepseek_v2_5, deepseek_v2_lite, tiny
 from dsjax.kernels import MAX_DECODE_TOKENS, PAGE_SIZE, choose_kernels, pool_rope_dim
 from dsjax.mesh import MESH_AXES, ShardingRules, inference_rules
@@ -56,10 +56,16 @@ def test_a_gpus_decode_step_has_whole_tiles_of_rows(device, rows):
     assert choose_kernels(device, deepseek_v2.config, BF16).min_decode_rows == rows
 
 
-def test_the_layers_of_a_decode_step_may_stand_by_themselves():
-    runtime = replace(BF16, kernels=KernelConfig(unroll_decode=True))
-    assert choose_kernels(H200, deepseek_v2.config, runtime).unroll_decode
-    assert not choose_kernels(H200, deepseek_v2.config, BF16).unroll_decode
+def test_the_layers_of_a_decode_step_stand_by_themselves_on_gpus():
+    def unrolled(device, runtime):
+        return choose_kernels(device, deepseek_v2.config, runtime).unroll_decode
+
+    assert unrolled(H200, BF16)
+    assert not unrolled(H200, replace(BF16, quantisation=RECIPES["int8"]))
+    assert not unrolled(V5P, BF16)
+    for asked in (True, False):
+        runtime = replace(BF16, kernels=KernelConfig(unroll_decode=asked))
+        assert unrolled(H200, runtime) is unrolled(V5P, runtime) is asked
 
 
 @pytest.mark.parametrize(

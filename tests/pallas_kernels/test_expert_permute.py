@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.expert_permute import combine_rows, gather_rows, sort_by_expert
 from pallas_kernels.expert_permute.cases import CASES, KERNEL_CASES, MODELS
+from pallas_kernels.expert_permute.order import MOST_COMPARED
 
 
 @pytest.mark.core
@@ -54,6 +55,17 @@ def test_permutation_and_its_gradients(implementation, case, rng):
     want = np.argsort(indices.ravel(), kind="stable")[: sizes.sum()] // case.top_k
     np.testing.assert_array_equal(token[: sizes.sum()], want)
     assert token.shape == ((case.max_rows or indices.size),)
+
+
+@pytest.mark.parametrize("assignments", [MOST_COMPARED - 2, MOST_COMPARED + 2])
+def test_comparing_gives_the_order_of_sorting(assignments, rng):
+    """Below the number from which all sort, and above it."""
+    indices = jnp.asarray(rng.integers(0, 12, (assignments // 2, 2)), jnp.int32)
+    for max_rows in (None, assignments - 1):
+        want = sort_by_expert(indices, 11, max_rows)
+        got = jax.jit(lambda i, m=max_rows: sort_by_expert(i, 11, m, compare=True))(indices)
+        for ours, theirs in zip(got, want, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.xla_options import quantised_options
+from dsjax.xla_options import inference_options
 from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
 from pallas_kernels.quantised import pack_halves, unpack_halves
 from pallas_kernels.quantised_matmul import (
@@ -132,11 +132,16 @@ def test_groups_multiply_by_what_is_stored_of_them(name, implementation, rows, r
 
 
 @pytest.mark.core
-def test_this_jax_knows_the_option_for_quantised_weights():
-    (option,) = quantised_options("gpu")
-    jax.jit(jnp.sin).lower(1.0).compile(compiler_options={option: True})
-    with pytest.raises(Exception, match=f"{option}_"):
-        jax.jit(jnp.cos).lower(1.0).compile(compiler_options={f"{option}_": True})
+@pytest.mark.parametrize("quantised", [False, True])
+def test_this_jax_knows_the_options_of_generation(quantised):
+    assert not inference_options("cpu", quantised=quantised, unrolled=True)
+    assert not inference_options("gpu", quantised=False)
+    options = inference_options("gpu", quantised=quantised, unrolled=True)
+    assert len(options) == 2 - quantised
+    for option, value in options.items():
+        jax.jit(jnp.sin).lower(1.0).compile(compiler_options={option: value})
+        with pytest.raises(Exception, match=f"{option}_"):
+            jax.jit(jnp.cos).lower(1.0).compile(compiler_options={f"{option}_": value})
 
 
 @pytest.mark.usefixtures("unchecked_annotations")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # Ends the name of a file that is still being written.
 # How the stand-in begins that a clone without Git LFS has in place of a large file.
@@ -119,23 +120,43 @@ def locked(path: Path) -> Iterator[None]:
         OSError: the file cannot be made; names it.
     """
     with naming(path):  # and not the body: its errors are of other files
-        file = path.open("a+", encoding="utf-8")
+        file = _open_locked(path)
     with file:
+        yield
+
+
+def _open_locked(path: Path) -> TextIO:
+    """Opens a file, takes its lock and writes into it who holds it."""
+    while True:
+        file = path.open("a+", encoding="utf-8", errors="replace")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = " ".join(file.read(200).replace("\0", "").split()) or "another process"
+            file.close()
             raise LockHeldError(f"{path.parent}: in use by {holder}") from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
+                file.close()
                 raise
             _LOG.warning("%s: this file system keeps no locks: start nothing else here", path)
+            break
+        # Its holder removed it between the opening and the lock, which is then of no file.
+        file.close()
+    try:
         now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
         file.flush()
-        yield
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise
+    return file
 
 
 @contextmanager

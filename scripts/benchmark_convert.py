@@ -22,6 +22,7 @@ from typing import Annotated
 import jax.numpy as jnp
 import numpy as np
 import typer
+from arguments import one_line_errors
 
 from dsjax.config import ModelConfig
 from dsjax.families import find_model_config, hf_table
@@ -106,6 +107,9 @@ def main(
     """Makes, converts, converts back and compares."""
     config = find_model_config(model, overrides or ())
     source, ours, back = folder / "source", folder / "ours", folder / "back"
+    for path in (source, ours, back):  # they are removed at the end
+        if path.exists():
+            raise ValueError(f"{path}: is there already; give another folder")
     try:
         size = write_checkpoint(config, source, int(file_gb * 1e9)) / 1e9
         before = fingerprint(source)
@@ -134,4 +138,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_errors():
+        typer.run(main)

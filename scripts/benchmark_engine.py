@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from arguments import one_line_errors, positive
 
 from dsjax.config import EngineConfig
 from dsjax.config.load import load_model_and_runtime
@@ -41,12 +42,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--batch", type=int, default=256, help="requests that run at once")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of each text")
-    parser.add_argument("--chunk", type=int, default=2048, help="prompt tokens a step")
-    parser.add_argument("--prefix", type=int, default=4000)
+    parser.add_argument("--batch", type=positive, default=256, help="requests that run at once")
+    parser.add_argument("--requests", type=positive, default=1000)
+    parser.add_argument("--prompt", type=positive, default=1024, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=positive, default=1024, help="tokens of each text")
+    parser.add_argument("--chunk", type=positive, default=2048, help="prompt tokens a step")
+    parser.add_argument("--prefix", type=positive, default=4000)
     parser.add_argument("--temperature", type=float, default=0.0)
     arguments = parser.parse_args()
     config, runtime = load_model_and_runtime(arguments.config, arguments.overrides)
@@ -134,4 +135,5 @@ def report(name: str, figures: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -14,7 +14,6 @@ backward: values and time.
 import argparse
 import dataclasses
 import functools
-import importlib
 import time
 from collections.abc import Callable, Hashable
 from typing import TypedDict, Unpack
@@ -22,12 +21,13 @@ from typing import TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arguments import one_line_errors, positive
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from dsjax.config import MeshConfig, ModelConfig, RuntimeConfig
-from dsjax.config.load import override
+from dsjax.config.load import load_model_config
 from dsjax.configs.models import deepseek_v2
 from dsjax.kernels import choose_kernels
 from dsjax.layers.moe import MoE
@@ -266,26 +266,32 @@ def layer(
     print(text, flush=True)
 
 
+PARTS = ("bytes", "exchange", "layer")
+
+
 def main() -> None:
     """Reads the command line and runs."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", default=["exchange", "layer"])
-    parser.add_argument("--tokens", type=int, default=TIMED_TOKENS)
-    parser.add_argument("--width", type=int, default=TIMED_WIDTH)
-    parser.add_argument("--transports", nargs="*", default=list(TRANSPORTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--tokens", type=positive, default=TIMED_TOKENS)
+    parser.add_argument("--width", type=positive, default=TIMED_WIDTH)
+    parser.add_argument("--transports", nargs="*", choices=TRANSPORTS, default=list(TRANSPORTS))
     parser.add_argument("--model", default="deepseek_v2_lite")
     parser.add_argument("--override", nargs="*", default=[], help="such as moe.num_experts=16")
-    parser.add_argument("--layer-tokens", type=int, default=8192)
+    parser.add_argument("--layer-tokens", type=positive, default=8192)
     arguments = parser.parse_args()
-    if "bytes" in arguments.parts:
+    for part in arguments.parts:  # argparse holds no choices against a default of several
+        if part not in PARTS:
+            parser.error(f"{part!r}: must be one of {', '.join(PARTS)}")
+    parts = arguments.parts or ["exchange", "layer"]
+    if "bytes" in parts:
         for shards in POD_SHARDS:
             exchange_bytes(deepseek_v2.config, shards, arguments.tokens)
-    if "exchange" in arguments.parts:
+    if "exchange" in parts:
         exchange(arguments.tokens, arguments.width, arguments.transports)
-    if "layer" in arguments.parts:
+    if "layer" in parts:
         tokens = arguments.layer_tokens
-        config = importlib.import_module(f"dsjax.configs.models.{arguments.model}").config
-        config = override(config, arguments.override)
+        config = load_model_config(arguments.model, arguments.override)
         exact = RuntimeConfig(dtype="float32")
         for transport in arguments.transports:
             with jax.default_matmul_precision("highest"):
@@ -298,4 +304,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arguments import IMPLEMENTATIONS, one_line_errors
 from jax import lax
 
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
@@ -309,7 +310,7 @@ def main() -> None:
     """Runs the sections named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help=", ".join(SECTIONS))
-    parser.add_argument("--implementation", default="hopper")
+    parser.add_argument("--implementation", default="hopper", choices=IMPLEMENTATIONS)
     parser.add_argument("--no-torch", action="store_true", help="leave torch's kernels out")
     options = parser.parse_args()
     unknown = set(options.sections) - set(SECTIONS)
@@ -321,4 +322,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from arguments import IMPLEMENTATIONS, numbers, one_line_errors
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory as well
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -126,8 +128,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with the oracle first")
     parser.add_argument("--segment-ids", action="store_true", help="give ids, all alike")
-    parser.add_argument("--implementation", default="hopper")
-    parser.add_argument("--shapes", nargs="+", default=[f"{h}x{t}" for h, t in TIMED])
+    parser.add_argument("--implementation", default="hopper", choices=IMPLEMENTATIONS)
+    parser.add_argument(
+        "--shapes", nargs="+", type=numbers(2), default=[f"{h}x{t}" for h, t in TIMED]
+    )
     options = parser.parse_args()
     print(jax.devices()[0].device_kind, options.implementation, flush=True)
     if options.check and not check(options.implementation):
@@ -167,4 +171,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

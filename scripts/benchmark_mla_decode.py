@@ -20,6 +20,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from arguments import IMPLEMENTATIONS, one_line_errors
 from jax import lax
 
 from pallas_kernels.mla_decode import LatentPages, mla_decode
@@ -150,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [shape.name for shape in TIMED]
     parser.add_argument("--cases", nargs="*", default=names, choices=names)
-    parser.add_argument("--implementation", default="hopper")
+    parser.add_argument("--implementation", default="hopper", choices=IMPLEMENTATIONS)
     parser.add_argument("--kernels", action="store_true", help="print each kernel's time too")
     args = parser.parse_args()
     decode = functools.partial(mla_decode, scale=SCALE, implementation=args.implementation)
@@ -185,4 +186,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from arguments import IMPLEMENTATIONS, one_line_errors, positive
 from flax import nnx
 
 from dsjax.cache import LatentPool, Part, View, allocate_pool
@@ -46,10 +47,15 @@ def main() -> None:
     parser.add_argument("what", choices=("train", "generate"))
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=5, help="timed repetitions")
-    parser.add_argument("--kernels", default="auto", help="auto, or one implementation for all")
+    parser.add_argument("--batch", type=positive, default=4)
+    parser.add_argument("--length", type=positive, default=4096)
+    parser.add_argument("--steps", type=positive, default=5, help="timed repetitions")
+    parser.add_argument(
+        "--kernels",
+        default="auto",
+        choices=("auto", *IMPLEMENTATIONS),
+        help="auto, or one implementation for all",
+    )
     arguments = parser.parse_args()
     config, runtime = load_model_and_runtime(arguments.config, arguments.overrides)
     if arguments.kernels != "auto":
@@ -172,4 +178,5 @@ def measure_generation(
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

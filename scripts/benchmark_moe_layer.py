@@ -22,6 +22,7 @@ from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
+from arguments import IMPLEMENTATIONS, one_line_errors, positive
 from benchmark_grouped_matmul import draw, take_turns
 from flax import nnx
 
@@ -160,8 +161,8 @@ def main() -> None:
     """Measures the layer of the config on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", default="configs/models/deepseek_v2_lite.py")
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--implementation", default="hopper")
+    parser.add_argument("--tokens", type=positive, default=32768)
+    parser.add_argument("--implementation", default="hopper", choices=IMPLEMENTATIONS)
     parser.add_argument("--profile", action="store_true", help="list the kernels' times")
     options = parser.parse_args()
     config = load_model_config(options.config)
@@ -171,4 +172,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arguments import one_line_errors, positive
 from flax import nnx
 
 from dsjax.cache import Part, View, allocate_pool
@@ -52,7 +53,7 @@ def main() -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="+", choices=("products", "experts", "decode"))
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 128])
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 128])
     parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=list(FORMATS))
     parser.add_argument("--config", default="deepseek_v2_lite", help="the model of experts, decode")
     parser.add_argument("--copies-bytes", type=int, default=COPIES_BYTES)
@@ -272,4 +273,5 @@ def decode(config: ModelConfig, batch: int, name: str, read: float, steps: int =
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

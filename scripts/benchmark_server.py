@@ -28,6 +28,7 @@ from typing import Any
 import httpx
 import jax
 import numpy as np
+from arguments import one_line_errors, positive
 from benchmark_engine import NumberTokenizer, report
 
 from dsjax.config import EngineConfig, ServeConfig
@@ -46,11 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--connections", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=2, help="requests of each connection")
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of each text")
-    parser.add_argument("--chunk", type=int, default=2048, help="prompt tokens a step")
+    parser.add_argument("--connections", type=positive, default=256)
+    parser.add_argument("--rounds", type=positive, default=2, help="requests of each connection")
+    parser.add_argument("--prompt", type=positive, default=1024, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=positive, default=512, help="tokens of each text")
+    parser.add_argument("--chunk", type=positive, default=2048, help="prompt tokens a step")
     arguments = parser.parse_args()
     for name in ("connections", "rounds", "prompt", "tokens", "chunk"):
         if getattr(arguments, name) < 1:
@@ -211,4 +212,5 @@ def quantiles(gaps: Sequence[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -29,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arguments import IMPLEMENTATIONS, one_line_errors, positive
+
 OURS, PEER = "ours", "transformers"
 TOP = 40
 
@@ -78,10 +80,15 @@ def main() -> None:
     parser.add_argument("--rows", action="store_true", help="name all rows and end")
     parser.add_argument("--config", default="configs/models/deepseek_v2_lite.py")
     parser.add_argument("--set", nargs="*", default=["num_layers=8"], help="overrides of the model")
-    parser.add_argument("--batch", type=int, help="instead of the rows' own")
-    parser.add_argument("--length", type=int, help="instead of the rows' own")
-    parser.add_argument("--kernels", default="auto", help="auto, or one implementation for all")
-    parser.add_argument("--steps", type=int, default=5, help="timed repetitions")
+    parser.add_argument("--batch", type=positive, help="instead of the rows' own")
+    parser.add_argument("--length", type=positive, help="instead of the rows' own")
+    parser.add_argument(
+        "--kernels",
+        default="auto",
+        choices=("auto", *IMPLEMENTATIONS),
+        help="auto, or one implementation for all",
+    )
+    parser.add_argument("--steps", type=positive, default=5, help="timed repetitions")
     parser.add_argument("--profile", type=Path, help="a folder for profiles as text")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -365,4 +372,5 @@ def measure_peer(
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import tpu_schedule
+from arguments import names_of, numbers, one_line_errors
 from tpu_schedule import BYTES_PER_CYCLE, Region, Schedule
 
 from pallas_kernels.grouped_matmul import tiles
@@ -283,11 +284,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--chips", default=",".join(DEVICES))
+    parser.add_argument("--chips", type=names_of(DEVICES), default=",".join(DEVICES))
     parser.add_argument(
-        "--shape", default="49152x2048x1408x64", help="rows, depth, columns, groups"
+        "--shape",
+        type=numbers(4),
+        default="49152x2048x1408x64",
+        help="rows, depth, columns, groups",
     )
-    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--kinds", type=names_of(KINDS), default=",".join(KINDS))
     parser.add_argument("--heights", default="64,128,256", help="of megablox's tiles")
     parser.add_argument("--default", action="store_true", help="megablox's default tiling too")
     options = parser.parse_args()
@@ -302,4 +306,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

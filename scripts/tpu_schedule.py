@@ -28,6 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from arguments import names_of, one_line_errors, positive
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = str(ROOT / "scripts" / "tpu_programs.py")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -330,21 +332,21 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     attention = commands.add_parser("attention", help="beside jax's splash attention")
-    attention.add_argument("--heads", type=int, default=16)
-    attention.add_argument("--tokens", type=int, default=4096)
+    attention.add_argument("--heads", type=positive, default=16)
+    attention.add_argument("--tokens", type=positive, default=4096)
     attention.add_argument("--splash-blocks", default="1024x1024x512,512x512x512")
     attention.add_argument("--splash-modes", default="fused,separate")
     decode = commands.add_parser("decode", help="cycles and bytes of absorbed decode")
-    decode.add_argument("--heads", type=int, default=16)
-    decode.add_argument("--query-tokens", type=int, default=1)
-    decode.add_argument("--batch", type=int, default=128)
-    decode.add_argument("--tokens", type=int, default=4096)
+    decode.add_argument("--heads", type=positive, default=16)
+    decode.add_argument("--query-tokens", type=positive, default=1)
+    decode.add_argument("--batch", type=positive, default=128)
+    decode.add_argument("--tokens", type=positive, default=4096)
     decode.add_argument("--dtype", default="bfloat16")
     kernel = commands.add_parser("kernel", help="any kernel's regions")
     kernel.add_argument("target")
     kernel.add_argument("arguments", nargs="?", default="{}")
     for command in (attention, decode, kernel):
-        command.add_argument("--chips", default=",".join(TOPOLOGIES))
+        command.add_argument("--chips", type=names_of(TOPOLOGIES), default=",".join(TOPOLOGIES))
     child = commands.add_parser("child")
     for name in ("target", "arguments", "chip"):
         child.add_argument(name)
@@ -377,4 +379,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

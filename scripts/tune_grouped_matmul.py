@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from arguments import one_line_errors, positive
 from benchmark_grouped_matmul import draw, even_sizes, take_turns, zipf_sizes
 
 from pallas_kernels.grouped_matmul import hopper
@@ -49,10 +50,10 @@ def call_of(kind: str, tile: HopperTile, num_groups: int) -> jax.stages.Wrapped:
 def main() -> None:
     """Times every tile that compiles and prints them, the fastest first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--in", dest="width_in", type=int, default=2048)
-    parser.add_argument("--out", dest="width_out", type=int, default=2816)
-    parser.add_argument("--rows", type=int, default=49152)
+    parser.add_argument("--experts", type=positive, default=64)
+    parser.add_argument("--in", dest="width_in", type=positive, default=2048)
+    parser.add_argument("--out", dest="width_out", type=positive, default=2816)
+    parser.add_argument("--rows", type=positive, default=49152)
     parser.add_argument("--kind", choices=BLOCKS, default="matmul")
     parser.add_argument("--skewed", action="store_true", help="Zipf sizes")
     options = parser.parse_args()
@@ -85,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

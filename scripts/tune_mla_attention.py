@@ -8,6 +8,8 @@ import functools
 import sys
 from pathlib import Path
 
+from arguments import numbers, one_line_errors
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
@@ -25,7 +27,9 @@ BACKWARD = [HopperBackwardTile(heads_per_group=heads) for heads in (1, 4, 8, 16,
 def main() -> None:
     """Prints TFLOP/s of every tile and shape."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=[f"{h}x{t}" for h, t in TIMED])
+    parser.add_argument(
+        "--shapes", nargs="+", type=numbers(2), default=[f"{h}x{t}" for h, t in TIMED]
+    )
     options = parser.parse_args()
     for shape in options.shapes:
         heads, tokens = map(int, shape.split("x"))
@@ -51,4 +55,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

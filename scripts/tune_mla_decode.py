@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 
 import jax
+from arguments import one_line_errors
 from benchmark_mla_decode import SCALE, time_decode
 
 from pallas_kernels.mla_decode import hopper
@@ -59,4 +60,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

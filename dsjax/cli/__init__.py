@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -60,7 +61,9 @@ def main() -> None:
     # orbax logs a failed save with its traceback and then raises it; a user needs one line of it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if not os.environ.get("DSJAX_TRACEBACK"):
-        sys.unraisablehook = lambda _: None  # what orbax's threads leave
+        # What orbax leaves of a checkpoint that it could not read, beside the error that it raises.
+        sys.unraisablehook = lambda _: None
+        warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
     try:
         for argument in sys.argv[1:]:
             if any("\ud800" <= letter <= "\udfff" for letter in argument):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,33 @@ from dsjax.files import retried
 from dsjax.training.folder import gather_json
 from dsjax.training.optimizer import Moments
 from dsjax.training.step import Guard, TrainState
-from dsjax.weights.checksums import is_sound, sealed
+from dsjax.weights.checksums import sealed
 from dsjax.weights.layouts import current_path, format_1_path, is_format_1, renamed
 from dsjax.weights.param_store import saving_context, stored_paths
-from dsjax.weights.sources import STEPS_FOLDER, chosen_step, first_readable, steps_of
+from dsjax.weights.sources import (
+    STEPS_FOLDER,
+    chosen_step,
+    first_readable,
+    steps_of,
+)
+from dsjax.weights.step_parts import STEP_METADATA_FILE, check_step
 
 # Of a run: where steps that could not be read are moved, and those after a step that was chosen.
 DAMAGED_FOLDER = "damaged"
 SET_ASIDE_FOLDER = "set_aside"
+_LOG = logging.getLogger(__name__)
 # The parameters, the optimizer's state, and every process's data state.
 Restored = tuple[nnx.State, dict[str, Any], list[dict[str, Any]]]
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    """Tells a log record from what orbax's tasks say of an error that is raised as well."""
+    text = record.getMessage()
+    return not ("exception was never retrieved" in text and ("orbax" in text or "zarr" in text))
+
+
+# For good: such a task speaks when it is collected, long after the error was dealt with.
+logging.getLogger("asyncio").addFilter(_is_no_echo)
 
 
 class OtherTypes(ValueError):
@@ -51,6 +70,7 @@ class RunCheckpoints:
         self._checkpointer = self._open()
 
     def _open(self) -> Any:
+        self._move_unlisted()
         return ocp.training.Checkpointer(
             self._folder,
             # Cut so that generation and conversion can read a layer or an expert by itself.
@@ -58,6 +78,25 @@ class RunCheckpoints:
             preservation_policy=self._kept,
             cleanup_tmp_directories=True,
         )
+
+    def _move_unlisted(self) -> None:
+        """Moves steps to `<run>/damaged` at which orbax cannot even list the others.
+
+        It reads the description of every step then, and fails where JSON holds no object.
+
+        Raises:
+            ValueError: there are no other steps; nothing was moved.
+        """
+        steps = steps_of(self._run)
+        unlisted = [step for step in steps if _is_unlisted(step)]
+        if unlisted and len(unlisted) == len(steps):
+            raise ValueError(f"{unlisted[0] / STEP_METADATA_FILE}: is damaged: holds no object")
+        gather_json({})  # all have looked
+        if jax.process_index() == 0:
+            for step in unlisted:
+                _LOG.warning("DAMAGED: %s: holds no object; moved", step / STEP_METADATA_FILE)
+                _move_away(step, self._run / DAMAGED_FOLDER)
+        gather_json({})  # all wait until they are gone
 
     @property
     def latest(self) -> int | None:
@@ -144,7 +183,7 @@ class RunCheckpoints:
                 step,
                 {"params": nnx.to_pure_dict(params), "optimizer": optimizer},
                 force=True,
-                custom_metadata=sealed({"data": gather_json(data_state)}),
+                custom_metadata=sealed({"data": gather_json(data_state), "step": step}),
             )
         except Exception as error:  # orbax and tensorstore raise many kinds
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -185,6 +224,8 @@ class RunCheckpoints:
 
     def _restore(self, step: int, params: nnx.State, optimizer: dict[str, Any]) -> Restored:
         abstract = {"params": nnx.to_pure_dict(params), "optimizer": optimizer}
+        # First, as orbax opens all arrays at once and leaves a traceback for each that fails.
+        metadata = check_step(self._folder / str(step))
         try:
             old = is_format_1(stored_paths(self._folder / str(step)))
             if old:
@@ -205,11 +246,6 @@ class RunCheckpoints:
             ) from error
         restored = jax.tree.map(lambda leaf: leaf, params)
         nnx.replace_by_pure_dict(restored, loaded["params"])
-        metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata
-        if not metadata or "data" not in metadata:
-            raise ValueError(f"{self._folder / str(step)}: is damaged: the data's place is missing")
-        if not is_sound(metadata):
-            raise ValueError(f"{self._folder / str(step)}: is damaged: the data's place")
         return restored, loaded["optimizer"], metadata["data"]
 
     def __enter__(self) -> RunCheckpoints:
@@ -220,6 +256,14 @@ class RunCheckpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+
+
+def _is_unlisted(step: Path) -> bool:
+    try:
+        found = json.loads((step / STEP_METADATA_FILE).read_bytes())
+    except (OSError, ValueError):  # such a step orbax passes over by itself
+        return False
+    return not isinstance(found, dict)
 
 
 def _move_away(step: Path, folder: Path) -> None:

@@ -17,6 +17,7 @@ from dsjax.config import ModelConfig, TrainConfig
 from dsjax.config.run_file import RUN_FILE
 from dsjax.config.serialize import differing_fields
 from dsjax.config.stored import run_from_json
+from dsjax.config.unused import fields_without_effect
 from dsjax.data.loader import Loader
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.files import read_json
@@ -58,7 +59,7 @@ class LaidOut(NamedTuple):
 
 
 def lay_out(config: TrainConfig, devices: Sequence[jax.Device] | None) -> LaidOut:
-    """Lays a run out on devices, by default all of every process.
+    """Lays a run out on devices, by default all of every process; says what has no effect.
 
     Raises:
         ValueError: a field of the config does not fit the devices, or the folder's run.
@@ -68,6 +69,9 @@ def lay_out(config: TrainConfig, devices: Sequence[jax.Device] | None) -> LaidOu
     kernels = choose_kernels(mesh.devices.flat[0], config.model, config.runtime, rules)
     check_batch(config, rules)
     stored = stored_config(Path(config.directory).absolute())
+    if jax.process_index() == 0:
+        for line in fields_without_effect(config):
+            _LOG.warning("%s", line)
     return LaidOut(with_budget(config, rules, stored), stored, mesh, rules, kernels)
 
 
@@ -77,6 +81,13 @@ def check_stored(stored: TrainConfig, config: TrainConfig, run: Path) -> None:
     check_same(stored.model, config.model, where)
     check_stored_forms(stored, config, where)
     check_data(stored.data, config.data, str(run))
+    for name in ("seed", "init_from"):
+        old, new = getattr(stored, name), getattr(config, name)
+        if old != new:
+            _LOG.warning(
+                "%s=%r has no effect: %s goes on with the weights that it has (%s=%r)",
+                *(name, new, run, name, old),
+            )
 
 
 def check_batch(config: TrainConfig, rules: ShardingRules) -> None:

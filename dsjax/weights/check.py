@@ -13,15 +13,14 @@ from pathlib import Path as FilePath
 
 from dsjax.config.run_file import RUN_FILE
 from dsjax.data.tokenizer import TOKENIZER_FILE, load_tokenizer
-from dsjax.files import naming, read_json
+from dsjax.files import naming
 from dsjax.progress import JobProgress
 from dsjax.weights.assets import Assets
-from dsjax.weights.checksums import checksum_faults, is_sound
+from dsjax.weights.checksums import checksum_faults
 from dsjax.weights.hf_export import HEADERS_FILE, unpack_headers
 from dsjax.weights.param_store import ParamStore
 from dsjax.weights.safetensors import read_header
 from dsjax.weights.sources import (
-    STEP_METADATA_FILE,
     STEPS_FOLDER,
     CheckpointSource,
     HFSource,
@@ -32,6 +31,7 @@ from dsjax.weights.sources import (
     steps_of,
     stored_recipe,
 )
+from dsjax.weights.step_parts import check_step
 
 _WORKERS = 4
 _PIECE_BYTES = 64 << 20
@@ -135,14 +135,7 @@ def _step_faults(step: FilePath, progress: bool) -> Iterator[str]:
     run = step.absolute().parent.parent
     if not lacking and (run / RUN_FILE).is_file():
         yield from _fault(lambda: CheckpointSource(step, *describe(step)))
-    path = step / STEP_METADATA_FILE
-    try:
-        metadata = read_json(path).get("custom_metadata") or {}
-    except (ValueError, OSError) as error:
-        yield _line(error)
-        return
-    if not isinstance(metadata, dict) or not is_sound(metadata):
-        yield f"{path}: damaged: the data's place"
+    yield from _fault(lambda: check_step(step))
 
 
 def _array_faults(where: FilePath, progress: bool, items: tuple[str, ...]) -> Iterator[str]:

@@ -28,11 +28,11 @@ from dsjax.weights.finite import NonFiniteError
 from dsjax.weights.hf_export import HEADERS_FILE
 from dsjax.weights.param_store import ITEM, METADATA_FILE, ParamStore
 from dsjax.weights.safetensors import SafetensorsFolder, float_dtype
+from dsjax.weights.step_parts import STEP_METADATA_FILE, check_step
 from dsjax.weights.stored_params import from_disk, on_disk, stored_params
 
 MANIFEST = "dsjax.json"  # its presence says that a model checkpoint is complete
 STEPS_FOLDER = "checkpoints"  # of a run; each step is a folder in it
-STEP_METADATA_FILE = "_CHECKPOINT_METADATA"  # orbax's, of a whole checkpoint
 # Files without which a step is damaged.
 _STEP_PARTS = (
     STEP_METADATA_FILE,
@@ -281,9 +281,12 @@ def open_source(where: FilePath, allow_nonfinite: bool = False) -> HFSource | Ch
     if kind == "hf":
         return HFSource(weights, config, assets, allow_nonfinite)
     if is_run(where):
-        return first_readable(
-            where, lambda step: CheckpointSource(step, config, assets, allow_nonfinite)
-        )
+
+        def read(step: FilePath) -> CheckpointSource:
+            check_step(step)  # all of it, as training would pass over a step without its optimizer
+            return CheckpointSource(step, config, assets, allow_nonfinite)
+
+        return first_readable(where, read)
     recipe = stored_recipe(folder) if kind == "model" else None
     return CheckpointSource(weights, config, assets, allow_nonfinite, recipe)
 

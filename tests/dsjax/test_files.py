@@ -1,11 +1,13 @@
 """Files that are whole or not there, and JSON with the file named in every error."""
 
 import errno
+import fcntl
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,4 +89,31 @@ def test_a_lock_is_refused_with_its_holder_and_ends_with_it(tmp_path: Path):
     with locked(path), pytest.raises(LockHeldError, match=here), locked(path):
         pass
     with locked(path):
+        pass
+
+
+def test_a_lock_on_a_file_that_its_holder_removed_is_taken_anew(tmp_path: Path, monkeypatch):
+    """A run that did not begin removes its folder and the lock in it, maybe in this very moment."""
+    path, flock = tmp_path / "lock", fcntl.flock
+
+    def removed_first(file: Any, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with locked(path):
+        assert path.read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(LockHeldError), locked(path):
+            pass
+
+
+def test_a_lock_file_of_rubbish_is_one_line(tmp_path: Path):
+    path = tmp_path / "lock"
+    with locked(path):
+        path.write_bytes(bytes(40) + b"\xff\nprocess")
+        with pytest.raises(LockHeldError, match=r"in use by \S+ process$"), locked(path):
+            pass
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"folder'$"), locked(tmp_path / "folder"):
         pass

@@ -144,7 +144,7 @@ def test_where_every_step_is_damaged_the_newest_is_named_and_nothing_is_moved(co
     run = Path(copied.directory)
     for step in ("2", "4", "6"):
         _lose_the_data(run / "checkpoints" / step)
-    with pytest.raises(ValueError, match="checkpoints/6: is damaged"):
+    with pytest.raises(ValueError, match=r"checkpoints/6/params: parameter \S+: "):
         fit(copied, devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="checkpoints/6"):
         dsjax.load(run)

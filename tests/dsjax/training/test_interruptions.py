@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ import pytest
 from flax import nnx
 
 from dsjax.config import BatchConfig, CheckpointConfig, TrainConfig
+from dsjax.files import LockHeldError
+from dsjax.training.folder import only_run_in
 from dsjax.weights import load_weights
 from tests.cpu_compiler import xla_flags
 from tests.dsjax.training.small_runs import (
@@ -137,6 +140,37 @@ def test_a_signal_saves_and_exits_and_the_run_goes_on(
     assert code == 0, err
     assert f"resumed at step {step} of {step + 2}" in err
     assert list(losses(tmp_path / "run")) == list(range(1, step + 3))
+
+
+def test_two_starts_in_one_folder_are_one_run_and_a_killed_one_blocks_none(
+    whole, tmp_path: Path, environment
+):
+    """Started at once, as a scheduler that requeues does; which of them is first is open."""
+    run = tmp_path / "run"
+    config = replace(whole, directory=str(run), checkpoint=CheckpointConfig(every=100_000))
+    config = replace(config, data=replace(config.data, eval_sources=()))
+    file = write_run(config, tmp_path / "run.py")
+    processes = [start_cli("train", file, "num_steps=100000", **environment) for _ in range(2)]
+    until = time.monotonic() + 900
+    while all(process.poll() is None for process in processes) and time.monotonic() < until:
+        time.sleep(0.05)
+    (refused,) = [process for process in processes if process.poll() is not None]
+    (going,) = [process for process in processes if process is not refused]
+    _, err = refused.communicate()
+    assert refused.returncode == 2, err
+    (line,) = err.splitlines()
+    holder = f"process {going.pid} on {socket.gethostname()} since "
+    assert line.startswith(f"error: {run}: in use by {holder}")
+    with pytest.raises(LockHeldError, match=holder), only_run_in(run):
+        pass
+    wait_for_step(going, run, 2)
+    going.kill()
+    going.wait()
+    # The one that was refused wrote no figures.
+    assert [figures["step"] for figures in read_metrics(run)][:2] == [1, 2]
+    assert holder in (run / "run.lock").read_text()
+    with only_run_in(run):
+        assert f"process {os.getpid()} on " in (run / "run.lock").read_text()
 
 
 FULL_DISK = """

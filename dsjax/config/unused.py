@@ -27,7 +27,7 @@ def fields_without_effect(config: TrainConfig) -> list[str]:
             owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
         value = getattr(owner, last)
         (field,) = (field for field in dataclasses.fields(owner) if field.name == last)
-        if value != field.default:
+        if value and value != field.default:  # 0 asks for nothing
             found.append(f"{name}={value!r} has no effect: {reason}")
 
     if config.batch.initial_size is None:

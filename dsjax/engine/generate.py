@@ -43,7 +43,7 @@ def generate(
 
     That holds to the last bit of a logit only where the shapes of the computation are the same,
     and to rounding elsewhere: in float32 a token is another one only where two were equally good,
-    in bfloat16 near ties are common (BENCHMARKS.md has their share).
+    in bfloat16 near ties are common (how common is not measured).
 
     Args:
         model: the model.

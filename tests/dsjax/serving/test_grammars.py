@@ -1,5 +1,6 @@
 """Constrained output: what a random model says ends by itself and validates."""
 
+import collections
 import json
 import re
 import time
@@ -214,6 +215,47 @@ def test_through_the_engine_of_a_random_model():
     assert found[16].finish == "error"
     assert "on purpose" in (found[16].error or "")
     assert found[17].finish in ("length", "stop")
+
+
+class Counted:
+    """The library's executor, and how often its threads were asked."""
+
+    def __init__(self, executor):
+        self._executor = executor
+        self.calls = collections.Counter()
+
+    def __getattr__(self, name):
+        self.calls[name] += 1
+        return getattr(self._executor, name)
+
+
+def test_the_masks_of_256_requests_are_one_call_and_little_work(tokenizer, monkeypatch):
+    # BENCHMARKS.md has the milliseconds; here the work is held against reading the masks again.
+    grammars = Grammars(tokenizer, VOCAB_SIZE, num_threads=1)
+    schemas = [*SCHEMAS.values(), *UNBOUNDED.values()]
+    masks = [grammars.json_schema(schemas[index % len(schemas)]) for index in range(256)]
+    counted = Counted(masks[0].batch._executor)
+    monkeypatch.setattr(masks[0].batch, "_executor", counted)
+    rng = np.random.default_rng(0)
+    ours = reading = 0.0
+    for _ in range(6):
+        counted.calls.clear()
+        begun = time.process_time()
+        compute_masks(masks)
+        computed = time.process_time()
+        bits = np.stack([mask.allowed() for mask in masks])
+        allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")
+        tokens = [np.nonzero(row)[0] for row in allowed]
+        ours, reading = ours + computed - begun, reading + time.process_time() - computed
+        assert counted.calls["unsafe_compute_mask_ptr"] == 1
+        assert counted.calls["consume_token_par"] <= 1
+        for index, ids in enumerate(tokens):
+            token = int(rng.choice(ids))
+            if token == tokenizer.eos_id:
+                masks[index] = grammars.json_schema(schemas[index % len(schemas)])
+            else:
+                masks[index].advance(token)
+    assert ours < 8 * reading, (ours, reading)
 
 
 @pytest.mark.parametrize(

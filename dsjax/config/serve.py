@@ -21,6 +21,7 @@ class ServeConfig:
         max_n: texts that one request may ask for, over all its prompts.
         max_prompts: prompts of one request.
         max_body_bytes: of a request.
+        max_held_body_bytes: of all requests under way; what would be more is refused with 429.
         max_head_bytes: of a request's line and headers.
         max_connections: connections at once; more are closed.
         receive_seconds: until a request's head, and then its body, must have come.
@@ -40,6 +41,7 @@ class ServeConfig:
     max_n: int = 128
     max_prompts: int = 1024
     max_body_bytes: int = 8 * 2**20
+    max_held_body_bytes: int = 256 * 2**20
     max_head_bytes: int = 64 * 2**10
     max_connections: int = 4096
     receive_seconds: float = 30.0
@@ -55,10 +57,16 @@ class ServeConfig:
         names = self.model_names
         require(bool(names) and all(names), "serve.model_names", names, "must hold a name")
         counts = ("max_open", "max_n", "max_prompts", "max_connections")
-        sizes = ("max_body_bytes", "max_head_bytes")
+        sizes = ("max_body_bytes", "max_held_body_bytes", "max_head_bytes")
         times = ("receive_seconds", "stall_seconds", "request_seconds", "keep_alive_seconds")
         named = {name: getattr(self, name) for name in counts + sizes + times}
         require_positive("serve", **named)
+        require(
+            self.max_held_body_bytes >= self.max_body_bytes,
+            "serve.max_held_body_bytes",
+            self.max_held_body_bytes,
+            f"must not be less than max_body_bytes={self.max_body_bytes}",
+        )
         require_not_negative(
             "serve", drain_seconds=self.drain_seconds, retry_seconds=self.retry_seconds
         )

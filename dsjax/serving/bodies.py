@@ -12,6 +12,8 @@ from dsjax.serving.service import Service
 
 # Longer bodies are parsed beside the event loop.
 _SHORT = 16 * 2**10
+# Longer ones are parsed one at a time: lists in lists take a hundred times their JSON meanwhile.
+_LONG = 2**20
 
 
 async def read[M: BaseModel](request: Request, service: Service, model: type[M]) -> M:
@@ -28,7 +30,10 @@ async def read[M: BaseModel](request: Request, service: Service, model: type[M])
         request.state.record.request = data.decode("utf-8", "replace")
     if len(data) <= _SHORT:
         return _parsed(data, model)
-    return await service.beside(_parsed, data, model)
+    if len(data) <= _LONG:
+        return await service.beside(_parsed, data, model)
+    async with service.long_bodies:
+        return await service.beside(_parsed, data, model)
 
 
 async def _bytes(request: Request, service: Service) -> bytes:
@@ -47,6 +52,7 @@ async def _bytes(request: Request, service: Service) -> bytes:
                 size += len(part)
                 if size > most:
                     raise _too_large(most)
+                service.hold(len(part), request.state.record)
                 parts.append(part)
                 if not message.get("more_body", False):
                     return b"".join(parts)
@@ -87,7 +93,7 @@ def _refusal(error: ValidationError) -> RequestError:
         reason = fault["msg"].removeprefix("Invalid JSON: ")
         return RequestError(400, f"the body is not JSON: {reason}", code="invalid_json")
     param = _place(fault["loc"])
-    said = fault["msg"].removeprefix("Input ")
+    said = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
     said = said[:1].lower() + said[1:]
     if not param:
         return RequestError(400, f"the body {said}")

@@ -95,6 +95,8 @@ class Gate:
                 )
                 await send_error(error, send_on)
         finally:
+            for end in record.on_end:
+                end()
             if "route" in scope:  # one of ours: any other path would be one more label
                 self._count(scope["route"].path, status, time.monotonic() - began)
             if scope["path"] not in _QUIET_PATHS or status >= 500:

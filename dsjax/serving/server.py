@@ -7,6 +7,7 @@ import logging
 import socket
 import sys
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -98,6 +99,13 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service = service
         self._drain_seconds = drain_seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins the end; a second SIGINT does not wait for texts."""
+        super().handle_exit(sig, frame)
+        # uvicorn raises the signal again at the end, which ends the process by it: a server that
+        # was told to end and has drained is a command that is done, with its engine closed.
+        self._captured_signals.clear()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no more connections and requests, and waits for those there are."""

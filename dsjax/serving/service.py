@@ -16,6 +16,7 @@ from dsjax.engine import Engine, EngineError, Generation, Request
 from dsjax.serving.conversations import Conversations
 from dsjax.serving.errors import RequestError, bad_field, refused
 from dsjax.serving.texts import Handover, Texts
+from dsjax.serving.usage import Record
 
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ class Service:
         conversations: makes prompts of messages.
         is_draining: whether the server is about to end.
         num_open: texts that are made or wait.
+        held_bytes: of the bodies of requests under way.
+        long_bodies: held while a long body is parsed.
     """
 
     def __init__(self, engine: Engine, config: ServeConfig, defaults: GenerationDefaults) -> None:
@@ -50,6 +53,8 @@ class Service:
         )
         self.is_draining = False
         self.num_open = 0
+        self.held_bytes = 0
+        self.long_bodies = asyncio.Lock()
         self._open: set[Texts] = set()
         self._threads = ThreadPoolExecutor(_THREADS, "prompt")
         self._handover: Handover | None = None
@@ -158,14 +163,36 @@ class Service:
         if count > self.config.max_open:
             raise bad_field("n", f"{count} texts are more than the server takes at once")
         if self.num_open + count > self.config.max_open:
-            wait = max(1, round(self.config.retry_seconds))
-            raise RequestError(
-                429,
-                f"{self.num_open} texts are made or wait already: try again later",
-                code="server_full",
-                headers={"Retry-After": str(wait)},
-            )
+            raise self._full(f"{self.num_open} texts are made or wait already")
         self.num_open += count
+
+    def hold(self, num_bytes: int, record: Record) -> None:
+        """Counts bytes of a body until its request has been answered.
+
+        Raises:
+            RequestError: there is no room for more.
+        """
+        if num_bytes == 0:
+            return
+        if self.held_bytes + num_bytes > self.config.max_held_body_bytes:
+            raise self._full(f"the server holds {self.held_bytes} bytes of requests already")
+
+        def release() -> None:
+            self.held_bytes -= record.held_bytes
+
+        if not record.held_bytes:
+            record.on_end.append(release)
+        self.held_bytes += num_bytes
+        record.held_bytes += num_bytes
+
+    def _full(self, reason: str) -> RequestError:
+        wait = max(1, round(self.config.retry_seconds))
+        return RequestError(
+            429,
+            f"{reason}: try again later",
+            code="server_full",
+            headers={"Retry-After": str(wait)},
+        )
 
 
 def too_long(param: str, what: str, max_length: int) -> RequestError:

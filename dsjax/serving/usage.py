@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dsjax.engine import Generation, Request
@@ -31,7 +31,12 @@ def finish_of(generation: Generation) -> Finish:
 
 @dataclass
 class Record:
-    """What the log says of a request, and nothing of its texts unless asked."""
+    """What the log says of a request, and nothing of its texts unless asked.
+
+    Attributes:
+        held_bytes: of its body, counted by the server.
+        on_end: called when the request has been answered, or its client has gone.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -39,6 +44,8 @@ class Record:
     texts: list[str] = field(default_factory=list)
     reason: str | None = None
     request: str | None = None
+    held_bytes: int = 0
+    on_end: list[Callable[[], None]] = field(default_factory=list)
 
     def take(
         self,

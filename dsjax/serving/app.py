@@ -177,10 +177,12 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise bad_field("prompt", "either it or messages must be given")
         if body.messages is not None:
+            service.check_messages(body.messages)
             prepared = service.conversations.prepare(body.messages, tools=body.tools)
             ids = list(prepared.prompt)
         else:
             assert body.prompt is not None
+            service.check_size("prompt", body.prompt)
             encode = tokenizer.encode_prompt if body.add_special_tokens else tokenizer.encode
             ids = encode(body.prompt)
         found = answers.Tokens(count=len(ids), max_model_len=service.max_length, tokens=ids)

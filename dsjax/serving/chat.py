@@ -58,10 +58,7 @@ def check(service: Service, body: ChatCompletionRequest, created: int) -> Asked:
     n = body.n or 1
     if n > service.config.max_n:
         raise bad_field("n", f"{n} is more than {service.config.max_n} texts")
-    for index, message in enumerate(body.messages):
-        content = message.get("content")
-        if isinstance(content, str):
-            service.check_size(f"messages[{index}].content", content)
+    service.check_messages(body.messages)
     prepared = service.conversations.prepare(
         body.messages,
         tools=body.tools,

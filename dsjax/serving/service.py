@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -102,6 +102,19 @@ class Service:
         """Refuses a text that is too long, whatever its tokens are."""
         if len(text) > self._most_bytes:
             raise too_long(param, f"{len(text)} characters", self.max_length)
+
+    def check_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses messages whose texts are too long together, before they are rendered."""
+        size = 0
+        for index, message in enumerate(messages):
+            content = message.get("content")
+            # What is no text is refused where the messages are read.
+            parts = content if isinstance(content, list) else [{"text": content}]
+            texts = (part.get("text") for part in parts if isinstance(part, dict))
+            size += sum(len(text) for text in texts if isinstance(text, str))
+            if size > self._most_bytes:
+                field = f"messages[{index}].content"
+                raise too_long(field, f"{size} characters or more", self.max_length)
 
     def ids_of(self, spellings: Sequence[str]) -> tuple[int, ...] | None:
         """Returns the ids of special tokens; None where one is missing."""

@@ -87,6 +87,9 @@ def test_request_ids_come_back(client):
         (b"[]", 400, None),
         (b'{"prompt": "' + b"a" * 2**21 + b'"}', 413, None),
         (b'{"prompt": "a", "temperature": NaN}', 400, None),
+        # Refused at the first fault, of however many.
+        (b'{"prompt": [' + b"[1]," * 200_000 + b"[true]]}", 400, None),
+        (b'{"prompt": "a", ' + b'"x": 1, ' * 99_999 + b'"y": 1}', 400, "unknown_parameter"),
     ],
 )
 def test_bad_bodies(client, body, status, code):
@@ -95,6 +98,49 @@ def test_bad_bodies(client, body, status, code):
         answer = client.post("/v1/completions", content=content, headers=headers)
         assert answer.status_code == status
         assert answer.json()["error"]["code"] == code
+
+
+def test_prompts_are_bounded_before_they_are_read(client):
+    long = {"role": "user", "content": "a" * 600_000}
+    parts = {"role": "user", "content": [{"type": "text", "text": "a" * 300_000}] * 3}
+    for path, body in (
+        ("/v1/completions", {"prompt": "a" * 900_000}),
+        ("/v1/chat/completions", {"messages": [long]}),
+        ("/v1/chat/completions", {"messages": [parts]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 900}] * 999}),
+        ("/tokenize", {"prompt": "a" * 900_000}),
+        ("/tokenize", {"messages": [parts]}),
+    ):
+        answer = client.post(path, json=body)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert error["param"].startswith(("prompt", "messages[")), error
+
+
+def test_what_many_bodies_may_hold_is_bounded():
+    body = message(ASKED | {"prompt": " " * 2**20})
+    with a_server(max_body_bytes=2**21, max_held_body_bytes=2**21) as served:
+        with contextlib.ExitStack() as held:
+            for _ in range(2):  # of each nearly all has come
+                one = held.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+                one.sendall(body[:-1000])
+            end = time.monotonic() + 30
+            while served.server.service.held_bytes < 2**21 - 2**17 and time.monotonic() < end:
+                time.sleep(0.01)
+            refused = httpx.post(
+                f"{served.url}/v1/completions",
+                content=body.split(b"\r\n\r\n")[1],
+                headers={"Content-Type": "application/json"},
+                timeout=60,
+            )
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+        end = time.monotonic() + 30
+        while served.server.service.held_bytes and time.monotonic() < end:
+            time.sleep(0.01)
+        assert served.server.service.held_bytes == 0
+        assert httpx.post(f"{served.url}/v1/completions", json=ASKED, timeout=60).status_code == 200
 
 
 def test_a_form_is_no_json(client):

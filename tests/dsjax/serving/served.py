@@ -36,7 +36,7 @@ class Served:
         self.engine = engine
         self.server = server
 
-    def wait_until_idle(self, seconds: float = 10.0) -> None:
+    def wait_until_idle(self, seconds: float = 60.0) -> None:
         """Waits until no page is held and no text is open."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -31,7 +31,7 @@ from tests.small_models import random_model
 
 pytestmark = pytest.mark.slow
 
-USER = [{"role": "user", "content": "What is the weather in Ulm?"}]
+USER: list[Any] = [{"role": "user", "content": "What is the weather in Ulm?"}]
 
 
 class Weather(pydantic.BaseModel, extra="forbid"):
@@ -106,9 +106,9 @@ def chat(tmp_path_factory) -> Iterator[Chat]:
         yield made
 
 
-def bias(tokenizer: Tokenizer, *marks: str) -> dict[str, float]:
+def bias(tokenizer: Tokenizer, *marks: str) -> dict[str, int]:
     ids = tokenizer.marker_ids
-    return {str(ids[mark]): 100.0 for mark in marks if mark in ids}
+    return {str(ids[mark]): 100 for mark in marks if mark in ids}
 
 
 def joined(events) -> tuple[dict[str, Any], str]:
@@ -143,7 +143,7 @@ def plain(message) -> dict[str, Any]:
 def ask(client: openai.OpenAI, **fields: Any):
     """Asks twice at once, whole and streamed: the same, field for field."""
     asked: dict[str, Any] = {"model": "small", "messages": USER, "seed": 5, "max_tokens": 200}
-    create = client.chat.completions.create
+    create: Any = client.chat.completions.create
     with ThreadPoolExecutor(1) as beside:
         waited = beside.submit(create, **asked | fields)
         message, finish = joined(create(**asked | fields, stream=True))

@@ -222,7 +222,7 @@ class Counted:
 
     def __init__(self, executor):
         self._executor = executor
-        self.calls = collections.Counter()
+        self.calls: collections.Counter[str] = collections.Counter()
 
     def __getattr__(self, name):
         self.calls[name] += 1

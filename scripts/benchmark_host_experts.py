@@ -182,8 +182,8 @@ def random_model(
     kernels = choose_kernels(device, config, runtime)
     graphdef, abstract = abstract_model(config, runtime, None, kernels)
     layout = expert_layout(config, runtime, kernels)
-    routed = []
-    others = []
+    routed: list[Any] = []
+    others: list[Any] = []
     for path, variable in nnx.to_flat_state(abstract):
         mine = routed if is_routed(tuple(map(str, path))) else others
         mine.append((path, variable))

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
-from dsjax.cli.arguments import Overrides
+from dsjax.cli.arguments import DeviceMemory, Overrides, Quantize
 from dsjax.config import ModelConfig
-from dsjax.config.load import load_config, named_configs, override
+from dsjax.config.engine import memory_bytes
+from dsjax.config.load import load_config, load_recipe, named_configs, override
 from dsjax.families import find_model_config
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -25,11 +26,20 @@ def info(
     overrides: Overrides = None,
     length: Annotated[int, typer.Option(help="Tokens of a training sequence.", min=1)] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quantize: Quantize = None,
+    device_memory: DeviceMemory = None,
+    link: Annotated[
+        float,
+        typer.Option(help="GB/s from the host's memory: 25 by PCIe 4, 50 by PCIe 5.", min=0.1),
+    ] = 25.0,
 ) -> None:
-    """Prints a model's size, cache and FLOPs."""
+    """Prints a model's size, cache and FLOPs; and how its weights lie on a device and its host."""
     from dsjax.counts import describe
 
-    figures = describe(_model_config(config, overrides or ()), length)
+    model = _model_config(config, overrides or ())
+    figures = describe(model, length)
+    if quantize is not None or device_memory is not None:
+        figures |= _figures_of_fit(model, quantize, device_memory, link)
     if as_json:
         print(json.dumps(figures, indent=2))
         return
@@ -40,6 +50,33 @@ def info(
     for name, value in figures.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     Console().print(table)
+
+
+def _figures_of_fit(
+    model: ModelConfig, quantize: str | None, device_memory: str | None, link: float
+) -> dict[str, float]:
+    """Returns where the weights lie, what a token reads of them, and what the link allows."""
+    from dsjax.engine.fit import fit
+
+    memory = None if device_memory is None else memory_bytes(device_memory)
+    found = fit(model, None if quantize is None else load_recipe(quantize), memory)
+    figures: dict[str, float] = {
+        "weight_bytes": found.weights,
+        "read_bytes_per_token": found.read_per_token,
+    }
+    if found.context_tokens is not None:
+        figures |= {
+            "device_weight_bytes": found.device_weights,
+            "host_expert_bytes": found.host_experts,
+            "context_tokens": found.context_tokens,
+        }
+    if found.host_experts:
+        figures |= {
+            "experts_kept_on_device": found.device_experts,
+            "link_bytes_per_token": found.link_per_token,
+            "link_tokens_per_second": link * 1e9 / found.link_per_token,
+        }
+    return figures
 
 
 def _model_config(name: str, overrides: Sequence[str]) -> ModelConfig:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from dsjax.cache import LatentPool, allocate_pool
 from dsjax.config import EngineConfig, ModelConfig
+from dsjax.layers.moe.packed import ExpertLayout
 from dsjax.mesh import ShardingRules, inference_rules, serving_rules
 from dsjax.model import DeepSeekV2
 from dsjax.weights.host_experts import host_experts_of, stored_bytes
@@ -194,7 +195,22 @@ def page_bytes(model: DeepSeekV2, config: EngineConfig) -> int:
 
 def computing_bytes(model: DeepSeekV2, config: EngineConfig) -> int:
     """Estimates the memory that a step takes beside weights and pool."""
-    sizes, itemsize = model.config, jnp.dtype(model.options.dtype).itemsize
+    experts = host_experts_of(model)
+    layout = None if experts is None else experts.layout
+    return step_bytes(model.config, config, jnp.dtype(model.options.dtype).itemsize, layout)
+
+
+def step_bytes(
+    sizes: ModelConfig, config: EngineConfig, itemsize: int, layout: ExpertLayout | None
+) -> int:
+    """Does the same of a model that is not there.
+
+    Args:
+        sizes: the model's.
+        config: the engine's.
+        itemsize: bytes of a number of the compute type.
+        layout: of experts that are in the host's memory, if they are.
+    """
     rows = max(b * t for b, t in config.chunk_shapes()) + config.max_batch
     attention, moe = sizes.attention, sizes.moe
     heads = attention.num_heads
@@ -206,15 +222,9 @@ def computing_bytes(model: DeepSeekV2, config: EngineConfig) -> int:
         row += moe.top_k * (2 * moe.intermediate_dim + 2 * sizes.hidden_dim) * itemsize
     # Logits in float32, their copies while one is chosen, and the counts of tokens.
     choice = config.max_batch * sizes.vocab_size * 4 * 6
-    return 2 * rows * row + choice + 2**28 + _wave_bytes(model)
-
-
-def _wave_bytes(model: DeepSeekV2) -> int:
-    """The memory of experts on their way from the host: copied, side by side, and widened."""
-    experts = host_experts_of(model)
-    if experts is None:
-        return 0
-    most = wave_sizes(model.config)[-1]
-    itemsize = jnp.dtype(model.options.dtype).itemsize
-    weights = sum(math.prod(leaf.shape) for leaf in experts.layout.leaves if leaf.leaf == "weight")
-    return most * (4 * experts.layout.num_bytes + weights * itemsize)
+    found = 2 * rows * row + choice + 2**28
+    if layout is None:
+        return found
+    # Experts on their way from the host: copied, side by side, and widened.
+    weights = sum(math.prod(leaf.shape) for leaf in layout.leaves if leaf.leaf == "weight")
+    return found + wave_sizes(sizes)[-1] * (4 * layout.num_bytes + weights * itemsize)

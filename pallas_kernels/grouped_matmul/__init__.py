@@ -245,7 +245,13 @@ def _row_products(
     if implementation == "reference" or len(quantised) < len(rhs):
         return own()
     return quantised_rows.row_products(
-        own, lhs_MK, cast(Any, quantised), group_sizes_G, group_offset, activation=activation
+        own,
+        implementation,
+        lhs_MK,
+        cast(Any, quantised),
+        group_sizes_G,
+        group_offset,
+        activation=activation,
     )
 
 

@@ -27,7 +27,7 @@ from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.quantised import SCALE_BLOCK, BlockScaledWeights
 
 
-def _running_sums(
+def running_sums(
     group_sizes_G: Array, group_offset: Array, num_groups: int, block_m: int
 ) -> tuple[Array, Array]:
     """For each range of rows, the rows before it and the tiles of the held groups before it.
@@ -47,7 +47,7 @@ def _running_sums(
     return jnp.sum(sizes_RG, axis=1, dtype=jnp.int32), jnp.sum(tiles_RG, axis=1, dtype=jnp.int32)
 
 
-class _RowRanges:
+class RowRanges:
     """Where the ranges of rows and their tiles begin, from their running sums."""
 
     def __init__(self, start_ref: Any, tiles_ref: Any, num_rows: int, block_m: int):
@@ -81,7 +81,7 @@ class _RowRanges:
         return found, first, tile_end - first, self.start_ref[found], end
 
 
-def _store_rows(pieces: Any, rows: Any, out_ref: Any, row: Array, valid: Array, full: int) -> None:
+def store_rows(pieces: Any, rows: Any, out_ref: Any, row: Array, valid: Array, full: int) -> None:
     """Copies the first `valid` rows of a block from shared memory; all `full` of them in one copy.
 
     The rows of a group's last tile go in copies of 32, 16, ... rows, as TMA's windows are static.
@@ -140,7 +140,7 @@ def row_products(
     num_products = 2 if activation else 1
     num_outs = 3 if keep_products else 1
     k_steps, columns = num_k // LANE, pl.cdiv(num_n, block_n)
-    sums = _running_sums(group_sizes_G, group_offset, num_groups, block_m)
+    sums = running_sums(group_sizes_G, group_offset, num_groups, block_m)
     # Two warpgroups share the rows of a tile; of a low one (wgmma takes 64 rows) the columns; a
     # low tile of 64 columns has one warpgroup.
     if block_m >= 128:
@@ -168,7 +168,7 @@ def row_products(
         (lhs_pieces, lhs_plain), rhs_smem, (out_pieces, out_plain), loaded, free, *rest = refs
         wide, of_tickets = rest[: bool(scales)], rest[bool(scales) :]
         wg = lax.axis_index("wg")
-        ranges = _RowRanges(start_ref, tiles_ref, num_rows, block_m)
+        ranges = RowRanges(start_ref, tiles_ref, num_rows, block_m)
         total = ranges.total * columns
         numbers = Tickets(*of_tickets) if tile.tickets else Turns(num_ctas)
 
@@ -267,7 +267,7 @@ def row_products(
                 out_pieces[wg, slot] = value
                 first = wg_row + i * 64
                 column = lax.div(n * block_n + wg_column, LANE) + j
-                _store_rows(
+                store_rows(
                     out_pieces.at[wg, slot],
                     out_plain.at[wg, slot],
                     out_refs[which].at[:, column],

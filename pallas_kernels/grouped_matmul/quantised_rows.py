@@ -1,6 +1,6 @@
 """Rows times the quantised weights of their group, by how many rows there are.
 
-Few rows, as one request decodes: each row reads its own matrix, in one kernel of XLA's that widens
+Up to some tens a group, Hopper has a kernel of its own for most formats. Without one: few rows, as one request decodes: each row reads its own matrix, in one kernel of XLA's that widens
 what it reads. Up to some tens a group: all groups at once, each with room for so many rows, in as
 many passes as the largest needs. More: the implementation's own product, with the weights of a
 group widened before it, which so many rows pay for.
@@ -8,12 +8,14 @@ group widened before it, which so many rows pay for.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.grouped_matmul.groups import local_groups
+from pallas_kernels.grouped_matmul.limits import hopper_reads
 from pallas_kernels.grouped_matmul.stacks import LayerOfStack
 from pallas_kernels.quantised import QuantisedWeights, widened_products
 
@@ -26,6 +28,7 @@ _LEAST_ROOM = 16  # a matrix unit's least height
 
 def row_products(
     widened: Callable[[], tuple[Array, ...]],
+    implementation: str,
     lhs_MK: Array,
     rhs: Sequence[QuantisedWeights | LayerOfStack],
     group_sizes_G: Array,
@@ -37,6 +40,7 @@ def row_products(
 
     Args:
         widened: gives the results by the implementation's own product.
+        implementation: which that is.
         lhs_MK: rows.
         rhs: a matrix, or a gate and an up matrix, each [K, N] for every group held.
         group_sizes_G: int32 rows of every group.
@@ -47,10 +51,22 @@ def row_products(
         Rows [M, N] of lhs_MK's dtype.
     """
     num_rows, num_groups = lhs_MK.shape[0], rhs[0].shape[0]
+    few = num_rows <= MOST_MEAN_ROWS * num_groups
+    if implementation == "hopper" and few and hopper_reads([_stored(array) for array in rhs]):
+        from pallas_kernels.grouped_matmul import hopper_quantised
+
+        layers = [array.layer for array in rhs if isinstance(array, LayerOfStack)]
+        matrices = [_stored(array) for array in rhs]
+        layer = layers[0] if layers else 0
+        return (
+            hopper_quantised.row_products(
+                lhs_MK, matrices, layer, group_sizes_G, group_offset, activation=activation
+            ),
+        )
     places = _Places(num_rows, *local_groups(group_sizes_G, group_offset, num_groups))
     if num_rows <= min(MOST_SINGLE_ROWS, max(num_groups, _LEAST_ROOM)):
         multiply, products = _single_rows, [_at(array) for array in rhs]
-    elif num_rows <= MOST_MEAN_ROWS * num_groups:
+    elif few:
         multiply, products = _all_groups, [_at(array) for array in rhs]
     else:
         return widened()
@@ -61,6 +77,11 @@ def row_products(
         return out_MN.astype(lhs_MK.dtype)
 
     return (multiply(lhs_MK, products, places, finish),)
+
+
+def _stored(rhs: QuantisedWeights | LayerOfStack) -> QuantisedWeights:
+    """The whole stack that a layer lies in, or the weights themselves."""
+    return cast(QuantisedWeights, rhs.stack) if isinstance(rhs, LayerOfStack) else rhs
 
 
 class _Places:

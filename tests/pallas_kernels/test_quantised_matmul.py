@@ -12,6 +12,7 @@ from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_
 from pallas_kernels.quantised import pack_halves, unpack_halves
 from pallas_kernels.quantised_matmul import (
     IMPLEMENTATIONS,
+    Format,
     QuantisedWeights,
     quantise,
     quantised_matmul,
@@ -35,6 +36,11 @@ def stands_for(weights: QuantisedWeights) -> np.ndarray:
         rows = np.arange(num_n) // form.block_out
         out[..., k] = numbers * scales[..., rows, k // block_in]
     return out
+
+
+def lower_for_cuda(call: Any, *shapes: Any) -> str:
+    """The text of a program lowered for CUDA."""
+    return jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def draw(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -129,6 +135,66 @@ def test_groups_multiply_by_what_is_stored_of_them(name, implementation, rows, r
     held = jax.tree.map(lambda leaf: leaf[2:4], taken[0])
     got = grouped_matmul(lhs, held, sizes, group_offset=2, implementation=implementation)
     assert relative_error(got, products(gate, 2, 4)) < 1e-5
+
+
+# Widths in whole steps of 128 and of 64; Zipf's rows by group, one group with all, groups of none.
+HOPPER_FORMATS = {**FORMATS, "int4_g64": Format("int4", 64)}
+SPREADS = (
+    [40, 21, 0, 13, 9, 5, 3, 1],
+    [0, 0, 0, 120, 0, 0, 0, 0],
+    [0] * 8,
+    [1, 0, 2, 0, 0, 1, 0, 2],
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+@pytest.mark.parametrize("name", HOPPER_FORMATS)
+@pytest.mark.parametrize(("width_out", "width_in"), [(192, 384), (128, 448)])
+def test_hopper_multiplies_by_what_is_stored_in_a_stack(name, width_out, width_in, rng):
+    shape = (2, 3, 8, width_out, width_in)
+    gate, up = (quantise(draw(rng, *shape[1:]), HOPPER_FORMATS[name]) for _ in range(2))
+    layer = jnp.int32(1)
+    stacks = [LayerOfStack(jax.tree.map(jnp.asarray, stack), layer) for stack in (gate, up)]
+    lhs = jnp.asarray(draw(rng, 125, width_in) * width_in**-0.5, jnp.bfloat16)
+
+    @jax.jit
+    def both(lhs, stacks, sizes):
+        product = grouped_matmul(lhs, stacks[0], sizes, implementation="hopper")
+        return product, grouped_swiglu(lhs, *stacks, sizes, implementation="hopper")
+
+    for counts in SPREADS:
+        group = np.repeat(np.arange(8), counts)
+        gates, ups = np.zeros((2, 125, width_out))
+        for row, number in enumerate(group):
+            x = np.asarray(lhs[row], np.float64)
+            gates[row], ups[row] = (stands_for(w)[1, number] @ x for w in (gate, up))
+        found = both(lhs, stacks, jnp.asarray(counts, jnp.int32))
+        for got, want in zip(found, (gates, gates / (1 + np.exp(-gates)) * ups), strict=True):
+            assert not np.asarray(got, np.float64)[len(group) :].any()
+            assert relative_error(got, want) < 6e-3 if want.any() else not np.asarray(got).any()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_g64", "int4_g32"])
+def test_hopper_copies_no_stack_of_a_form_that_it_reads(name):
+    """Lowered for CUDA: the whole stack goes to the kernel; of another form XLA takes a layer."""
+    form = HOPPER_FORMATS[name]
+    stack = jax.eval_shape(lambda: quantise(jnp.zeros((3, 8, 128, 256)), form))
+
+    def run(lhs, stack, sizes, layer):
+        weights = LayerOfStack(stack, layer)
+        return grouped_swiglu(lhs, weights, weights, sizes, implementation="hopper")
+
+    arguments = (
+        jax.ShapeDtypeStruct((48, 256), jnp.bfloat16),
+        stack,
+        jax.ShapeDtypeStruct((8,), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    text = lower_for_cuda(run, *arguments)
+    reads = name != "int4_g32"
+    assert text.count("mosaic_gpu_v2") == reads
+    assert ("stablehlo.dynamic_slice" not in text and "stablehlo.gather" not in text) == reads
 
 
 @pytest.mark.core

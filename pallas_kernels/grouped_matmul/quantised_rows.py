@@ -1,9 +1,10 @@
 """Rows times the quantised weights of their group, by how many rows there are.
 
-Up to some tens a group, Hopper has a kernel of its own for most formats. Without one: few rows, as one request decodes: each row reads its own matrix, in one kernel of XLA's that widens
-what it reads. Up to some tens a group: all groups at once, each with room for so many rows, in as
-many passes as the largest needs. More: the implementation's own product, with the weights of a
-group widened before it, which so many rows pay for.
+From two tokens' up to some tens a group, Hopper has a kernel of its own for most formats. Else: few
+rows, as one request decodes: each row reads its own matrix, in one kernel of XLA's that widens what
+it reads. Up to some tens a group: all groups at once, each with room for so many rows, in as many
+passes as the largest needs. More: the implementation's own product, with the weights of a group
+widened before it, which so many rows pay for.
 """
 
 import math
@@ -21,6 +22,8 @@ from pallas_kernels.quantised import QuantisedWeights, widened_products
 
 # Rows that each read their own matrix: about as many as there are groups, at most these.
 MOST_SINGLE_ROWS = 64
+# On Hopper, where a kernel reads a matrix once for all rows of its group: one token's rows.
+MOST_SINGLE_ROWS_HOPPER = 8
 # Mean rows of a group from which its weights are widened first.
 MOST_MEAN_ROWS = 32
 _LEAST_ROOM = 16  # a matrix unit's least height
@@ -51,12 +54,14 @@ def row_products(
         Rows [M, N] of lhs_MK's dtype.
     """
     num_rows, num_groups = lhs_MK.shape[0], rhs[0].shape[0]
+    matrices = [_stored(array) for array in rhs]
     few = num_rows <= MOST_MEAN_ROWS * num_groups
-    if implementation == "hopper" and few and hopper_reads([_stored(array) for array in rhs]):
+    in_kernel = implementation == "hopper" and hopper_reads(matrices)
+    if in_kernel and few and num_rows > MOST_SINGLE_ROWS_HOPPER:
+        # Here, so that a host needs no other chip's compiler.
         from pallas_kernels.grouped_matmul import hopper_quantised
 
         layers = [array.layer for array in rhs if isinstance(array, LayerOfStack)]
-        matrices = [_stored(array) for array in rhs]
         layer = layers[0] if layers else 0
         return (
             hopper_quantised.row_products(

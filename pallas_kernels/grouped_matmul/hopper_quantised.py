@@ -78,9 +78,11 @@ class _Scales:
     def of_columns(self, matrix: Array, n: Array, block: Array | int) -> Array:
         """Scales of a tile's columns, or the one of all of them."""
         if self.form.block_out > 1:
-            return self.ref[matrix, lax.div(n * COLUMNS, self.form.block_out), block]
+            one: Array = self.ref[matrix, lax.div(n * COLUMNS, self.form.block_out), block]
+            return one
         column = self.ref.at[matrix, pl.ds(n * COLUMNS, COLUMNS), block]
-        return plgpu.load(column, layout=PER_ROW, optimized=False)
+        scales: Array = plgpu.load(column, layout=PER_ROW, optimized=False)
+        return scales
 
     def of_step(self, matrix: Array, n: Array, k: Array) -> tuple[Array, ...]:
         """Scales of a step's units; past the last step, those of the last."""

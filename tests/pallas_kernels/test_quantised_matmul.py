@@ -161,7 +161,8 @@ def test_hopper_multiplies_by_what_is_stored_in_a_stack(name, width_out, width_i
     @jax.jit
     def both(lhs, stacks, sizes):
         product = grouped_matmul(lhs, stacks[0], sizes, implementation="hopper")
-        return product, grouped_swiglu(lhs, *stacks, sizes, implementation="hopper")
+        gate, up = stacks
+        return product, grouped_swiglu(lhs, gate, up, sizes, implementation="hopper")
 
     for counts in SPREADS:
         group = np.repeat(np.arange(8), counts)

@@ -150,9 +150,9 @@ def row_products(
 
     def body(start_ref, tiles_ref, first_ref, lhs_ref, *refs):
         values_refs, refs = refs[:num_products], refs[num_products:]
-        scale_refs, (out_ref, *refs) = refs[:num_products], refs[num_products:]
-        (lhs_pieces, lhs_plain), numbers_smem, partial, out_smem, loaded, free, *rest = refs
-        partial_ready, partial_free = rest
+        scale_refs, refs = refs[:num_products], refs[num_products:]
+        out_ref, (lhs_pieces, lhs_plain), numbers_smem, partial, out_smem, *rest = refs
+        loaded, free, partial_ready, partial_free = rest
         wg = lax.axis_index("wg")
         ranges = RowRanges(start_ref, tiles_ref, num_rows, block_m)
         total = ranges.total * columns
@@ -177,7 +177,9 @@ def row_products(
                 def load_step(k, step):
                     for product in range(num_products):
                         slot = lax.rem(step, stages)
-                        pl.when(step >= stages)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
+                        pl.when(step >= stages)(
+                            functools.partial(plgpu.barrier_wait, free.at[slot])
+                        )
                         plgpu.copy_gmem_to_smem(
                             values_refs[product].at[
                                 matrix, pl.ds(n * COLUMNS, COLUMNS), pl.ds(k * step_k, step_k)

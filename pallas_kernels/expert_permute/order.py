@@ -43,14 +43,18 @@ def sort_by_expert(
     """
     top_k = indices_NK.shape[1]
     flat_M = indices_NK.reshape(-1)
-    number_M = jnp.arange(flat_M.size, dtype=jnp.int32)
     if compare and flat_M.size <= MOST_COMPARED:
+        number_M = jnp.arange(flat_M.size, dtype=jnp.int32)
         place_M = flat_M * flat_M.size + number_M  # tells those of one expert apart
         row_M = jnp.sum(place_M < place_M[:, None], axis=1, dtype=jnp.int32)
         order_M = jnp.zeros_like(row_M).at[row_M].set(number_M, unique_indices=True)
     else:
         order_M = jnp.argsort(flat_M, stable=True)
-        row_M = jnp.zeros_like(order_M).at[order_M].set(number_M, unique_indices=True)
+        row_M = (
+            jnp.zeros_like(order_M)
+            .at[order_M]
+            .set(jnp.arange(order_M.size, dtype=order_M.dtype), unique_indices=True)
+        )
     return ExpertOrder(
         token_M=(order_M // top_k)[:max_rows],
         row_NK=row_M.reshape(indices_NK.shape),

@@ -35,6 +35,7 @@ from dsjax.families.tensors import params_to_hf
 from dsjax.files import LockHeldError, locked
 from dsjax.mesh import inference_rules, make_mesh, train_rules
 from dsjax.weights import load_weights, locate, save_assets, save_weights
+from dsjax.weights.checksums import sealed
 from dsjax.weights.convert import convert
 from tests.small_models import LOSS, SMALL, SMALL_LITE, random_model
 
@@ -79,7 +80,10 @@ def make_run(folder, model, steps=(3, 12)) -> None:
                 params = jax.tree.map(jnp.zeros_like, params)
             optimizer = {"count": jnp.int32(step)}
             checkpointer.save_checkpointables(
-                step, {"params": params, "optimizer": optimizer}, force=True
+                step,
+                {"params": params, "optimizer": optimizer},
+                force=True,
+                custom_metadata=sealed({"data": [{}], "step": step}),
             )
     (folder / "run.json").write_text(json.dumps(run_to_json(config)))
     save_assets("bytes", "", folder)

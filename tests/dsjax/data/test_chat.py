@@ -121,7 +121,7 @@ def test_a_template_that_runs_away_is_stopped(name):
     finally:
         tracemalloc.stop()
     assert "\n" not in str(caught.value)
-    assert time.thread_time() - start < 10  # of a machine that traces; 1 s without
+    assert time.thread_time() - start < 30  # of a busy machine that traces; 1 s without
     assert peak < 400e6
 
 

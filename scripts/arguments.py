@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
+
+from dsjax.cli.errors import one_line_errors
+
+__all__ = ["IMPLEMENTATIONS", "names_of", "numbers", "one_line_errors", "positive"]
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "hopper")
 
@@ -46,17 +47,3 @@ def names_of(known: Collection[str]) -> Callable[[str], str]:
         return text
 
     return read
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the script with one line where its body fails; DSJAX_TRACEBACK=1 shows all of it."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if os.environ.get("DSJAX_TRACEBACK"):
-            raise
-        first, *rest = str(error).strip().splitlines() or [type(error).__name__]
-        more = " (DSJAX_TRACEBACK=1 shows all of it)" if rest else ""
-        print(f"error: {first}{more}", file=sys.stderr)
-        sys.exit(2)

@@ -17,6 +17,7 @@ import typer
 
 from dsjax import __version__
 from dsjax.cli import chat, convert, data, evaluate, generate, info, plan, serve, train
+from dsjax.cli.errors import one_line_errors
 
 app = typer.Typer(
     help="DeepSeek-V2 in JAX: train, generate, convert.",
@@ -64,18 +65,11 @@ def main() -> None:
         # What orbax leaves of a checkpoint that it could not read, beside the error that it raises.
         sys.unraisablehook = lambda _: None
         warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
-    try:
+    with one_line_errors():
         for argument in sys.argv[1:]:
             if any("\ud800" <= letter <= "\udfff" for letter in argument):
                 raise ValueError(f"argument {argument!r} is not UTF-8")
         _run()
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if os.environ.get("DSJAX_TRACEBACK"):
-            raise
-        first, *rest = str(error).strip().splitlines() or [type(error).__name__]
-        more = " (DSJAX_TRACEBACK=1 shows all of it)" if rest else ""
-        print(f"error: {first}{more}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _run() -> None:

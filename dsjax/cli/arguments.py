@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from dsjax.config.engine import memory_bytes
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Config fields to change: field.subfield=value.")
@@ -21,10 +23,20 @@ Quantize = Annotated[
 Kernels = Annotated[
     list[str] | None, typer.Option(help="OP=IMPLEMENTATION, such as mla_decode=xla.")
 ]
+
+
+def _check_size(size: str | None) -> str | None:
+    """Says what is wrong with a size before anything is read."""
+    if size is not None:
+        memory_bytes(size)
+    return size
+
+
 DeviceMemory = Annotated[
     str | None,
     typer.Option(
-        help="What the model may take, as 16GiB; experts that do not fit stay in host memory."
+        help="What the model may take, as 16GiB; experts that do not fit stay in host memory.",
+        callback=_check_size,
     ),
 ]
 
@@ -56,6 +68,20 @@ Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Also say which kernels run.", callback=_show_details),
 ]
+
+
+def sampling_options(*, stop: list[str] | None, **options: Any) -> dict[str, Any]:
+    """Returns how tokens are chosen, as far as the command line says.
+
+    Raises:
+        ValueError: an option is wrong, which is said before minutes of reading weights.
+    """
+    from dsjax.inference.sampling import Sampling
+
+    options["stop"] = tuple(stop or ())
+    said = {name: value for name, value in options.items() if value is not None}
+    Sampling(**said)
+    return said
 
 
 def say_traffic(model: DeepSeekV2) -> None:

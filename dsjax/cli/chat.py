@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,6 +18,7 @@ from dsjax.cli.arguments import (
     TopK,
     TopP,
     Verbose,
+    sampling_options,
 )
 from dsjax.config import EngineConfig, KernelConfig
 from dsjax.config.load import override
@@ -53,19 +54,15 @@ def chat(
 ) -> None:
     """Talks with a model on the terminal: /help says how."""
     named = override(KernelConfig(), kernels or ())
-    from dsjax.inference.sampling import Sampling
-
-    options: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seed": seed,
-        "stop": tuple(stop or ()),
-    }
-    options = {name: value for name, value in options.items() if value is not None}
-    Sampling(**options)  # what is wrong with them is said before minutes of reading weights
+    options = sampling_options(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=stop,
+    )
     # One conversation: a step has one sequence, and room for a short message or a long one.
     sizes = EngineConfig(
         max_batch=1,

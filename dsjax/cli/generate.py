@@ -19,10 +19,10 @@ from dsjax.cli.arguments import (
     TopK,
     TopP,
     Verbose,
+    sampling_options,
     say_traffic,
 )
 from dsjax.config import KernelConfig
-from dsjax.config.engine import memory_bytes
 from dsjax.config.load import override
 
 
@@ -49,23 +49,17 @@ def generate(
 ) -> None:
     """Continues prompts, streamed to the terminal."""
     named = override(KernelConfig(), kernels or ())
-    if device_memory is not None:
-        memory_bytes(device_memory)  # what is wrong with it is said at once
     if system and not chat:
         raise ValueError("--system needs --chat: only a chat has a system message")
-    from dsjax.inference.sampling import Sampling
-
-    options: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seed": seed,
-        "stop": stop or (),
-    }
-    options = {name: value for name, value in options.items() if value is not None}
-    Sampling(**options)  # what is wrong with them is said before minutes of reading weights
+    options = sampling_options(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=stop,
+    )
     from dsjax.api import load
 
     model = load(

@@ -18,7 +18,6 @@ from dsjax.cli.arguments import (
     say_traffic,
 )
 from dsjax.config import EngineConfig, KernelConfig, MeshConfig, ServeConfig
-from dsjax.config.engine import memory_bytes
 from dsjax.config.load import override
 
 _KEY_VARIABLE = "DSJAX_API_KEY"
@@ -70,8 +69,6 @@ def serve(
 ) -> None:
     """Serves a model by OpenAI's API."""
     named = override(KernelConfig(), kernels or ())
-    if device_memory is not None:
-        memory_bytes(device_memory)  # what is wrong with it is said at once
     names = tuple(served_model_name or (Path(checkpoint).name or checkpoint,))
     config = ServeConfig(
         host=host,

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 
 from dsjax.config import CheckpointConfig, WatchConfig
 from tests.dsjax.training.small_runs import (
-    STARTED,
     free_port,
     small_run,
     start_two,
@@ -25,16 +23,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="sends Linux signals"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left_running() -> Iterator[None]:
-    yield
-    while STARTED:
-        process = STARTED.pop()
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def lose(which: int, how: signal.Signals, folder: Path, corpus: Path) -> tuple[float, str, int]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _MAX_REGEX = 4096
-_MAX_CACHED = 64
+_MAX_CACHED = 96  # compiled grammars, those counted that are compiled more than once
 # What one grammar may cost: steps of work (50 and 14 in a microsecond), and states of about 2 kB.
 _LIMITS = {
     "initial_lexer_fuel": 1_000_000,
@@ -36,8 +38,10 @@ _LIMITS = {
 # White space where JSON may have any: none, a space, or a new line with its indentation. Without a
 # bound a model may write it for ever.
 _JSON_SPACE = r"( |\n {0,32})?"
-# Strings of so many characters at most share the masks of tokens that fit into all longer ones.
+# Texts of so many letters or characters at most share the masks of tokens that fit into all longer
+# ones.
 _SLICES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+_LETTER = "[a-zA-Z ]"
 _CHARACTER = r'[^"\\\x00-\x1F\x7F]'
 
 
@@ -68,14 +72,16 @@ class Grammars:
         """
         ll = _library()
         ends = sorted({tokenizer.eos_id} if end_ids is None else {*end_ids})
-        slices = [rf"{_CHARACTER}{{1,{size}}}" for size in _SLICES]
+        kinds = (_LETTER, _CHARACTER)
+        slices = [f"{kind}{{1,{size}}}" for size in _SLICES for kind in kinds]
         self._tokenizer: LLTokenizer = ll.LLTokenizer(
             ll.TokenizerWrapper(_Vocabulary(tokenizer, vocab_size)),
             eos_token=[end for end in ends if end < vocab_size],
             slices=[r"[\x20\x0A\x0D\x09]+", *slices, f"{_CHARACTER}+"],
         )
-        self._batch = _Batch(vocab_size, ll.LLExecutor(num_threads))
-        self._known: OrderedDict[str, LLMatcher] = OrderedDict()
+        self.num_threads = num_threads or max(1, (os.cpu_count() or 1) * 4 // 5)
+        self._batch = _Batch(vocab_size, ll.LLExecutor(self.num_threads))
+        self._known: OrderedDict[str, list[_Compiled]] = OrderedDict()
         self._lock = threading.Lock()
 
     def json_schema(self, schema: Any, field: str = "schema") -> GrammarMask:
@@ -110,18 +116,29 @@ class Grammars:
         return self._mask(_library().LLMatcher.grammar_from_lark(grammar), field)
 
     def _mask(self, grammar: str, field: str) -> GrammarMask:
-        """Returns a mask at its beginning; compiles what was not asked for lately."""
+        """Returns a mask at its beginning.
+
+        Copies of a compiled grammar share its automaton, and a lock: their masks are computed one
+        after the other. So a grammar that several answers follow at once is compiled up to once a
+        thread.
+        """
         with self._lock:
-            matcher = self._known.get(grammar)
-            if matcher is not None:
+            known = self._known.get(grammar, [])
+            if known:
                 self._known.move_to_end(grammar)
-        if matcher is None:
-            matcher = self._compile(grammar, field)
+            # Counted before any is chosen: a mask that is let go of may leave its set at any time.
+            users = [len(one.users) for one in known]
+        if known and (min(users) == 0 or len(known) >= self.num_threads):
+            compiled = known[users.index(min(users))]
+        else:
+            compiled = _Compiled(self._compile(grammar, field), weakref.WeakSet())
             with self._lock:
-                self._known[grammar] = matcher
-                while len(self._known) > _MAX_CACHED:
+                self._known[grammar] = [*self._known.get(grammar, []), compiled]
+                while sum(map(len, self._known.values())) > _MAX_CACHED and len(self._known) > 1:
                     self._known.popitem(last=False)
-        return GrammarMask(self._batch, matcher.deep_copy())
+        mask = GrammarMask(self._batch, compiled.matcher.deep_copy())
+        compiled.users.add(mask)
+        return mask
 
     def _compile(self, grammar: str, field: str) -> LLMatcher:
         ll = _library()
@@ -134,6 +151,13 @@ class Grammars:
         if not any(bits):
             raise ValueError(f"{field}: no text can meet it")
         return matcher
+
+
+class _Compiled(NamedTuple):
+    """A grammar at its beginning, and the masks whose automaton is its own."""
+
+    matcher: LLMatcher
+    users: weakref.WeakSet[GrammarMask]
 
 
 def json_rule(schema: Any) -> str:

@@ -350,3 +350,33 @@ def test_no_special_token_is_text(grammars, tokenizer):
     assert bits.sum() > 90_000
     assert not bits[[tokenizer.bos_id, tokenizer.eos_id]].any()
     assert not bits[tokenizer.vocab_size :].any()
+
+
+def test_answers_to_one_grammar_share_no_lock_where_threads_are_free(monkeypatch):
+    """Copies of a compiled grammar do, so that its masks would come one after the other."""
+    grammars = Grammars(ByteTokenizer(), 258, num_threads=3)
+    made: list[object] = []
+    compiled = grammars._compile
+
+    def compile_(*arguments):
+        made.append(compiled(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(grammars, "_compile", compile_)
+    masks = [grammars.regex("[ab]+c") for _ in range(7)]
+    assert len(made) == 3
+    (instances,) = grammars._known.values()
+    assert sorted(len(one.users) for one in instances) == [2, 2, 3]
+    for mask in masks:
+        mask.advance(ord("a"))
+    compute_masks(masks)
+    for mask in masks[1:]:
+        assert (mask.allowed() == masks[0].allowed()).all()
+    masks.clear()
+    del mask
+    assert not any(len(one.users) for one in instances)
+    grammars.regex("[ab]+c")  # what nobody follows is taken again
+    assert len(made) == 3
+    for index in range(200):  # those asked for longest ago are let go of
+        grammars.regex(f"a{{{index + 1}}}")
+    assert sum(map(len, grammars._known.values())) == 96

@@ -316,6 +316,7 @@ def load(
     allow_nonfinite: bool = False,
     quantize: str | QuantisationConfig | None = None,
     device_memory: str | int | None = None,
+    ema: bool = False,
 ) -> LanguageModel:
     """Loads a model.
 
@@ -331,6 +332,7 @@ def load(
             while they are read; None keeps them as they are, quantised or not.
         device_memory: what the model may take of the device, as "16GiB"; routed experts that do
             not fit stay in the host's memory, and such a model generates and does nothing else.
+        ema: of a training run: loads the moving average of its weights (`optimizer.ema_decay`).
 
     Raises:
         ValueError: there is no model there, it is damaged, or a weight is NaN or infinite; names
@@ -348,6 +350,7 @@ def load(
         allow_nonfinite=allow_nonfinite,
         quantize=quantize,
         device_memory=None if device_memory is None else memory_bytes(device_memory),
+        ema=ema,
     )
     model = LanguageModel.of(weights, tokenizer, source.path)
     model.generation_defaults = defaults

@@ -20,6 +20,9 @@ def convert(
             help="int8, fp8 or int4, or a recipe's file: ours, with weights in fewer bits."
         ),
     ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Of a training run: the moving average of its weights.")
+    ] = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Convert NaN and infinite weights too.")
     ] = False,
@@ -34,4 +37,5 @@ def convert(
         step=step,
         allow_nonfinite=allow_nonfinite,
         quantize=quantize,
+        ema=ema,
     )

@@ -40,6 +40,9 @@ class OptimizerConfig:
             a parameter's last place. "stochastic" rounds parameters and moments up or down at
             random, right in the mean, and costs no memory. "compensated" keeps what rounding took
             off a parameter beside it, in 2 bytes more (Kahan), and rounds moments to nearest.
+        ema_decay: of a moving average of the parameters, kept beside them in float32 (4 bytes each)
+            and in the checkpoints; smaller while n updates are fewer than it looks back on,
+            (1 + n) / (10 + n). None keeps none.
     """
 
     peak_learning_rate: float = 2.4e-4
@@ -53,6 +56,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     moment_dtype: DType = "float32"
     rounding: Rounding = "nearest"
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         require_positive(
@@ -68,6 +72,9 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}", value, "must be in [0, 1)")
+        if self.ema_decay is not None:
+            inside = 0 < self.ema_decay < 1
+            require(inside, "optimizer.ema_decay", self.ema_decay, "must be between 0 and 1")
         ordered = list(self.decay_at) == sorted(self.decay_at)
         inside = all(0 < fraction < 1 for fraction in self.decay_at)
         require(
@@ -209,12 +216,15 @@ class LossConfig:
         z_loss: weight of the squared log-partition of the output logits; 0 for none.
         dropping: the token-dropping option, or None for dropless training.
         chunk: tokens whose logits over the vocabulary exist at a time.
+        router_entropy: whether a step also measures the entropy of the routers' affinities, for
+            the figures; nothing is minimised by it.
     """
 
     balance: BalanceConfig | None = None
     z_loss: float = 0.0
     dropping: TokenDropping | None = None
     chunk: int = 4096
+    router_entropy: bool = False
 
     def __post_init__(self) -> None:
         require_not_negative("loss", z_loss=self.z_loss)

@@ -20,8 +20,8 @@ from dsjax.training.optimizer import Moments
 from dsjax.training.step import Guard, TrainState
 from dsjax.weights.checksums import sealed
 from dsjax.weights.layouts import current_path, format_1_path, is_format_1, renamed
-from dsjax.weights.param_store import saving_context, stored_paths
-from dsjax.weights.sources import (
+from dsjax.weights.param_store import EMA, saving_context, stored_paths
+from dsjax.weights.run_steps import (
     STEPS_FOLDER,
     chosen_step,
     first_readable,
@@ -292,7 +292,7 @@ def state_from_dict(
     optimizer: dict[str, Any], params: nnx.State, abstract: TrainState
 ) -> TrainState:
     """Undoes `optimizer_to_dict`; the abstract state gives the structure."""
-    trees: dict[str, Any] = {"lost": None}
+    trees: dict[str, Any] = {"lost": None, EMA: None}
     for name in _trees_of(abstract.moments):
         trees[name] = jax.tree.map(lambda leaf: leaf, params)
         nnx.replace_by_pure_dict(trees[name], optimizer[name])
@@ -321,16 +321,20 @@ def check_stored_forms(there: TrainConfig, here: TrainConfig, where: str) -> Non
     ]
     if "compensated" in (there.optimizer.rounding, here.optimizer.rounding):
         forms.append(("optimizer.rounding", there.optimizer.rounding, here.optimizer.rounding))
+    if (there.optimizer.ema_decay is None) != (here.optimizer.ema_decay is None):
+        old, new = (str(config.optimizer.ema_decay).lower() for config in (there, here))
+        forms.append(("optimizer.ema_decay", old, new))
     faults = [f"{name}={new} (it was {old})" for name, old, new in forms if old != new]
     if faults:
         raise ValueError(
-            f"{where}: its checkpoints hold other types than {'; '.join(faults)}; go on as it was, "
-            "or give another directory and init_from"
+            f"{where}: its checkpoints hold another state than {'; '.join(faults)}; go on as it "
+            "was, or give another directory and init_from"
         )
 
 
 def _trees_of(moments: Moments) -> list[str]:
-    return ["mu", "nu"] if moments.lost is None else ["mu", "nu", "lost"]
+    optional = [name for name in ("lost", EMA) if getattr(moments, name) is not None]
+    return ["mu", "nu", *optional]
 
 
 def _check_dtypes(wanted: Any, stored: Any, where: Path) -> None:
@@ -350,7 +354,7 @@ def _renamed(
 ) -> dict[str, Any]:
     """Moves the parameters, and the moments beside them, to other paths."""
     optimizer = dict(items["optimizer"])
-    for name in ("mu", "nu", "lost"):
+    for name in ("mu", "nu", "lost", EMA):
         if name in optimizer:
             optimizer[name] = renamed(optimizer[name], rename)
     return {

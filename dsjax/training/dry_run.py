@@ -25,7 +25,7 @@ from dsjax.training.start import (
     lay_out,
 )
 from dsjax.training.step import abstract_batch, abstract_train_state, jitted_train_step
-from dsjax.weights.sources import chosen_step, steps_of
+from dsjax.weights.run_steps import chosen_step, steps_of
 
 
 def dry_run(

@@ -52,7 +52,7 @@ from dsjax.training.step import (
 )
 from dsjax.weights import save_assets
 from dsjax.weights.checksums import CHECKSUMS_FILE
-from dsjax.weights.sources import steps_of
+from dsjax.weights.run_steps import steps_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -268,7 +268,9 @@ class _Loop:
         config, skipped = self.config, int(report.skip_reason)
         self.progress.reach(step)
         if step % config.log.every == 0 or step == config.num_steps or skipped:
-            figures = step_figures(report) | self.throughput.figures(step)
+            moe = config.model.moe
+            figures = step_figures(report, 1 if moe is None else moe.num_groups)
+            figures |= self.throughput.figures(step)
             figures["learning_rate"] = self.schedule.learning_rate(step - 1)
             figures["batch_size"] = self.schedule.batch_size(step - 1)
             figures["tokens"] = self.schedule.tokens_before(step)

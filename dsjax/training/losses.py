@@ -20,7 +20,7 @@ Batch = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LossTerms:
-    """What a step reports about its loss: float32 scalars, and the load.
+    """What a step reports about its loss: float32 scalars, and what its routers did.
 
     Attributes:
         total: what is minimised.
@@ -31,6 +31,7 @@ class LossTerms:
         balance_communication: the communication one.
         load_LE: assignments of each expert in each sparse layer, [0, 0] of a dense model.
         dropped: share of assignments dropped, mean over the layers.
+        entropy_L: of the router of each sparse layer, nats; None unless `loss.router_entropy`.
     """
 
     total: jax.Array
@@ -41,6 +42,7 @@ class LossTerms:
     balance_communication: jax.Array
     load_LE: jax.Array
     dropped: jax.Array
+    entropy_L: jax.Array | None
 
 
 def training_loss(
@@ -76,8 +78,12 @@ def training_loss(
         load_LE, dropped = jnp.zeros((0, 0)), jnp.zeros(())
     else:
         load_LE, dropped = stats.load_E, jnp.mean(stats.dropped) * share
+    entropy_L = None
+    if stats is not None and config.router_entropy:
+        entropy_L = stats.entropy * share
     total = sums.objective / total_weight + expert + device + communication
-    terms = LossTerms(total, cross_entropy, z, expert, device, communication, load_LE, dropped)
+    balance = expert, device, communication
+    terms = LossTerms(total, cross_entropy, z, *balance, load_LE, dropped, entropy_L)
     return total, terms
 
 

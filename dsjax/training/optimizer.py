@@ -20,7 +20,7 @@ from dsjax.config import OptimizerConfig
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Moments:
-    """What AdamW remembers.
+    """What the optimiser remembers.
 
     Attributes:
         count: int32 scalar, updates applied.
@@ -28,12 +28,14 @@ class Moments:
         nu: mean squared gradients, likewise.
         lost: what rounding took off the parameters, in their type; None unless
             `optimizer.rounding` is "compensated".
+        ema: float32 moving average of the parameters; None unless `optimizer.ema_decay` is given.
     """
 
     count: jax.Array
     mu: nnx.State
     nu: nnx.State
     lost: nnx.State | None
+    ema: nnx.State | None = None
 
 
 class _Scalars(NamedTuple):
@@ -44,6 +46,7 @@ class _Scalars(NamedTuple):
     mu_correction: jax.Array
     nu_correction: jax.Array
     applied: jax.Array
+    ema_share: jax.Array | None  # of the new parameters in their moving average
 
 
 def init_moments(config: OptimizerConfig, params: nnx.State) -> Moments:
@@ -55,7 +58,10 @@ def init_moments(config: OptimizerConfig, params: nnx.State) -> Moments:
     lost = None
     if config.rounding == "compensated":
         lost = jax.tree.map(jnp.zeros_like, params)
-    return Moments(jnp.zeros((), jnp.int32), zeros(), zeros(), lost)
+    ema = None
+    if config.ema_decay is not None:
+        ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+    return Moments(jnp.zeros((), jnp.int32), zeros(), zeros(), lost, ema)
 
 
 def global_norm(gradients: nnx.State) -> jax.Array:
@@ -99,26 +105,37 @@ def apply_adamw(
         mu_correction=1 - config.beta1**steps,
         nu_correction=1 - config.beta2**steps,
         applied=applied,
+        ema_share=None if config.ema_decay is None else _ema_share(config.ema_decay, steps),
     )
     treedef: Any
     variables, treedef = jax.tree.flatten(params, is_leaf=_is_variable)
     columns = [treedef.flatten_up_to(tree) for tree in (moments.mu, moments.nu, gradients)]
-    if moments.lost is None:
-        columns.append([None] * len(variables))
-    else:
-        columns.append(treedef.flatten_up_to(moments.lost))
+    for tree in (moments.lost, moments.ema):
+        missing = [None] * len(variables)
+        columns.append(missing if tree is None else treedef.flatten_up_to(tree))
     seeds = random_bits(step.astype(jnp.uint32) * jnp.uint32(0x85EBCA6B), (len(variables),))
     results = []
-    for i, (variable, mu, nu, gradient, lost) in enumerate(zip(variables, *columns, strict=True)):
+    rows = zip(variables, *columns, strict=True)
+    for i, (variable, mu, nu, gradient, lost, ema) in enumerate(rows):
         # The norms' gains are not decayed.
         decay = 0.0 if variable.get_metadata("dims") == ("norm",) else config.weight_decay
-        rest = None if lost is None else lost.get_value()
-        old = _Stored(variable.get_value(), mu.get_value(), nu.get_value(), rest)
+        rest, average = (None if one is None else one.get_value() for one in (lost, ema))
+        old = _Stored(variable.get_value(), mu.get_value(), nu.get_value(), rest, average)
         new = _update(config, decay, old, gradient.get_value(), shared, seeds[i])
         results.append([variable.replace(value) for value in new])
     params, mu, nu = (treedef.unflatten([row[k] for row in results]) for k in range(3))
     lost = None if moments.lost is None else treedef.unflatten([row[3] for row in results])
-    return params, Moments(count, mu, nu, lost)
+    ema = None if moments.ema is None else treedef.unflatten([row[4] for row in results])
+    return params, Moments(count, mu, nu, lost, ema)
+
+
+def _ema_share(decay: float, updates: jax.Array) -> jax.Array:
+    """Returns the share of the newest parameters in their moving average, a float32 scalar.
+
+    Early on it is larger than 1 - decay, so that the initial weights are soon forgotten; the rule
+    is that of TensorFlow's ExponentialMovingAverage with `num_updates`.
+    """
+    return 1 - jnp.minimum(decay, (1 + updates) / (10 + updates))
 
 
 def _is_variable(node: Any) -> bool:
@@ -132,6 +149,7 @@ class _Stored(NamedTuple):
     mu: jax.Array
     nu: jax.Array
     lost: jax.Array | None
+    ema: jax.Array | None
 
 
 def _update(
@@ -162,7 +180,10 @@ def _update(
             lost = (param - _rounded(param, old.param.dtype)).astype(old.lost.dtype)
         new_param = _rounded(param, old.param.dtype).astype(old.param.dtype)
         new_mu, new_nu = mu.astype(old.mu.dtype), nu.astype(old.nu.dtype)
-    new = _Stored(new_param, new_mu, new_nu, lost)
+    ema = None
+    if old.ema is not None and shared.ema_share is not None:
+        ema = old.ema + shared.ema_share * (new_param.astype(jnp.float32) - old.ema)
+    new = _Stored(new_param, new_mu, new_nu, lost, ema)
     return jax.tree.map(lambda a, b: jnp.where(shared.applied, a, b), new, old)
 
 

@@ -54,8 +54,13 @@ class Throughput:
         return figures
 
 
-def step_figures(report: StepReport) -> dict[str, Any]:
-    """Returns a step's report as plain numbers, waiting for the step to end."""
+def step_figures(report: StepReport, num_groups: int = 1) -> dict[str, Any]:
+    """Returns a step's report as plain numbers, waiting for the step to end.
+
+    Args:
+        report: of one step.
+        num_groups: groups of experts, each of which is a device to the paper (§2.2.2).
+    """
     report = jax.device_get(report)
     loss = report.loss
     figures: dict[str, Any] = {
@@ -71,9 +76,16 @@ def step_figures(report: StepReport) -> dict[str, Any]:
     }
     if loss.load_LE.size:
         share_LE = loss.load_LE / np.maximum(loss.load_LE.sum(-1, keepdims=True), 1)
-        # 1 is perfect balance; in each layer the busiest expert over the mean, worst layer first.
-        figures["load_imbalance"] = float((share_LE.max(-1) * share_LE.shape[-1]).max())
-        figures["expert_load"] = np.round(share_LE.astype(np.float64), 5).tolist()
+        share_LG = share_LE.reshape(len(share_LE), num_groups, -1).sum(-1)
+        for name, share in (("", share_LE), ("device_", share_LG)):
+            # 1 is perfect balance: in each layer the busiest one over the mean.
+            imbalance_L = share.max(-1) * share.shape[-1]
+            figures[f"{name}load_imbalance"] = float(imbalance_L.max())
+            figures[f"{name}load_imbalance_mean"] = float(imbalance_L.mean())
+            figures[f"{name or 'expert_'}load"] = np.round(share.astype(np.float64), 5).tolist()
+    if loss.entropy_L is not None:
+        figures["router_entropy"] = float(loss.entropy_L.mean())
+        figures["router_entropy_layers"] = np.round(loss.entropy_L.astype(np.float64), 4).tolist()
     return figures
 
 

@@ -49,7 +49,7 @@ class TrainState:
     Attributes:
         step: int32, steps taken, skipped ones included.
         params: the model's parameters, in `param_dtype`.
-        moments: what AdamW remembers.
+        moments: what the optimiser remembers.
         guard: what the skipping of bad steps remembers.
     """
 
@@ -87,11 +87,11 @@ def init_train_state(optimizer: OptimizerConfig, params: nnx.State) -> TrainStat
 def state_shardings(state: TrainState, rules: ShardingRules) -> TrainState:
     """Returns a tree of NamedShardings for a state: moments lie where their parameters do."""
     params = param_shardings(state.params, rules)
-    lost = None if state.moments.lost is None else params
-    scalars = jax.tree.map(
-        lambda _: rules.sharding(), (state.step, state.moments.count, state.guard)
-    )
-    return TrainState(scalars[0], params, Moments(scalars[1], params, params, lost), scalars[2])
+    moments = state.moments
+    lost, ema = (None if tree is None else params for tree in (moments.lost, moments.ema))
+    scalars = jax.tree.map(lambda _: rules.sharding(), (state.step, moments.count, state.guard))
+    moments = Moments(scalars[1], params, params, lost, ema)
+    return TrainState(scalars[0], params, moments, scalars[2])
 
 
 def abstract_train_state(

@@ -19,16 +19,14 @@ from dsjax.weights.assets import Assets
 from dsjax.weights.checksums import checksum_faults
 from dsjax.weights.hf_export import HEADERS_FILE, unpack_headers
 from dsjax.weights.param_store import ParamStore
+from dsjax.weights.run_steps import STEPS_FOLDER, missing_parts, steps_of
 from dsjax.weights.safetensors import read_header
 from dsjax.weights.sources import (
-    STEPS_FOLDER,
     CheckpointSource,
     HFSource,
     describe,
     find_kind,
     is_run,
-    missing_parts,
-    steps_of,
     stored_recipe,
 )
 from dsjax.weights.step_parts import check_step

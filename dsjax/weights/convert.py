@@ -48,15 +48,9 @@ from dsjax.weights.hub import resolve
 from dsjax.weights.param_store import ITEM, METADATA_FILE, ParamStore, one_line
 from dsjax.weights.quantised import quantise_part, require_not_quantised
 from dsjax.weights.quantised_export import plan_export
+from dsjax.weights.run_steps import chosen_step
 from dsjax.weights.safetensors import INDEX_NAME
-from dsjax.weights.sources import (
-    MANIFEST,
-    CheckpointSource,
-    HFSource,
-    chosen_step,
-    open_source,
-    weight_dtype,
-)
+from dsjax.weights.sources import MANIFEST, CheckpointSource, HFSource, open_source, weight_dtype
 from dsjax.weights.stored_params import on_disk, stored_params, to_disk
 
 _WORKERS = 4
@@ -75,6 +69,7 @@ def convert(
     allow_nonfinite: bool = False,
     step: int | None = None,
     quantize: str | FilePath | QuantisationConfig | None = None,
+    ema: bool = False,
 ) -> None:
     """Converts a checkpoint.
 
@@ -88,6 +83,7 @@ def convert(
         step: of a training run; None takes the newest that is not damaged.
         quantize: a recipe that stores weights in fewer bits, or the name or file of one, such as
             "int4"; the result is a checkpoint of ours, whatever the source.
+        ema: of a training run: takes the moving average of its weights (`optimizer.ema_decay`).
 
     Raises:
         FileExistsError: there is something at `dst`.
@@ -101,7 +97,7 @@ def convert(
         raise FileExistsError(f"{dst}: exists already")
     stored = None if dtype is None else jnp.dtype(weight_dtype(dtype))
     recipe = None if quantize is None else load_recipe(quantize)
-    source = open_source(chosen_step(resolve(src), step), allow_nonfinite)
+    source = open_source(chosen_step(resolve(src), step), allow_nonfinite, ema)
     if recipe is not None:
         require_not_quantised(source)
 
@@ -114,6 +110,8 @@ def convert(
     identity = _identity(source) | {"dtype": dtype}
     if recipe is not None:
         identity |= {"quantisation": to_json(recipe)}
+    if ema:
+        identity |= {"ema": True}
     with contextlib.closing(source), naming(work), _Journal(work, identity) as journal:
         if isinstance(source, HFSource) or recipe is not None:
             _to_checkpoint(source, recipe, out, dtype_of, journal, progress)

@@ -49,13 +49,12 @@ from dsjax.weights.hf_export import write_tensor as write_hf_tensor
 from dsjax.weights.hub import resolve
 from dsjax.weights.param_store import save_arrays
 from dsjax.weights.quantised import QuantisingSource
+from dsjax.weights.run_steps import chosen_step, first_readable
 from dsjax.weights.safetensors import INDEX_NAME
 from dsjax.weights.sources import (
     MANIFEST,
     WeightSource,
-    chosen_step,
     describe,
-    first_readable,
     is_run,
     open_source,
     weight_dtype,
@@ -115,6 +114,7 @@ def load_weights(
     allow_nonfinite: bool = False,
     quantize: str | QuantisationConfig | None = None,
     device_memory: int | None = None,
+    ema: bool = False,
 ) -> DeepSeekV2:
     """Loads a model, each device its own shards and no host the whole.
 
@@ -130,6 +130,7 @@ def load_weights(
             file of one, such as "int4"; None keeps them as they are, quantised or not.
         device_memory: bytes of the device that the model may take; where it does not fit, its
             routed experts stay in the host's memory (`weights.host_experts`).
+        ema: of a training run: loads the moving average of its weights.
 
     Raises:
         ValueError: damaged, non-finite or unsuitable weights; names file and tensor. The weights
@@ -141,7 +142,7 @@ def load_weights(
     where = resolve(path_or_hub_name)
 
     def load_from(where: FilePath) -> DeepSeekV2:
-        with contextlib.closing(open_source(where, allow_nonfinite)) as found:
+        with contextlib.closing(open_source(where, allow_nonfinite, ema)) as found:
             source = found if recipe is None else QuantisingSource(found, recipe)
             return _load(source, wanted, runtime, rules or ShardingRules(), kernels, device_memory)
 

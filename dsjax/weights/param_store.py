@@ -30,6 +30,8 @@ from dsjax.weights.layouts import Path, current_path
 _LOG = logging.getLogger(__name__)
 
 ITEM = "params"
+OPTIMIZER = "optimizer"  # of a run's step, beside the parameters
+EMA = "ema"  # of the optimizer: the tree of the parameters' moving average
 METADATA_FILE = "_METADATA"  # orbax's description of an item
 
 # A chunk holds one tensor, or rows of it where it is larger than this.
@@ -59,7 +61,11 @@ class ParamStore:
 
     @classmethod
     def open(
-        cls, directory: FilePath, allow_nonfinite: bool = False, item: str = ITEM
+        cls,
+        directory: FilePath,
+        allow_nonfinite: bool = False,
+        item: str = ITEM,
+        tree: str = "",
     ) -> ParamStore:
         """Opens the parameters that orbax, or `create`, wrote.
 
@@ -67,13 +73,16 @@ class ParamStore:
             directory: the checkpoint.
             allow_nonfinite: whether `read` gives NaN and infinity.
             item: the checkpointable, "params" or a run's "optimizer".
+            tree: the one of the item's trees that is opened, by itself; "" opens all.
 
         Raises:
             ValueError: the folder holds no such parameters, or one of them cannot be opened.
         """
         folder = (directory / item).resolve()  # tensorstore takes no `..`
         metadata = _read_metadata(directory, item)
-        keys = _paths(metadata)
+        keys = [path for path in _paths(metadata) if not tree or path[0] == tree]
+        if not keys:
+            raise ValueError(f"{folder}: holds no {tree}: this run keeps none")
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
         # Where zeros are stored like any other value, a chunk that is absent was lost.
         complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
@@ -91,11 +100,11 @@ class ParamStore:
                 "fill_missing_data_reads": not complete,
             }
             try:
-                arrays[current_path(path) if item == ITEM else path] = ts.open(
-                    spec, open=True
-                ).result()
+                opened = ts.open(spec, open=True).result()
             except ValueError as error:
                 raise ValueError(f"{folder}: parameter {name}: {one_line(error)}") from None
+            path = path[1:] if tree else path
+            arrays[current_path(path) if item == ITEM else path] = opened
         return cls(directory, _with_cache(arrays), allow_nonfinite, item)
 
     @classmethod

@@ -7,8 +7,6 @@ loading and conversion do not know which they have before them.
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Any, Literal, Protocol, cast
 
@@ -24,25 +22,14 @@ from dsjax.families.tensors import HFTable, Path, few
 from dsjax.files import read_json
 from dsjax.weights.assets import ASSETS, Assets, small_files
 from dsjax.weights.checksums import checksum_faults, require_checksums
-from dsjax.weights.finite import NonFiniteError
 from dsjax.weights.hf_export import HEADERS_FILE
-from dsjax.weights.param_store import ITEM, METADATA_FILE, ParamStore
+from dsjax.weights.param_store import EMA, ITEM, OPTIMIZER, ParamStore
+from dsjax.weights.run_steps import first_readable, latest_step
 from dsjax.weights.safetensors import SafetensorsFolder, float_dtype
-from dsjax.weights.step_parts import STEP_METADATA_FILE, check_step
+from dsjax.weights.step_parts import check_step
 from dsjax.weights.stored_params import from_disk, on_disk, stored_params
 
 MANIFEST = "dsjax.json"  # its presence says that a model checkpoint is complete
-STEPS_FOLDER = "checkpoints"  # of a run; each step is a folder in it
-# Files without which a step is damaged.
-_STEP_PARTS = (
-    STEP_METADATA_FILE,
-    *(
-        f"{item}/{name}"
-        for item in (ITEM, "optimizer")
-        for name in (METADATA_FILE, "manifest.ocdbt")
-    ),
-)
-
 _LOG = logging.getLogger(__name__)
 
 
@@ -149,8 +136,9 @@ class CheckpointSource:
         assets: Assets,
         allow_nonfinite: bool = False,
         recipe: QuantisationConfig | None = None,
+        ema: bool = False,
     ):
-        """Opens the parameters and checks them against the config.
+        """Opens the parameters, or a run's moving average, and checks them against the config.
 
         Raises:
             ValueError: names the parameters that are missing, unknown or misshapen.
@@ -159,7 +147,8 @@ class CheckpointSource:
         self.assets = assets
         self.recipe = recipe
         self.table = hf_table(config)
-        self.store = ParamStore.open(where, allow_nonfinite)
+        item, tree = (OPTIMIZER, EMA) if ema else (ITEM, "")
+        self.store = ParamStore.open(where, allow_nonfinite, item, tree)
         expected = stored_params(config, recipe).leaves
         faults = []
         for path in expected.keys() | self.store.arrays.keys():
@@ -182,7 +171,7 @@ class CheckpointSource:
                     f"parameter {name}: dtype {self.store.dtype(path)} must be float32 or bfloat16"
                 )
         if faults:
-            raise ValueError(f"{where / ITEM}: {few(sorted(faults))}")
+            raise ValueError(f"{where / item}: {few(sorted(faults))}")
         self.config = config
         self._quantised = {
             path: dtype for path, (_, dtype) in expected.items() if dtype is not None
@@ -260,18 +249,23 @@ def describe(where: FilePath) -> tuple[ModelConfig, Assets]:
     return model_from_json(content, str(folder / MANIFEST)), small_files(folder / ASSETS)
 
 
-def open_source(where: FilePath, allow_nonfinite: bool = False) -> HFSource | CheckpointSource:
+def open_source(
+    where: FilePath, allow_nonfinite: bool = False, ema: bool = False
+) -> HFSource | CheckpointSource:
     """Opens the weights at a path and checks all that can be checked without reading them.
 
     Args:
         where: see `find_kind`.
         allow_nonfinite: whether NaN and infinite weights are read like others.
+        ema: whether a run's moving average of the weights is read in their place.
 
     Raises:
         FileNotFoundError: there is nothing there.
-        ValueError: it is no model, or damaged; names file and tensor.
+        ValueError: it is no model, or damaged; names file and tensor. It has no moving average.
     """
     kind, weights, folder = find_kind(where)
+    if ema and kind != "step":
+        raise ValueError(f"ema: {where} is no training run, so it has no moving average")
     config, assets = describe(where)
     for fault in checksum_faults(folder, f"{ASSETS}/"):
         _LOG.warning("%s", fault)  # text that people edit, and that changes no weight
@@ -284,11 +278,11 @@ def open_source(where: FilePath, allow_nonfinite: bool = False) -> HFSource | Ch
 
         def read(step: FilePath) -> CheckpointSource:
             check_step(step)  # all of it, as training would pass over a step without its optimizer
-            return CheckpointSource(step, config, assets, allow_nonfinite)
+            return CheckpointSource(step, config, assets, allow_nonfinite, ema=ema)
 
         return first_readable(where, read)
     recipe = stored_recipe(folder) if kind == "model" else None
-    return CheckpointSource(weights, config, assets, allow_nonfinite, recipe)
+    return CheckpointSource(weights, config, assets, allow_nonfinite, recipe, ema)
 
 
 def stored_recipe(folder: FilePath) -> QuantisationConfig | None:
@@ -299,89 +293,6 @@ def stored_recipe(folder: FilePath) -> QuantisationConfig | None:
     """
     file = folder / MANIFEST
     return recipe_from_json(read_json(file), str(file)) if file.is_file() else None
-
-
-def steps_of(run: FilePath) -> list[FilePath]:
-    """Returns the folders of a run's steps in the order in which they are to be tried.
-
-    The newest is first; those that lack a part, as after a power loss, come last.
-    """
-    folder = run / STEPS_FOLDER
-    steps = [step for step in (folder.iterdir() if folder.is_dir() else ()) if _is_step(step)]
-    steps.sort(key=lambda step: int(step.name), reverse=True)
-    return sorted(steps, key=lambda step: bool(missing_parts(step)))  # is stable
-
-
-def latest_step(run: FilePath) -> FilePath:
-    """Returns the folder of a run's latest complete step."""
-    steps = [step for step in steps_of(run) if (step / ITEM / METADATA_FILE).is_file()]
-    if not steps:
-        raise ValueError(f"{run / STEPS_FOLDER}: holds no complete step")
-    return steps[0]
-
-
-def chosen_step(where: FilePath, step: int | None) -> FilePath:
-    """Returns the folder of a step of a run; without a step, the path as it is.
-
-    Raises:
-        ValueError: it is no run, or has no such step; names those that it has.
-    """
-    if step is None:
-        return where
-    chosen = where / STEPS_FOLDER / str(step)
-    if not (where / RUN_FILE).is_file():
-        raise ValueError(f"step={step}: {where} is no training run, so it has no steps")
-    if not chosen.is_dir():
-        there = ", ".join(sorted((path.name for path in steps_of(where)), key=int)) or "none"
-        raise ValueError(f"step={step}: {where} has no such step; it has {there}")
-    return chosen
-
-
-def first_readable[T](run: FilePath, read: Callable[[FilePath], T]) -> T:
-    """Reads the newest step of a run that can be read, and says loudly what it passed over.
-
-    Args:
-        run: the run's folder.
-        read: reads one step; ValueError and OSError say that it is damaged.
-
-    Raises:
-        NonFiniteError: weights are NaN or infinite: read as they were written, so no step is
-            taken in their place.
-        ValueError: no step can be read; of the newest one, what `read` raised.
-    """
-    faults: dict[FilePath, Exception] = {}
-    steps = steps_of(run)
-    for taken in steps:
-        try:
-            result = read(taken)
-        except NonFiniteError:
-            raise
-        except (ValueError, OSError) as error:
-            faults[taken] = error
-            continue
-        for step in steps:
-            if int(step.name) > int(taken.name):
-                reason = f"it lacks {', '.join(missing_parts(step))}"
-                if step in faults:
-                    reason = str(faults[step]).splitlines()[0]
-                _LOG.warning("DAMAGED: %s: %s; taking step %s instead", step, reason, taken.name)
-        return result
-    if not steps:
-        raise ValueError(f"{run / STEPS_FOLDER}: holds no complete step")
-    raise faults[steps[0]]
-
-
-def _is_step(path: FilePath) -> bool:
-    return bool(re.fullmatch(r"\d+", path.name)) and path.is_dir()
-
-
-def missing_parts(step: FilePath) -> list[str]:
-    """Returns the files, relative to a step of a run, that it lacks or that are empty."""
-    return [part for part in _STEP_PARTS if not _is_written(step / part)]
-
-
-def _is_written(path: FilePath) -> bool:
-    return path.is_file() and path.stat().st_size > 0
 
 
 def weight_dtype(dtype: Any) -> DType:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dsjax.files import read_json
 from dsjax.weights.checksums import is_sound
-from dsjax.weights.param_store import ParamStore
+from dsjax.weights.param_store import OPTIMIZER, ParamStore
 
 STEP_METADATA_FILE = "_CHECKPOINT_METADATA"  # orbax's, of a whole step
 
@@ -45,7 +45,7 @@ def check_step(step: Path) -> dict[str, Any]:
     """
     metadata = read_step_metadata(step)
     ParamStore.open(step)
-    optimizer = ParamStore.open(step, item="optimizer")
+    optimizer = ParamStore.open(step, item=OPTIMIZER)
     if ("step",) in optimizer.arrays and int(optimizer.read(("step",), ())) != int(step.name):
-        raise ValueError(f"{step / 'optimizer'}: damaged: it is of another step")
+        raise ValueError(f"{step / OPTIMIZER}: damaged: it is of another step")
     return metadata

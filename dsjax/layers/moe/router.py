@@ -44,6 +44,8 @@ class RouterStats:
         communication: unweighted communication balance loss (eq. 29 to 31).
         load_E: float32, assignments of each expert before dropping.
         dropped: float32 scalar, share of all assignments that were dropped.
+        entropy: float32 scalar, in nats: of a token's affinities over all experts, mean over the
+            tokens. log(num_experts) where the router prefers none, 0 where it wants one alone.
     """
 
     expert: jax.Array
@@ -51,6 +53,7 @@ class RouterStats:
     communication: jax.Array
     load_E: jax.Array
     dropped: jax.Array
+    entropy: jax.Array
 
 
 def router_logits(
@@ -177,6 +180,7 @@ class Router(nnx.Module):
         expert, device, communication, load_E = balance_losses(
             scores_BTE, indices_BTK, mask_BT, self.config
         )
+        entropy = mean_entropy(logits_BTE, scores_BTE, mask_BT)
         dropped = jnp.zeros((), jnp.float32)
         keep_BTK = jnp.broadcast_to(mask_BT[..., None], indices_BTK.shape)
         if dropping is not None:
@@ -190,7 +194,24 @@ class Router(nnx.Module):
             gates_BTK = jnp.where(keep_BTK, gates_BTK, 0)
             indices_BTK = jnp.where(keep_BTK, indices_BTK, self.config.num_experts)
         routing = Routing(gates_BTK, indices_BTK)
-        return routing, RouterStats(expert, device, communication, load_E, dropped)
+        return routing, RouterStats(expert, device, communication, load_E, dropped, entropy)
+
+
+def mean_entropy(logits_BTE: jax.Array, scores_BTE: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """Returns the mean entropy of the tokens' affinities in nats; it has no gradient.
+
+    Where nobody asks for it, it is not part of the compiled program.
+
+    Args:
+        logits_BTE: float32.
+        scores_BTE: float32, their softmax over the experts.
+        mask_BT: bool, False for padding, which does not count.
+    """
+    logits_BTE, scores_BTE = jax.lax.stop_gradient((logits_BTE, scores_BTE))
+    log_sum_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
+    entropy_BT = log_sum_BT - jnp.sum(scores_BTE * logits_BTE, axis=-1)
+    tokens = jnp.maximum(jnp.sum(mask_BT, dtype=jnp.float32), 1)
+    return jnp.sum(jnp.where(mask_BT, entropy_BT, 0)) / tokens
 
 
 def choose_experts(scores_BTE: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:

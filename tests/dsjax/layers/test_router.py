@@ -12,7 +12,7 @@ from flax import nnx
 from dsjax.config import MoEConfig, TokenDropping
 from dsjax.kernels import Kernels
 from dsjax.layers.moe.balance import Dropping, balance_losses, keep_within_capacity
-from dsjax.layers.moe.router import Router, choose_experts, router_logits
+from dsjax.layers.moe.router import Router, choose_experts, mean_entropy, router_logits
 from dsjax.layers.options import LayerOptions
 from dsjax.mesh import ShardingRules
 from tests import oracle
@@ -135,6 +135,22 @@ def test_balance_losses_are_the_papers(name, masked, rng):
     np.testing.assert_allclose(losses, want, rtol=1e-5)
     chosen = np.asarray(indices)[mask].ravel()
     np.testing.assert_array_equal(load, np.bincount(chosen, minlength=config.num_experts))
+
+
+def test_entropy_is_of_the_tokens_affinities_in_nats_and_has_no_gradient(rng):
+    logits = 3 * rng.standard_normal((3, 17, 12))
+    logits[0, 0] = 200 * np.eye(12)[3]  # one expert alone: 0, not NaN
+    mask = padding_mask(3, 17)
+    scores = oracle.softmax(logits)
+    entropy = -np.sum(scores * np.log(np.maximum(scores, 1e-300)), axis=-1)
+    found = mean_entropy(jnp.float32(logits), jnp.float32(scores), jnp.asarray(mask))
+    np.testing.assert_allclose(found, entropy[mask].mean(), rtol=1e-5)
+    even = jnp.zeros((1, 4, 12))
+    np.testing.assert_allclose(
+        mean_entropy(even, even + 1 / 12, jnp.ones((1, 4), bool)), np.log(12), rtol=1e-6
+    )
+    gradient = jax.grad(lambda x: mean_entropy(x, jax.nn.softmax(x), jnp.asarray(mask)))
+    assert not np.any(gradient(jnp.float32(logits)))
 
 
 def test_losses_are_per_sequence(rng):

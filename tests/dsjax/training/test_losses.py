@@ -190,6 +190,7 @@ def test_balance_terms_weigh_the_sums_over_layers():
         communication=jnp.array([5.0, 6.0]),
         load_E=jnp.zeros((2, 8)),
         dropped=jnp.zeros(2),
+        entropy=jnp.zeros(2),
     )
     terms = balance_terms(stats, BalanceConfig(0.003, 0.05, 0.02), SMALL.moe)
     np.testing.assert_allclose(terms, [0.009, 0.35, 0.22], rtol=1e-6)
@@ -206,7 +207,9 @@ def test_training_loss_adds_its_terms_up(rng):
         "segment_ids": jnp.ones((2, 8), jnp.int32),
         "weights": jnp.ones((2, 8)).at[:, -1].set(0),
     }
-    config = LossConfig(balance=BalanceConfig(0.1, 0.2, 0.3), z_loss=0.01, chunk=4)
+    config = LossConfig(
+        balance=BalanceConfig(0.1, 0.2, 0.3), z_loss=0.01, chunk=4, router_entropy=True
+    )
     total_weight = jnp.sum(batch["weights"])
     total, terms = training_loss(model, batch, config, total_weight, 1.0)
     hidden, stats = model.hidden(tokens, batch["positions"], batch["segment_ids"])
@@ -230,3 +233,6 @@ def test_training_loss_adds_its_terms_up(rng):
     assert min(found) > 0
     np.testing.assert_allclose(total, sum(expected), rtol=1e-5)
     np.testing.assert_array_equal(terms.load_LE.sum(-1), [2 * 8 * SMALL_MOE.top_k])
+    assert terms.entropy_L is not None
+    np.testing.assert_allclose(terms.entropy_L, stats.entropy)
+    assert 0 < float(stats.entropy[0]) <= np.log(SMALL_MOE.num_experts) + 1e-6

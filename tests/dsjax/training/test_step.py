@@ -91,6 +91,19 @@ def test_slices_give_the_gradient_of_the_whole(batches):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+def test_the_routers_entropy_is_measured_where_it_is_asked_for(batches):
+    """Elsewhere the program does not have the logarithms that it takes."""
+    graphdef, state = begin()
+    run = jax.jit(accumulate_gradients, static_argnums=(0, 1))
+    sliced = jax.tree.map(lambda x: x.reshape(4, 2, 32), batches[0])
+    logs = []
+    for loss in (LOSS, replace(LOSS, router_entropy=True)):
+        lowered = run.lower(graphdef, loss, state.params, sliced)
+        logs.append(lowered.as_text().count("stablehlo.log "))
+    assert logs[0] < logs[1]
+    assert lowered.out_info[1].entropy_L.shape == (MODEL.num_moe_layers,)
+
+
 @pytest.mark.core
 def test_a_step_is_adamw_with_clipped_gradients(batches):
     graphdef, state = begin()

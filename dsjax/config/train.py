@@ -146,7 +146,8 @@ class BatchConfig:
                 f"must be a multiple of a slice, {self.size // self.accumulate} sequences",
             )
             require(self.ramp_stages >= 2, "batch.ramp_stages", self.ramp_stages, "must be >= 2")
-            require_positive("batch", ramp_tokens=self.ramp_tokens)
+            # Not an int32, as other sizes are: the paper's are 225 billion.
+            require(self.ramp_tokens > 0, "batch.ramp_tokens", self.ramp_tokens, "must be positive")
 
 
 BALANCE_NOT_CHOSEN = (

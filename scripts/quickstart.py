@@ -6,7 +6,6 @@ Everything goes through what a user has: the `dsjax` command line, and Python fo
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import lzma
 import shutil
@@ -14,14 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dsjax.config.load import load_train_config
 from dsjax.data.prepare import HELD_OUT, TRAIN, prepare_data
+from dsjax.training.picture import draw_held_out, draw_loss, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,16 +130,6 @@ def train_and_stop(overrides: list[str], run: Path, step: int) -> None:
         sys.exit(f"training ended with exit code {process.returncode}")
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Reads the figures that training has written so far."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    # The last line may still be being written.
-    whole = path.read_text().rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def report(run: Path, picture: Path, held_out: Path) -> None:
     """Prints held-out bits per byte beside what xz reaches on the same files, and plots both."""
     import matplotlib
@@ -177,30 +164,15 @@ def plot_curves(rows: list[dict[str, float]], xz: float) -> Figure:
     """
     import matplotlib.pyplot as plt
 
-    trained = [(r["step"], r["cross_entropy"]) for r in rows if "cross_entropy" in r]
-    evaluated = [(r["step"], r["eval_bits_per_byte"]) for r in rows if "eval_bits_per_byte" in r]
-    steps, losses = zip(*trained, strict=True)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot(steps, losses, color="C0", alpha=0.25, label="single steps")
-    left.plot(steps, smoothed(losses), color="C0", label="smoothed")
-    left.set(title="Training", xlabel="step", ylabel="cross entropy (nats per token)")
-    left.legend()
-    right.plot(*zip(*evaluated, strict=True), color="C1", marker="o", label="model")
+    draw_loss(left, rows)
+    draw_held_out(right, rows, "All held-out files")
     right.axhline(xz, color="gray", linestyle="--", label="xz -9")
-    right.set(title="All held-out files", xlabel="step", ylabel="bits per byte")
     right.set_xlim(left=0)
-    right.set_ylim(0, 1.1 * max(xz, *(value for _, value in evaluated)))
+    highest = max(row.get("eval_bits_per_byte", 0) for row in rows)
+    right.set_ylim(0, 1.1 * max(xz, highest))
     right.legend()
     return figure
-
-
-def smoothed(values: Sequence[float], width: int = 5) -> list[float]:
-    """Returns means of neighbours, weighted by a bell `width` values wide that lags on no side."""
-    distance = np.arange(-3 * width, 3 * width + 1)
-    bell = np.exp(-0.5 * (distance / width) ** 2)
-    total, weight = (np.convolve(v, bell) for v in (values, np.ones(len(values))))
-    inside = slice(3 * width, 3 * width + len(values))  # at the ends of fewer neighbours
-    return (total[inside] / weight[inside]).tolist()
 
 
 if __name__ == "__main__":

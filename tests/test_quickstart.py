@@ -9,6 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import quickstart
 
+from dsjax.training.picture import smoothed
+
 
 def test_a_folder_that_it_did_not_make_is_left_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
@@ -36,9 +38,9 @@ def test_its_own_folder_loses_only_what_it_made(tmp_path):
 
 
 def test_the_smoothed_course_lags_on_no_side():
-    assert quickstart.smoothed([3.0] * 7) == pytest.approx([3.0] * 7)
+    assert smoothed([3.0] * 7) == pytest.approx([3.0] * 7)
     falling = [100.0 - step for step in range(100)]
-    assert quickstart.smoothed(falling)[20:80] == pytest.approx(falling[20:80])
+    assert smoothed(falling)[20:80] == pytest.approx(falling[20:80])
 
 
 def test_every_evaluation_of_the_quickstart_is_of_the_same_rows_as_xz():

@@ -52,6 +52,8 @@ def test_wrong_options_are_one_line(arguments, message, tmp_path):
         ("benchmark_quantised.py products --batch 1.5", "'1.5' must be a whole number"),
         ("benchmark_server.py tiny --rounds 99999999999", "must be a whole number of at least 1"),
         ("benchmark_training.py no_row", "no_row: no such row"),
+        ("plot_run.py {made}/ours", "{made}/ours/run.json"),
+        ("plot_run.py . --output run.svg", "--output: 'run.svg' must end in .png"),
         ("tpu_grouped_schedule.py --chips v9", "'v9' must be one of"),
         ("tpu_grouped_schedule.py --shape 1x2", "'1x2' must be 4 numbers with x between"),
         ("tpu_schedule.py decode --heads -1", "'-1' must be a whole number of at least 1"),

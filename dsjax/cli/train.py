@@ -27,6 +27,14 @@ def train(
             help="Build and compile everything, print its sizes, train and write nothing.",
         ),
     ] = False,
+    status_if_stopped: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=255,
+            help="Exit status where a signal stopped the run: 75 makes a scheduler start it again.",
+        ),
+    ] = 0,
     verbose: Verbose = False,
 ) -> None:
     """Trains a model; run again to go on from the last complete checkpoint."""
@@ -42,6 +50,8 @@ def train(
     print(
         f"{run.directory}: step {result.step}{'' if result.finished else ', stopped by a signal'}"
     )
+    if not result.finished:
+        raise typer.Exit(status_if_stopped)
 
 
 def _show_sizes(run: TrainConfig, step: int | None) -> None:

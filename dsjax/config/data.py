@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dsjax.config.model import require, require_not_negative, require_positive, require_seed
+from dsjax.config.model import (
+    require,
+    require_folder,
+    require_not_negative,
+    require_positive,
+    require_seed,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         require_positive("source", weight=self.weight)
+        require_folder("source.path", self.path)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class PrepareConfig:
         require_positive("data.prepare", vocab_size=self.vocab_size)
         require_not_negative("data.prepare", max_bytes=self.max_bytes)
         require(self.folder != "", "data.prepare.folder", self.folder, "must name a folder")
+        require_folder("data.prepare.folder", self.folder)
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class DataConfig:
         require(0 <= self.num_workers < 2**31, "data.num_workers", self.num_workers, "must be >= 0")
         require_seed("data.seed", self.seed)
         require(self.tokenizer != "", "data.tokenizer", self.tokenizer, 'must be a path or "bytes"')
+        require_folder("data.tokenizer", self.tokenizer)
         if self.prepare is not None:
             for name in ("sources", "eval_sources"):
                 sources = getattr(self, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,16 @@ def require_not_negative(owner: str, **fields: int | float) -> None:
 def require_seed(field_name: str, value: int) -> None:
     """Requires what a generator of random numbers takes."""
     require(0 <= value < 2**32, field_name, value, "must be in [0, 2**32)")
+
+
+def require_folder(field_name: str, value: str) -> None:
+    """Requires a path of the file system, not an address such as gs://bucket/folder."""
+    require(
+        re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", value) is None,
+        field_name,
+        value,
+        "must be a path of the file system: mount the bucket (docs/launching/storage.md)",
+    )
 
 
 def _is_finite(value: int | float) -> bool:

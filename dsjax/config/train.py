@@ -10,6 +10,7 @@ from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import (
     ModelConfig,
     require,
+    require_folder,
     require_not_negative,
     require_positive,
     require_seed,
@@ -353,6 +354,8 @@ class TrainConfig:
         require_positive("train", num_steps=self.num_steps)
         require_seed("seed", self.seed)
         require(self.directory != "", "directory", self.directory, "must name a folder")
+        require_folder("directory", self.directory)
+        require_folder("init_from", self.init_from)
         require(
             self.data.length <= self.model.max_length,
             "data.length",

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dsjax.config import SourceConfig
+from dsjax.config.model import require_folder
 from dsjax.data.packed import FORMAT, MANIFEST, new_shard, read_manifest
 from dsjax.data.packing import LongDocuments, documents_of, pack_rows, tokenized
 from dsjax.data.sources import Document, DocumentSource, open_documents
@@ -114,6 +115,7 @@ def pack(
             "num_entries": len(documents),
         },
     }
+    require_folder("destination", str(destination))
     folder = Path(destination).expanduser()
     finished = _prepare(folder, plan)
     if finished is not None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from dsjax.config import QuantisationConfig, to_json
 from dsjax.config.load import load_recipe
+from dsjax.config.model import require_folder
 from dsjax.config.run_file import RUN_FILE
 from dsjax.config.stored import model_to_json
 from dsjax.data.tokenizer_files import mend_tokenizer
@@ -92,6 +93,7 @@ def convert(
         OSError: a file cannot be written, on a full disk for instance; names it. Run again to
             go on.
     """
+    require_folder("destination", str(dst))
     dst = FilePath(dst)
     if dst.exists():
         raise FileExistsError(f"{dst}: exists already")

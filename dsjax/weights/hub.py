@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path as FilePath
 
+from dsjax.config.model import require_folder
+
 # A repository of the Hub: "deepseek-ai/DeepSeek-V2-Lite".
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -14,7 +16,9 @@ def resolve(path_or_hub_name: str | FilePath) -> FilePath:
 
     Raises:
         FileNotFoundError: it is neither, or the Hub does not give it.
+        ValueError: it is the address of a bucket.
     """
+    require_folder("path", str(path_or_hub_name))
     path = FilePath(path_or_hub_name).expanduser()
     name = str(path_or_hub_name)
     if path.exists():

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from dsjax.config import KernelConfig, ModelConfig, QuantisationConfig, RuntimeConfig
 from dsjax.config.load import load_recipe
+from dsjax.config.model import require_folder
 from dsjax.config.runtime import DType
 from dsjax.config.stored import model_to_json
 from dsjax.data.tokenizer import TOKENIZER_FILE
@@ -244,6 +245,7 @@ def save_weights(
         RuntimeError: another process saves there.
         ValueError: a format or dtype that is not one, or not one of a quantised model.
     """
+    require_folder("path", str(path))
     path = FilePath(path)
     if format not in ("dsjax", "hf"):
         raise ValueError(f"format={format!r}: must be dsjax or hf")

@@ -70,7 +70,7 @@ def test_what_a_run_says_is_drawn(tmp_path: Path):
     assert np.all(drawn["Dropped assignments"].lines[0].get_ydata() == 25)
     assert "Entropy of the routers" in drawn
     (batches,) = (axes for axes in figure.axes if axes.get_ylabel() == "sequences a step")
-    assert batches.lines[0].get_ydata().tolist() == [8] * 9 + [16] * 11
+    np.testing.assert_array_equal(batches.lines[0].get_ydata(), [8] * 9 + [16] * 11)
 
 
 def test_what_it_does_not_say_has_no_panel(tmp_path: Path):

@@ -38,7 +38,7 @@ def fields_without_effect(config: TrainConfig) -> list[str]:
         unused(
             "model.moe", f"model.num_dense_layers={config.model.num_dense_layers} are all layers"
         )
-        for name in ("balance", "dropping"):
+        for name in ("balance", "dropping", "router_entropy"):
             unused(f"loss.{name}", reason)
     elif config.mesh.expert == 1:
         reason = "mesh.expert=1 exchanges nothing"

@@ -23,6 +23,10 @@ def test_runs_that_come_with_the_package_have_no_field_without_effect():
         (["batch.ramp_tokens=9"], "batch.ramp_tokens=9 has no effect: without batch.initial_size"),
         (["model.num_dense_layers=4", "model.num_layers=4"], "model.moe=MoEConfig("),
         (["model.num_dense_layers=4", "model.num_layers=4"], "loss.balance=BalanceConfig("),
+        (
+            ["model.num_dense_layers=4", "model.num_layers=4", "loss.router_entropy=true"],
+            "loss.router_entropy=True has no effect: the model has no layers of experts",
+        ),
         (["runtime.kernels.exchange_chunks=2"], "exchange_chunks=2 has no effect: mesh.expert=1"),
         (["runtime.kernels.mla_decode=xla"], "mla_decode='xla' has no effect: training decodes"),
         (

@@ -120,8 +120,6 @@ def test_the_pages_commands_and_files_are_there(page: Path):
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"\]\(([\w./]+\.md)\)", text):
         assert (page.parent / name).is_file(), name
-    for name in re.findall(r"`(--[\w-]+)`? 75", text):
-        assert name == "--status-if-stopped"
 
 
 def test_every_file_has_a_page_and_a_row():
@@ -168,7 +166,7 @@ def test_xpk_is_asked_for_the_run(tmp_path: Path):
     ended, calls = run_script(
         LAUNCH / "xpk.sh",
         tmp_path,
-        *("v2_v6e_2x256", "v6e-256", "2"),
+        *("v2_v6e_2x256", "v6e-256", "2", "--priority", "high"),
         CLUSTER="pod",
         IMAGE="host/image",
         BUCKET="data",
@@ -181,7 +179,8 @@ def test_xpk_is_asked_for_the_run(tmp_path: Path):
     assert calls == [
         "xpk workload create --cluster pod --workload v2-v6e-2x256 --tpu-type v6e-256 "
         "--num-slices 2 --docker-image host/image --storage data --max-restarts 1000 "
-        f"--termination-grace-period-seconds 900 --command {command}"
+        f"--restart-on-exit-codes 75 --termination-grace-period-seconds 900 --command {command} "
+        "--priority high"
     ]
     assert devices(run_of(words(command)[1:])) == 2 * 256
 
@@ -234,6 +233,9 @@ def test_the_jobset_asks_for_the_runs_chips_and_its_queue_has_them():
     assert chips == math.prod(topology) == devices(run) // job["replicas"]
     assert spec["completions"] == spec["parallelism"]
     assert spec["backoffLimit"] == 0  # all are started again together, by the JobSet
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert not {0, 75, 137, 143} & set(rule["onExitCodes"]["values"])
     assert flavor["spec"]["nodeLabels"] == pod["nodeSelector"]
     queue = jobset["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
     assert queue == local["metadata"]["name"]
@@ -305,7 +307,31 @@ def test_skypilots_schema_takes_its_tasks(file: Path):
     schemas = pytest.importorskip("sky.utils.schemas", reason="pip install skypilot")
     import jsonschema
 
-    jsonschema.validate(yaml.safe_load(file.read_text()), schemas.get_task_schema())
+    task = yaml.safe_load(file.read_text())
+    jsonschema.validate(task, schemas.get_task_schema())
+    jsonschema.validate(task["resources"], schemas.get_resources_schema())
+    task["resources"]["no_such_field"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(task["resources"], schemas.get_resources_schema())
+
+
+def test_xpk_makes_a_jobset_that_goes_on_after_75():
+    if shutil.which("xpk") is None:
+        pytest.skip("xpk is not here (pip install xpk)")
+    dry_run = words("--dry-run --project p --zone us-east5-b")
+    made = subprocess.run(
+        ["bash", str(LAUNCH / "xpk.sh"), *words("v2_v6e_2x256 v6e-256 2"), *dry_run],
+        env=os.environ | {"CLUSTER": "pod", "IMAGE": "host/image", "BUCKET": "data"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stdout[-2000:]
+    assert "exec dsjax train v2_v6e_2x256" in made.stdout
+    assert "replicas: 2" in made.stdout
+    # A pod that ends with none of these fails the whole.
+    (codes,) = re.findall(r"operator: NotIn\s+values: \[(.*?)\]", made.stdout)
+    assert "75" in codes.split(",")
 
 
 def test_json_and_yaml_agree_on_what_a_file_holds():

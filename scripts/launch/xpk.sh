@@ -24,5 +24,7 @@ xpk workload create \
   --docker-image "$IMAGE" \
   --storage "$BUCKET" \
   --max-restarts 1000 \
+  --restart-on-exit-codes 75 \
   --termination-grace-period-seconds 900 \
-  --command "$command"
+  --command "$command" \
+  "${@:4}"

@@ -3,24 +3,83 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Collection
 
 from dsjax.cli.errors import one_line_errors
+from dsjax.config.engine import memory_bytes
 
-__all__ = ["IMPLEMENTATIONS", "names_of", "numbers", "one_line_errors", "positive"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "command_line",
+    "names_of",
+    "not_negative",
+    "num_bytes",
+    "numbers",
+    "one_line_errors",
+    "positive",
+    "real",
+    "several",
+]
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "hopper")
 
 
+def command_line(about: str | None) -> argparse.ArgumentParser:
+    """Returns a parser whose help is the file's docstring, line by line as it is written there."""
+    return argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def positive(text: str) -> int:
     """Reads a whole number from 1 to 2**31 - 1."""
+    return _whole(text, 1, 2**31)
+
+
+def not_negative(text: str) -> int:
+    """Reads a whole number from 0 to 2**31 - 1."""
+    return _whole(text, 0, 2**31)
+
+
+def num_bytes(text: str) -> int:
+    """Reads a size in bytes, or such as "16GiB"."""
+    try:
+        return memory_bytes(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 16GiB") from None
+
+
+def real(text: str) -> float:
+    """Reads a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0")
+    return value
+
+
+def _whole(text: str, least: int, end: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if not 1 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+        value = least - 1
+    if not least <= value < end:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {least}")
     return value
+
+
+def several(read: Callable[[str], object]) -> Callable[[str], str]:
+    """Gives what reads values with commas between and returns them as they are written."""
+
+    def read_all(text: str) -> str:
+        for part in text.split(","):
+            read(part)
+        return text
+
+    return read_all
 
 
 def numbers(count: int) -> Callable[[str], str]:
@@ -40,10 +99,8 @@ def numbers(count: int) -> Callable[[str], str]:
 def names_of(known: Collection[str]) -> Callable[[str], str]:
     """Gives what reads names with commas between and returns them as they are written."""
 
-    def read(text: str) -> str:
-        for name in text.split(","):
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} must be one of {', '.join(known)}")
-        return text
+    def read(name: str) -> None:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} must be one of {', '.join(known)}")
 
-    return read
+    return several(read)

@@ -102,9 +102,9 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Where there is room for it twice.")],
     model: Annotated[str, typer.Option(help="Config.")] = "deepseek_v2_lite",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE.")] = None,
-    file_gb: Annotated[float, typer.Option(help="Size at which a file ends.")] = 8.6,
+    file_gb: Annotated[float, typer.Option(help="Size at which a file ends.", min=1e-9)] = 8.6,
 ) -> None:
-    """Makes, converts, converts back and compares."""
+    """Converts a random checkpoint of a model's full size to ours and back; checks every bit."""
     config = find_model_config(model, overrides or ())
     source, ours, back = folder / "source", folder / "ours", folder / "back"
     for path in (source, ours, back):  # they are removed at the end

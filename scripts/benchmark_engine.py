@@ -9,7 +9,6 @@ Every text has its full length: end tokens are read on.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from arguments import one_line_errors, positive
+from arguments import command_line, one_line_errors, positive, real
 
 from dsjax.config import EngineConfig
 from dsjax.config.load import load_model_and_runtime
@@ -39,7 +38,7 @@ class NumberTokenizer(ByteTokenizer):
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--batch", type=positive, default=256, help="requests that run at once")
@@ -48,7 +47,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, default=1024, help="tokens of each text")
     parser.add_argument("--chunk", type=positive, default=2048, help="prompt tokens a step")
     parser.add_argument("--prefix", type=positive, default=4000)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", type=real, default=0.0)
     arguments = parser.parse_args()
     config, runtime = load_model_and_runtime(arguments.config, arguments.overrides)
     runtime = dataclasses.replace(runtime, param_dtype=runtime.dtype)

@@ -11,7 +11,6 @@ sends, on paper. `layer` compares a layer on all devices with one on one device,
 backward: values and time.
 """
 
-import argparse
 import dataclasses
 import functools
 import time
@@ -21,7 +20,7 @@ from typing import TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from arguments import one_line_errors, positive
+from arguments import command_line, one_line_errors, positive
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -271,7 +270,7 @@ PARTS = ("bytes", "exchange", "layer")
 
 def main() -> None:
     """Reads the command line and runs."""
-    parser = argparse.ArgumentParser()
+    parser = command_line(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--tokens", type=positive, default=TIMED_TOKENS)
     parser.add_argument("--width", type=positive, default=TIMED_WIDTH)

@@ -10,7 +10,6 @@ the L2 cache flushed before every call. `portable` is for the CPU: the xla imple
 jax.lax.ragged_dot.
 """
 
-import argparse
 import concurrent.futures
 import functools
 import time
@@ -19,7 +18,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from arguments import IMPLEMENTATIONS, one_line_errors
+from arguments import IMPLEMENTATIONS, command_line, one_line_errors
 from jax import lax
 
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
@@ -308,7 +307,7 @@ SECTIONS = {
 
 def main() -> None:
     """Runs the sections named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("sections", nargs="*", help=", ".join(SECTIONS))
     parser.add_argument("--implementation", default="hopper", choices=IMPLEMENTATIONS)
     parser.add_argument("--no-torch", action="store_true", help="leave torch's kernels out")

@@ -40,13 +40,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from arguments import command_line, not_negative, num_bytes, one_line_errors, positive, real
 from benchmark_engine import NumberTokenizer
 from benchmark_quantised import random_state
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from dsjax.config import RECIPES, EngineConfig, ModelConfig
-from dsjax.config.engine import memory_bytes
 from dsjax.config.load import load_model_and_runtime
 from dsjax.engine import Engine, Request, TextPiece
 from dsjax.engine.host_reader import HostReader
@@ -63,16 +63,16 @@ _COPIED = 2 << 30  # bytes that a measurement of the link copies at least
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--device-memory", default="16GiB")
+    parser.add_argument("--device-memory", type=num_bytes, default="16GiB")
     parser.add_argument("--quantize", default="int4", choices=tuple(RECIPES))
-    parser.add_argument("--skew", type=float, nargs="+", default=[0.0], help="each in turn")
-    parser.add_argument("--guesses", type=int, nargs="+", default=[0, 2, 64], help="each in turn")
-    parser.add_argument("--prompt", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=64, help="timed, after a quarter as many")
-    parser.add_argument("--copied", type=int, default=_COPIED, help="bytes a measure of the link")
+    parser.add_argument("--skew", type=real, nargs="+", default=[0.0], help="each in turn")
+    parser.add_argument("--guesses", type=not_negative, nargs="+", default=[0, 2, 64])
+    parser.add_argument("--prompt", type=positive, default=2048)
+    parser.add_argument("--tokens", type=positive, default=64, help="timed, a quarter more not")
+    parser.add_argument("--copied", type=num_bytes, default=_COPIED, help="to measure the link")
     arguments = parser.parse_args()
     config, runtime = load_model_and_runtime(arguments.config, arguments.overrides)
     recipe = RECIPES[arguments.quantize]
@@ -87,7 +87,7 @@ def main() -> None:
         _CARD.start()
     report("device", {"kind": device.device_kind, _POOL_LIMIT: os.environ[_POOL_LIMIT]})
     layer = measure_link(device, arguments.copied)
-    model = random_model(config, runtime, device, memory_bytes(arguments.device_memory))
+    model = random_model(config, runtime, device, arguments.device_memory)
     router = model.moe_layers.feed_forward.router.gate.weight  # type: ignore[union-attr]
     plain = router[...]
     for skew in arguments.skew:
@@ -396,4 +396,5 @@ def report(name: str, figures: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

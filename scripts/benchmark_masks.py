@@ -11,13 +11,13 @@ tokens and masks took, and the CPU's milliseconds, of all threads together.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
 from typing import Any
 
 import numpy as np
+from arguments import command_line, one_line_errors, positive
 
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 from dsjax.engine.request import compute_masks
@@ -58,17 +58,14 @@ DATE = r"[0-9]{4}-(0[1-9]|1[0-2])-[0-3][0-9]( [A-Za-z ]{1,40})?"
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("tokenizer", help="a folder with a tokenizer.json")
-    parser.add_argument("--vocab-size", type=int, default=102_400)
-    parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--draws", type=int, default=32, help="the shortest of so many is taken")
-    parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1])
+    parser.add_argument("--vocab-size", type=positive, default=102_400)
+    parser.add_argument("--requests", type=positive, default=256)
+    parser.add_argument("--steps", type=positive, default=200)
+    parser.add_argument("--draws", type=positive, default=32, help="of these the shortest counts")
+    parser.add_argument("--threads", type=positive, nargs="+", default=[os.cpu_count() or 1])
     arguments = parser.parse_args()
-    for name in ("requests", "steps", "draws"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name}: must be at least 1")
     tokenizer = load_tokenizer(arguments.tokenizer)
     for threads in arguments.threads:
         found = measure(tokenizer, arguments, threads)
@@ -115,4 +112,5 @@ def measure(tokenizer: Tokenizer, arguments: Any, threads: int) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -9,7 +9,6 @@ float64 oracle first. `--segment-ids` gives all tokens the id of one document, a
 documents does. The work is the same, but the kernels look for masked blocks.
 """
 
-import argparse
 import functools
 import os
 import statistics
@@ -20,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from arguments import IMPLEMENTATIONS, numbers, one_line_errors
+from arguments import IMPLEMENTATIONS, command_line, numbers, one_line_errors
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory as well
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -125,7 +124,7 @@ def measure_cudnn(heads: int, tokens: int) -> tuple[float, float]:
 
 def main() -> None:
     """Runs what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the oracle first")
     parser.add_argument("--segment-ids", action="store_true", help="give ids, all alike")
     parser.add_argument("--implementation", default="hopper", choices=IMPLEMENTATIONS)

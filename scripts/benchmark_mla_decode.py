@@ -11,7 +11,6 @@ The card's power limit holds long runs back. So each call is timed in short runs
 ("rested"), as benchmarks with few repeats do.
 """
 
-import argparse
 import functools
 import statistics
 import time
@@ -20,7 +19,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from arguments import IMPLEMENTATIONS, one_line_errors
+from arguments import IMPLEMENTATIONS, command_line, one_line_errors
 from jax import lax
 
 from pallas_kernels.mla_decode import LatentPages, mla_decode
@@ -148,7 +147,7 @@ def time_matmul(size: int = 8192) -> tuple[float, float]:
 
 def main() -> None:
     """Prints one line per shape."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     names = [shape.name for shape in TIMED]
     parser.add_argument("--cases", nargs="*", default=names, choices=names)
     parser.add_argument("--implementation", default="hopper", choices=IMPLEMENTATIONS)

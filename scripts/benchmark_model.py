@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from arguments import IMPLEMENTATIONS, one_line_errors, positive
+from arguments import IMPLEMENTATIONS, command_line, one_line_errors, positive
 from flax import nnx
 
 from dsjax.cache import LatentPool, Part, View, allocate_pool
@@ -43,7 +43,7 @@ from dsjax.training.step import init_train_state, jitted_train_step
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("what", choices=("train", "generate"))
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")

@@ -9,7 +9,6 @@ same number of rows, timed in turns with it. Its memory is the compiled program'
 the bytes of its rows times their widths. --profile lists the time of each kernel in a trace.
 """
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -22,7 +21,7 @@ from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
-from arguments import IMPLEMENTATIONS, one_line_errors, positive
+from arguments import IMPLEMENTATIONS, command_line, one_line_errors, positive
 from benchmark_grouped_matmul import draw, take_turns
 from flax import nnx
 
@@ -159,7 +158,7 @@ def measure(
 
 def main() -> None:
     """Measures the layer of the config on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("config", nargs="?", default="configs/models/deepseek_v2_lite.py")
     parser.add_argument("--tokens", type=positive, default=32768)
     parser.add_argument("--implementation", default="hopper", choices=IMPLEMENTATIONS)

@@ -11,7 +11,6 @@ their rate, and its ratio to the plain read's. Of experts the bytes are those of
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from arguments import one_line_errors, positive
+from arguments import command_line, num_bytes, one_line_errors, positive
 from flax import nnx
 
 from dsjax.cache import Part, View, allocate_pool
@@ -51,12 +50,12 @@ CACHED = 1024
 
 def main() -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("what", nargs="+", choices=("products", "experts", "decode"))
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 128])
     parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=list(FORMATS))
     parser.add_argument("--config", default="deepseek_v2_lite", help="the model of experts, decode")
-    parser.add_argument("--copies-bytes", type=int, default=COPIES_BYTES)
+    parser.add_argument("--copies-bytes", type=num_bytes, default=COPIES_BYTES)
     arguments = parser.parse_args()
     read = plain_read(arguments.copies_bytes)
     config = load_model_config(arguments.config)

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from arguments import IMPLEMENTATIONS, one_line_errors, positive
+from arguments import IMPLEMENTATIONS, command_line, one_line_errors, positive
 
 OURS, PEER = "ours", "transformers"
 TOP = 40
@@ -75,7 +75,7 @@ DEFAULT = ("ours_bf16", "ours_bf16_dots", "ours_bf16_attention", "ours_float32",
 
 def main() -> None:
     """Measures the rows, or one of them where this is the process of a row."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("names", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--rows", action="store_true", help="name all rows and end")
     parser.add_argument("--config", default="configs/models/deepseek_v2_lite.py")

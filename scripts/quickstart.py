@@ -5,7 +5,6 @@ Everything goes through what a user has: the `dsjax` command line, and Python fo
 
 from __future__ import annotations
 
-import argparse
 import logging
 import lzma
 import shutil
@@ -15,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from arguments import command_line, not_negative, positive
 
 from dsjax.config.load import load_train_config
 from dsjax.data.prepare import HELD_OUT, TRAIN, prepare_data
@@ -31,15 +32,14 @@ _MADE = ("run", "corpus", "corpus.partial", "tokenizer", "packed", "hf", "curve.
 
 def main() -> None:
     """Runs the steps one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--output", type=Path, default=Path("quickstart_output/script"))
-    parser.add_argument("--steps", type=int, default=500, help="optimiser steps")
-    parser.add_argument("--corpus-bytes", type=int, default=0, help="use only so much; 0 for all")
+    parser.add_argument("--steps", type=positive, default=500, help="optimiser steps")
+    parser.add_argument(
+        "--corpus-bytes", type=not_negative, default=0, help="use only so much; 0 for all"
+    )
     arguments = parser.parse_args()
     output: Path = arguments.output
-    for option, least in (("steps", 1), ("corpus_bytes", 0)):  # before anything is cleared
-        if getattr(arguments, option) < least:
-            parser.error(f"--{option.replace('_', '-')}: must be at least {least}")
     try:
         start_afresh(output)
     except (ValueError, OSError) as error:

@@ -8,7 +8,6 @@ Beside the cycles stand the bytes that the copies move, and the time that these 
 bandwidth. A kernel takes at least the longer of the two. Cycles and bytes are a core's.
 """
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import tpu_schedule
-from arguments import names_of, numbers, one_line_errors
+from arguments import command_line, names_of, numbers, one_line_errors, positive, several
 from tpu_schedule import BYTES_PER_CYCLE, Region, Schedule
 
 from pallas_kernels.grouped_matmul import tiles
@@ -281,9 +280,7 @@ def compare(problem: Problem, chip: str, heights: list[int], default: bool) -> N
 
 def main() -> None:
     """Parses the command line and prints a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--chips", type=names_of(DEVICES), default=",".join(DEVICES))
     parser.add_argument(
         "--shape",
@@ -292,7 +289,9 @@ def main() -> None:
         help="rows, depth, columns, groups",
     )
     parser.add_argument("--kinds", type=names_of(KINDS), default=",".join(KINDS))
-    parser.add_argument("--heights", default="64,128,256", help="of megablox's tiles")
+    parser.add_argument(
+        "--heights", type=several(positive), default="64,128,256", help="of megablox's tiles"
+    )
     parser.add_argument("--default", action="store_true", help="megablox's default tiling too")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

@@ -14,7 +14,6 @@ For kernels of one's own: `compile_schedules("module:function", {...}, chip)`, w
 returns a jittable function and its abstract arguments.
 """
 
-import argparse
 import dataclasses
 import importlib
 import itertools
@@ -28,10 +27,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from arguments import names_of, one_line_errors, positive
+from arguments import command_line, names_of, numbers, one_line_errors, positive, several
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = str(ROOT / "scripts" / "tpu_programs.py")
+SPLASH_MODES = ("fused", "separate")  # its two backward passes
+DECODE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")  # of the pages
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 # HBM bytes per second and clock of a core, from the vendor's specifications and the compiler's own
 # cost model; only `decode` uses them, to set cycles beside bytes.
@@ -327,21 +328,23 @@ DECODE_HEADER = (
 
 def main() -> None:
     """Parses the command line and prints tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     attention = commands.add_parser("attention", help="beside jax's splash attention")
     attention.add_argument("--heads", type=positive, default=16)
     attention.add_argument("--tokens", type=positive, default=4096)
-    attention.add_argument("--splash-blocks", default="1024x1024x512,512x512x512")
-    attention.add_argument("--splash-modes", default="fused,separate")
+    attention.add_argument(
+        "--splash-blocks", type=several(numbers(3)), default="1024x1024x512,512x512x512"
+    )
+    attention.add_argument(
+        "--splash-modes", type=names_of(SPLASH_MODES), default=",".join(SPLASH_MODES)
+    )
     decode = commands.add_parser("decode", help="cycles and bytes of absorbed decode")
     decode.add_argument("--heads", type=positive, default=16)
     decode.add_argument("--query-tokens", type=positive, default=1)
     decode.add_argument("--batch", type=positive, default=128)
     decode.add_argument("--tokens", type=positive, default=4096)
-    decode.add_argument("--dtype", default="bfloat16")
+    decode.add_argument("--dtype", choices=DECODE_DTYPES, default="bfloat16")
     kernel = commands.add_parser("kernel", help="any kernel's regions")
     kernel.add_argument("target")
     kernel.add_argument("arguments", nargs="?", default="{}")

@@ -6,14 +6,13 @@
 All tiles that fit into shared memory are timed in turns with a dense matmul. The best come first.
 """
 
-import argparse
 import functools
 import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from arguments import one_line_errors, positive
+from arguments import command_line, one_line_errors, positive
 from benchmark_grouped_matmul import draw, even_sizes, take_turns, zipf_sizes
 
 from pallas_kernels.grouped_matmul import hopper
@@ -49,7 +48,7 @@ def call_of(kind: str, tile: HopperTile, num_groups: int) -> jax.stages.Wrapped:
 
 def main() -> None:
     """Times every tile that compiles and prints them, the fastest first."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--experts", type=positive, default=64)
     parser.add_argument("--in", dest="width_in", type=positive, default=2048)
     parser.add_argument("--out", dest="width_out", type=positive, default=2816)

@@ -3,12 +3,11 @@
 python scripts/tune_mla_attention.py [--shapes 16x16384 128x4096]
 """
 
-import argparse
 import functools
 import sys
 from pathlib import Path
 
-from arguments import numbers, one_line_errors
+from arguments import command_line, numbers, one_line_errors
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -26,7 +25,7 @@ BACKWARD = [HopperBackwardTile(heads_per_group=heads) for heads in (1, 4, 8, 16,
 
 def main() -> None:
     """Prints TFLOP/s of every tile and shape."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument(
         "--shapes", nargs="+", type=numbers(2), default=[f"{h}x{t}" for h, t in TIMED]
     )

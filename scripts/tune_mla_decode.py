@@ -3,7 +3,6 @@
 python scripts/tune_mla_decode.py [--cases NAME ...]
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -11,7 +10,7 @@ import math
 from collections.abc import Iterator
 
 import jax
-from arguments import one_line_errors
+from arguments import command_line, one_line_errors
 from benchmark_mla_decode import SCALE, time_decode
 
 from pallas_kernels.mla_decode import hopper
@@ -36,7 +35,7 @@ def candidates() -> Iterator[HopperTile]:
 
 def main() -> None:
     """Prints the time of every candidate, and the best over all shapes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     names = [shape.name for shape in TIMED]
     parser.add_argument("--cases", nargs="*", default=names, choices=names)
     args = parser.parse_args()

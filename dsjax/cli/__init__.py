@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's boxes cut long names of options on 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # Typer exports no base of its usage errors, which is its own class or click's, by its version.

@@ -10,7 +10,9 @@ from dsjax.cli.arguments import DType, Step
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Hugging Face folder or Hub name, or ours.")],
+    source: Annotated[
+        str, typer.Argument(help="Hugging Face folder, Hub name, or checkpoint or run of ours.")
+    ],
     destination: Annotated[str, typer.Argument(help="Folder to make.")],
     dtype: Annotated[DType | None, typer.Option(help="Of the result; default as stored.")] = None,
     step: Step = None,
@@ -27,7 +29,7 @@ def convert(
         bool, typer.Option("--allow-nonfinite", help="Convert NaN and infinite weights too.")
     ] = False,
 ) -> None:
-    """Converts a checkpoint from Hugging Face to ours, or from ours to Hugging Face."""
+    """Converts a checkpoint from Hugging Face to ours, or back."""
     from dsjax.weights.convert import convert as run
 
     run(

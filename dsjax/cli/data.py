@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-app = typer.Typer(help="Prepare data.", no_args_is_help=True)
+app = typer.Typer(help="Prepares data.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()

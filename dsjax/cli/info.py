@@ -33,7 +33,7 @@ def info(
         typer.Option(help="GB/s from the host's memory: 25 by PCIe 4, 50 by PCIe 5.", min=0.1),
     ] = 25.0,
 ) -> None:
-    """Prints a model's size, cache and FLOPs; and how its weights lie on a device and its host."""
+    """Prints a model's size, cache and FLOPs, and where weights lie."""
     from dsjax.counts import describe
 
     model = _model_config(config, overrides or ())
@@ -109,7 +109,10 @@ def check(
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Prints what a config comes to, or reads all of a model or a run and names every fault."""
+    """Prints a config, or reads a model or a run and names faults.
+
+    Of a folder all is read: checksums, NaN, small files. The status is 1 where there is a fault.
+    """
     path = Path(config).expanduser()
     if config not in named_configs() and path.is_dir():
         _check_files(path, overrides or ())

@@ -48,7 +48,11 @@ def plan(
     picture: Annotated[str | None, typer.Option(help="Also write a PNG there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compiles a step for a TPU pod that is not here: memory, FLOPs, time, tokens of cache."""
+    """Compiles a step for a TPU pod that is not here: memory, time.
+
+    Prints memory, FLOPs, bytes sent and a modelled time of a chip; for the engine also the tokens
+    that its cache holds. Needs the extra tpu (libtpu), no TPU.
+    """
     if picture is not None and not picture.endswith(".png"):  # said before minutes of compiling
         raise ValueError(f"picture {picture!r}: must end in .png")
     if use == "train":

@@ -37,7 +37,7 @@ def train(
     ] = 0,
     verbose: Verbose = False,
 ) -> None:
-    """Trains a model; run again to go on from the last complete checkpoint."""
+    """Trains a model; run again, it goes on from the last checkpoint."""
     run = load_train_config(config, overrides or ())
     if dry_run:
         _show_sizes(run, step)

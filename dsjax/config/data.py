@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dsjax.config.fitting import checked
 from dsjax.config.model import (
     require,
     require_folder,
@@ -14,6 +15,7 @@ from dsjax.config.model import (
 )
 
 
+@checked
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of documents or of packed rows.
@@ -37,6 +39,7 @@ class SourceConfig:
         require_folder("source.path", self.path)
 
 
+@checked
 @dataclass(frozen=True)
 class PrepareConfig:
     """Data that a run makes itself where they are not there yet.
@@ -65,6 +68,7 @@ class PrepareConfig:
         require_folder("data.prepare.folder", self.folder)
 
 
+@checked
 @dataclass(frozen=True)
 class DataConfig:
     """Where rows of tokens come from.

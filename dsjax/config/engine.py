@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from dsjax.config.fitting import checked
 from dsjax.config.model import require, require_positive
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -23,6 +24,7 @@ def memory_bytes(given: str | int) -> int:
     return found
 
 
+@checked
 @dataclass(frozen=True)
 class EngineConfig:
     """Sizes of an engine; those left out follow from the model and the device.

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
+import numbers
+import os
 import types
 import typing
 from typing import Any
@@ -24,10 +29,13 @@ def fit(value: Any, hint: Any) -> Any:
         return MISFIT if MISFIT in items else items
     if hint is type(None):
         return None if value is None else MISFIT
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)  # as other software may write a whole number
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if hint is float:
+            return float(value)
+        if hint is int and value == value // 1:
+            return math.floor(value)  # as other software may write a whole number, or NumPy's
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     return value if type(value) is hint else MISFIT
 
 
@@ -41,3 +49,31 @@ def describe(hint: Any) -> str:
     if origin is tuple:
         return f"a tuple of {describe(options[0])}"
     return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def checked[T](kind: type[T]) -> type[T]:
+    """Makes a dataclass refuse a field whose value is of another type, before its other checks.
+
+    A list becomes the tuple, a path the string and a float like 2.0 the whole number that the field
+    declares, so that configs that mean the same are equal, hashable and written alike.
+    """
+    check = kind.__post_init__  # type: ignore[attr-defined]
+    hints: dict[str, Any] = {}  # found when first needed: a class may name one that comes later
+
+    @functools.wraps(check)
+    def check_all(self: Any) -> None:
+        if not hints:
+            hints.update(typing.get_type_hints(kind))
+        for name in (field.name for field in dataclasses.fields(self)):
+            hint = hints[name]
+            value = getattr(self, name)
+            fitted = fit(value, hint)
+            if fitted is MISFIT:
+                what = f"{type(self).__name__}.{name}={value!r}"
+                raise ValueError(f"{what}: must be {describe(hint)}, not {type(value).__name__}")
+            if type(fitted) is not type(value) and hint is not float:
+                object.__setattr__(self, name, fitted)
+        check(self)
+
+    kind.__post_init__ = check_all  # type: ignore[attr-defined]
+    return kind

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import os
 import runpy
+import traceback
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +40,7 @@ def load_config(
     path = find_config(name_or_path)
     if path.suffix != ".py":
         raise ValueError(f"{path}: no config file of ours, which is Python and binds `config`")
-    config: Any = runpy.run_path(str(path)).get("config")
+    config = _bound_in(path)
     if not isinstance(config, ModelConfig | TrainConfig):
         raise ValueError(f"{path}: must bind `config` to a ModelConfig or TrainConfig")
     return override(config, overrides)
@@ -104,10 +106,29 @@ def load_recipe(name_or_path: str | Path | QuantisationConfig) -> QuantisationCo
             f"quantize={str(name_or_path)!r}: must be one of {', '.join(RECIPES)}, or a Python "
             "file of a recipe"
         )
-    config: Any = runpy.run_path(str(path)).get("config")
+    config = _bound_in(path)
     if not isinstance(config, QuantisationConfig):
         raise ValueError(f"{path}: must bind `config` to a QuantisationConfig")
     return config
+
+
+def _bound_in(path: Path) -> Any:
+    """Runs a Python file and returns what it binds `config` to.
+
+    Raises:
+        ValueError: it cannot be run; names the file, its line and what is wrong there.
+    """
+    try:
+        return runpy.run_path(str(path)).get("config")
+    except (Exception, SystemExit) as error:
+        at = error.lineno if isinstance(error, SyntaxError) else None
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            at = line if frame.f_code.co_filename == str(path) else at  # the innermost of the file
+        place = path if at is None else f"{path}:{at}"
+        # What our configs refuse says enough; a KeyError's text, say, is but a name.
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        text = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"{place}: {kind}{text}") from error
 
 
 def named_configs() -> dict[str, Path]:
@@ -121,18 +142,28 @@ def find_config(name_or_path: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is no such name or file; gives the nearest names.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(f"config={name_or_path!r}: must be a config, its name or its file")
     names = named_configs()
     if str(name_or_path) in names:
         return names[str(name_or_path)]
     path = Path(name_or_path).expanduser()
+    if not str(name_or_path):
+        raise FileNotFoundError("'': names no config")
     if path.is_dir():
-        path = path / "config.json"
+        if (path / "config.json").exists():
+            return path / "config.json"
+        what = "a run, which goes on by its name or file" if (path / "run.json").exists() else ""
+        raise FileNotFoundError(
+            f"{path}: is a folder ({what or 'without config.json'}), not a config"
+        )
     if path.exists():
         return path
     if len(path.parts) > 1 or path.suffix:  # no name, so a path was meant
         raise FileNotFoundError(f"{path}: no such config")
-    near = difflib.get_close_matches(path.name, names) or list(names)
-    raise FileNotFoundError(f"{path}: no such config; did you mean {' or '.join(near)}?")
+    near = difflib.get_close_matches(path.name, names)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
+    raise FileNotFoundError(f"{path}: no such config; {hint}")
 
 
 def override[T](config: T, overrides: Sequence[str]) -> T:
@@ -148,12 +179,16 @@ def override[T](config: T, overrides: Sequence[str]) -> T:
     Raises:
         ValueError: an unknown field (names the nearest), or a value of the wrong type.
     """
+    if isinstance(overrides, str):
+        raise TypeError(f"overrides={overrides!r}: must be a list of FIELD=VALUE, not one string")
     tree: dict[str, Any] = {}
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator:
             raise ValueError(f"override {text!r}: must be FIELD=VALUE")
         *parents, name = key.strip().split(".")
+        if not all((*parents, name)):
+            raise ValueError(f"override {text!r}: must be FIELD=VALUE, its field has an empty name")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})

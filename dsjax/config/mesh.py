@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsjax.config.fitting import checked
 from dsjax.config.model import require
 
 
+@checked
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1 and takes what is left.

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from dsjax.config.fitting import checked
+
 Routing = Literal["greedy", "group_limited_greedy"]
 
 
@@ -53,6 +55,7 @@ def _is_finite(value: int | float) -> bool:
     return isinstance(value, int) or math.isfinite(value)  # an int may be past all floats
 
 
+@checked
 @dataclass(frozen=True)
 class YarnConfig:
     """YaRN, the rotary frequencies of a context longer than the one trained on (§3.1.4).
@@ -88,6 +91,7 @@ class YarnConfig:
         )
 
 
+@checked
 @dataclass(frozen=True)
 class AttentionConfig:
     """Multi-head latent attention (§2.1).
@@ -131,6 +135,7 @@ class AttentionConfig:
         )
 
 
+@checked
 @dataclass(frozen=True)
 class MoEConfig:
     """DeepSeekMoE: routed and shared experts (§2.2).
@@ -203,6 +208,7 @@ class MoEConfig:
         return self.num_shared_experts * self.intermediate_dim
 
 
+@checked
 @dataclass(frozen=True)
 class ModelConfig:
     """A DeepSeek-V2-family decoder.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from dsjax.config.fitting import checked
 from dsjax.config.model import require
 
 # Names of the forms that weights are stored in; `dsjax.quantise` says what they are. "bfloat16"
@@ -21,6 +22,7 @@ FORMATS = (
 STORED_FORMATS = (*FORMATS, "fp8_row128")
 
 
+@checked
 @dataclass(frozen=True)
 class QuantisationRule:
     """One line of a recipe.
@@ -49,6 +51,7 @@ class QuantisationRule:
         )
 
 
+@checked
 @dataclass(frozen=True)
 class QuantisationConfig:
     """A recipe: of each matrix the first rule that matches its name decides; others stay.

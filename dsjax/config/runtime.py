@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dsjax.config.fitting import checked
 from dsjax.config.model import require, require_positive
 from dsjax.config.quantisation import QuantisationConfig
 
@@ -14,6 +15,7 @@ RematPolicy = Literal["none", "full", "save_dots", "save_attention"]
 Implementation = Literal["auto", "reference", "xla", "tpu", "hopper"]
 
 
+@checked
 @dataclass(frozen=True)
 class KernelConfig:
     """Which kernels run; "auto" takes the fastest that the chip and the model's sizes allow.
@@ -62,6 +64,7 @@ class KernelConfig:
         )
 
 
+@checked
 @dataclass(frozen=True)
 class RuntimeConfig:
     """How a model is run.

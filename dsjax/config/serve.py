@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsjax.config.fitting import checked
 from dsjax.config.model import require, require_not_negative, require_positive
 
 
+@checked
 @dataclass(frozen=True)
 class ServeConfig:
     """A server's address, names and limits; times in seconds, sizes in bytes.

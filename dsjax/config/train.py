@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dsjax.config.data import DataConfig
+from dsjax.config.fitting import checked
 from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import (
     ModelConfig,
@@ -22,6 +23,7 @@ Rounding = Literal["nearest", "stochastic", "compensated"]
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "compensated")
 
 
+@checked
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and the paper's schedules (§3.1.2).
@@ -99,6 +101,7 @@ class OptimizerConfig:
                 )
 
 
+@checked
 @dataclass(frozen=True)
 class BatchConfig:
     """Sequences per optimiser step, over all devices (§3.1.2).
@@ -156,6 +159,7 @@ BALANCE_NOT_CHOSEN = (
 )
 
 
+@checked
 @dataclass(frozen=True)
 class BalanceConfig:
     """Weights of the three balance losses, the paper's alphas (§2.2.3, eq. 23 to 31).
@@ -177,6 +181,7 @@ class BalanceConfig:
         )
 
 
+@checked
 @dataclass(frozen=True)
 class TokenDropping:
     """The paper's token-dropping option for training (§2.2.4); evaluation never drops.
@@ -209,6 +214,7 @@ class TokenDropping:
         )
 
 
+@checked
 @dataclass(frozen=True)
 class LossConfig:
     """What is minimised.
@@ -233,6 +239,7 @@ class LossConfig:
         require_positive("loss", chunk=self.chunk)
 
 
+@checked
 @dataclass(frozen=True)
 class GuardConfig:
     """When a step is skipped rather than applied, and when the run stops.
@@ -259,6 +266,7 @@ class GuardConfig:
         require_not_negative("guard", warmup_steps=self.warmup_steps)
 
 
+@checked
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are saved and which are kept.
@@ -294,6 +302,7 @@ class CheckpointConfig:
         )
 
 
+@checked
 @dataclass(frozen=True)
 class LogConfig:
     """What is measured and where it goes; `metrics.jsonl` is always written.
@@ -318,6 +327,7 @@ class LogConfig:
         require_not_negative("log", eval_every=self.eval_every, eval_rows=self.eval_rows)
 
 
+@checked
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsjax.config.fitting import checked
 from dsjax.config.model import require, require_not_negative, require_positive
 
 
+@checked
 @dataclass(frozen=True)
 class WatchConfig:
     """When a run that stands still ends by itself, all times in seconds.
@@ -45,6 +47,7 @@ class WatchConfig:
         )
 
 
+@checked
 @dataclass(frozen=True)
 class ChecksConfig:
     """How a run looks for silent corruption; 0 leaves a check out.

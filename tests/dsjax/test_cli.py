@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import dsjax as dsjax_package
-from dsjax.cli import main
+from dsjax.cli import app, main
 from dsjax.config import BatchConfig, MeshConfig, TrainConfig
 from dsjax.kernels import _choose
 from tests.dsjax.training.small_runs import MODEL, REPOSITORY, small_run, write_run
@@ -48,7 +51,7 @@ def test_info_prints_the_exact_figures(dsjax, name: str):
 TRAINING_IMPORTS = {"array_record", "grain", "orbax", "tensorstore", "dsjax.training"}
 IMPORTED = f"""
 import sys
-from dsjax.cli import main
+from dsjax.cli import app, main
 sys.argv = ["dsjax", "info", "tiny"]
 try:
     main()
@@ -268,6 +271,30 @@ def test_help_and_version(dsjax):
         code, out, _ = dsjax(*arguments)
         assert code == 0
         assert "Usage" in out
+
+
+def every_command(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        path = (*names, name)
+        if hasattr(command, "commands"):
+            yield from every_command(command, *path)
+        else:
+            yield path, command
+
+
+def test_help_cuts_no_name_and_no_sentence_on_a_narrow_terminal(dsjax, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = dsjax("--help")
+    assert "..." not in out.partition("Commands:")[2]
+    found = dict(every_command(typer.main.get_command(app)))
+    assert {("eval",), ("data", "pack")} <= set(found)
+    for path, command in found.items():
+        _, out, _ = dsjax(*path, "--help")
+        assert "\u2026" not in out
+        for option in command.params:
+            if option.name != "help" and option.opts[0].startswith("-"):
+                assert max(option.opts, key=len) in out, path
+            assert option.help or option.name == "help", (path, option.name)
 
 
 def test_dir_shows_the_api_before_it_is_used():

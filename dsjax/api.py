@@ -20,14 +20,15 @@ from dsjax.data.generation_defaults import GenerationDefaults, read_generation_d
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 from dsjax.engine import TextPiece, generate, stream
 from dsjax.families.answer_parts import Answer
-from dsjax.inference.prompts import encode_prompt, is_prompt, list_of_prompts
-from dsjax.inference.sampling import Sampling
+from dsjax.inference.prompts import check_tokens, encode_prompt, is_prompt, list_of_prompts
+from dsjax.inference.sampling import Sampling, sampling_of
 from dsjax.mesh import inference_rules
 from dsjax.model import DeepSeekV2
 from dsjax.processes import initialize_processes
 from dsjax.serving.answering import answer
 from dsjax.training.loop import FitResult, fit
 from dsjax.weights import load_weights, locate, save_weights
+from dsjax.weights.arguments import check_arguments
 from dsjax.weights.host_experts import host_experts_of, set_host_experts
 
 Message = dict[str, Any]
@@ -89,16 +90,12 @@ class LanguageModel(DeepSeekV2):
         """Computes the logits of the token after each token; see `DeepSeekV2.__call__`.
 
         Raises:
-            ValueError: an id is outside the model's table. Inside jit ids are not known yet, so
-                this is not checked there.
+            TypeError: the tokens are no array of whole numbers [B, T].
+            ValueError: there are none, or, outside jit, an id is outside the model's table.
         """
         if host_experts_of(self) is not None:
             raise ValueError("model: its experts are in the host's memory, so it generates alone")
-        if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.size > 0:
-            vocab_size = self.config.vocab_size
-            for token in (int(tokens_BT.min()), int(tokens_BT.max())):
-                if not 0 <= token < vocab_size:
-                    raise ValueError(f"token {token} is outside model.vocab_size={vocab_size}")
+        check_tokens(tokens_BT, self.config.vocab_size)
         return super().__call__(tokens_BT, positions, segment_ids)
 
     def __repr__(self) -> str:
@@ -111,6 +108,8 @@ class LanguageModel(DeepSeekV2):
             f"hidden_dim={c.hidden_dim}, vocab_size={c.vocab_size}, "
             f"max_length={c.max_length}, source={str(self.source)!r})"
         )
+
+    __str__ = __repr__  # nnx's own prints every array
 
     @classmethod
     def of(cls, model: DeepSeekV2, tokenizer: Tokenizer | None, source: Path) -> LanguageModel:
@@ -187,9 +186,9 @@ class LanguageModel(DeepSeekV2):
         prompts = [prompt] if single else list_of_prompts(prompt)
         several_seeds = isinstance(seed, Sequence | np.ndarray)
         seeds: list[Any] = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed]
-        for name, count in (("n", n), ("seed", len(seeds))):
+        for name, given, count in (("n", n, n), ("seed", seed, len(seeds))):
             if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name}={count!r}: must be 1 or more")
+                raise ValueError(f"{name}={given!r}: must be 1 or more")
         options = {
             "max_tokens": max_tokens,
             "temperature": temperature,
@@ -289,7 +288,7 @@ class LanguageModel(DeepSeekV2):
     ) -> tuple[Tokenizer, list[list[int]], list[Sampling]]:
         """Returns the tokenizer, and each prompt's ids and sampling."""
         given = {name: value for name, value in options.items() if value is not None}
-        Sampling(**given)  # what is wrong with them is said first
+        sampling_of(given)  # what is wrong with them is said first
         if self.tokenizer is None:
             where = (
                 f"{self.source}: holds no tokenizer.json" if self.source else "no tokenizer is set"
@@ -303,7 +302,7 @@ class LanguageModel(DeepSeekV2):
             if "max_tokens" not in given:
                 limit = defaults.max_tokens_after(len(one))
                 said |= {} if limit is None else {"max_tokens": limit}
-            samplings.append(Sampling(**(said | given)))
+            samplings.append(sampling_of(said | given))
         return tokenizer, ids, samplings
 
 
@@ -335,9 +334,10 @@ def load(
         ema: of a training run: loads the moving average of its weights (`optimizer.ema_decay`).
 
     Raises:
-        ValueError: there is no model there, it is damaged, or a weight is NaN or infinite; names
-            the file. It is quantised already, or the recipe does not fit.
+        TypeError: an argument is another kind of object.
+        ValueError: no model, a damaged one, NaN or infinite weights, or a recipe that does not fit.
     """
+    check_arguments(model_path=path_or_hub_name, mesh=mesh, kernels=kernels, quantize=quantize)
     source = locate(path_or_hub_name, step)
     # First what is small: its faults should not wait for minutes of reading weights.
     tokenizer = None if source.tokenizer is None else load_tokenizer(source.tokenizer)
@@ -367,13 +367,13 @@ def save(
     """Saves a model as a checkpoint of ours or as a Hugging Face folder.
 
     Args:
-        model: the model.
-        path: a folder that does not exist yet.
-        format: which of the two.
-        dtype: of the tensors written; None keeps the model's.
+        model: the model; what is none is a TypeError.
+        path: a folder that does not exist yet; one that does is a FileExistsError.
+        format: which of the two; another is a ValueError.
+        dtype: of the tensors written; None keeps the model's. Another is a ValueError.
     """
-    source = getattr(model, "source", None)
-    save_weights(model, path, assets=source, format=format, dtype=dtype)
+    check_arguments(model=model, path=path)
+    save_weights(model, path, assets=getattr(model, "source", None), format=format, dtype=dtype)
 
 
 def train(

@@ -90,6 +90,9 @@ class Tokenizer(abc.ABC):
     def __reduce__(self) -> tuple[Any, ...]:
         return load_tokenizer, (self.spec,)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.spec!r}, {self.vocab_size:,} tokens)"
+
     @property
     def vocab_size(self) -> int:
         """The number of ids, with the special ones; a model's table may be larger."""

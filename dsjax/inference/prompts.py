@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dsjax.data.tokenizer import Tokenizer
@@ -29,6 +30,26 @@ def encode_prompt(
     if not isinstance(prompt, str):
         return tokenizer.encode_chat(prompt, parse_special=bool(parse_special))
     return tokenizer.encode_prompt(prompt, parse_special=parse_special is not False)
+
+
+def check_tokens(tokens: Any, vocab_size: int) -> None:
+    """Checks what a model is called with; inside jit ids are not known yet, their shape is.
+
+    Raises:
+        TypeError: it is no array of whole numbers with two dims.
+        ValueError: it is empty, or an id is outside the model's table.
+    """
+    kind, shape = getattr(tokens, "dtype", None), getattr(tokens, "shape", ())
+    if kind is None or not jnp.issubdtype(kind, jnp.integer) or len(shape) != 2:
+        what = type(tokens).__name__ if kind is None else f"{kind} {list(shape)}"
+        raise TypeError(f"tokens: must be an array of whole numbers [batch, length], not {what}")
+    if tokens.size == 0:
+        raise ValueError(f"tokens: shape {shape} holds none")
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"token {token} is outside model.vocab_size={vocab_size}")
 
 
 def is_prompt(value: Any) -> bool:

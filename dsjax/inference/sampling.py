@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,17 @@ from dsjax.config.model import require, require_seed
 
 MAX_BIASED_TOKENS = 320
 MAX_LOGPROBS = 20
+# What transformers and vLLM call it, where the nearest name would not be found.
+_OTHER_NAMES = {
+    "do_sample": "temperature, which draws where it is above 0",
+    "num_return_sequences": "n, in generate",
+    "max_length": "max_tokens, which counts new ones",
+    "max_new_tokens": "max_tokens",
+    "eos_token_id": "stop_tokens",
+    "stop_token_ids": "stop_tokens",
+    "stop_strings": "stop",
+    "allowed_token_ids": "allowed_tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -137,6 +150,24 @@ class Sampling:
 
 
 _WHOLE = "must be a whole number"
+
+
+def sampling_of(options: Mapping[str, Any]) -> Sampling:
+    """Returns how tokens are chosen, from options by name.
+
+    Raises:
+        TypeError: there is no such option; names the nearest, or ours for another library's.
+        ValueError: an option's value does not fit.
+    """
+    names = [field.name for field in fields(Sampling)]
+    for name in options:
+        if name not in names:
+            near = _OTHER_NAMES.get(name) or next(iter(get_close_matches(name, names)), None)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(names)}"
+            raise TypeError(f"{name}: no such option; {hint}")
+    return Sampling(**options)
+
+
 _NUMBERS = (
     "temperature",
     "top_p",

@@ -1,6 +1,7 @@
 """Weights on disk: Hugging Face folders, checkpoints of ours, runs; loading, saving, converting.
 
 load_save        a model from any of them, a model into either
+arguments        what load and save take, checked first
 convert          one into the other, tensor by tensor, resumable
 sources          what a path holds, and reading windows of its arrays
 hf_export        the files of a Hugging Face folder: shards, index, config.json

@@ -20,6 +20,7 @@ from dsjax.config.stored import model_from_json, recipe_from_json
 from dsjax.families import hf_table, read_hf_config
 from dsjax.families.tensors import HFTable, Path, few
 from dsjax.files import read_json
+from dsjax.weights.arguments import name_of_dtype
 from dsjax.weights.assets import ASSETS, Assets, small_files
 from dsjax.weights.checksums import checksum_faults, require_checksums
 from dsjax.weights.hf_export import HEADERS_FILE
@@ -301,7 +302,7 @@ def weight_dtype(dtype: Any) -> DType:
     Raises:
         ValueError: it is another, float16 above all.
     """
-    name = jnp.dtype(dtype).name
+    name = name_of_dtype(dtype)
     if name not in ("float32", "bfloat16"):
         raise ValueError(
             f"dtype={name!r}: must be float32 or bfloat16 (float16 overflows on DeepSeek-V2)"

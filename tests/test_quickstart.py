@@ -40,7 +40,13 @@ def test_its_own_folder_loses_only_what_it_made(tmp_path):
 def test_the_smoothed_course_lags_on_no_side():
     assert smoothed([3.0] * 7) == pytest.approx([3.0] * 7)
     falling = [100.0 - step for step in range(100)]
-    assert smoothed(falling)[20:80] == pytest.approx(falling[20:80])
+    assert smoothed(falling) == pytest.approx(falling)
+    assert smoothed([2.5]) == [2.5]
+    assert smoothed([1.0, 2.0]) == pytest.approx([1, 2])
+    # A loss that falls fast and then slowly begins where its first values are.
+    steep = [4.5 + 3.7 * 0.85**step for step in range(18)]
+    assert smoothed(steep, 2)[0] == pytest.approx(steep[0], abs=0.2)
+    assert smoothed(steep, 2)[-1] == pytest.approx(steep[-1], abs=0.1)
 
 
 def test_every_evaluation_of_the_quickstart_is_of_the_same_rows_as_xz():

@@ -37,12 +37,24 @@ def read_metrics(run: Path) -> list[Figures]:
 
 
 def smoothed(values: Sequence[float], width: int = 5) -> list[float]:
-    """Returns means of neighbours, weighted by a bell `width` values wide that lags on no side."""
+    """Returns lines through neighbours, weighted by a bell `width` values wide.
+
+    A mean of neighbours would lag at both ends, where all of them lie on one side: a loss that
+    falls fast at first would seem to begin far below its first values.
+    """
     distance = np.arange(-3 * width, 3 * width + 1)
     bell = np.exp(-0.5 * (distance / width) ** 2)
-    total, weight = (np.convolve(v, bell) for v in (values, np.ones(len(values))))
-    inside = slice(3 * width, 3 * width + len(values))  # at the ends of fewer neighbours
-    return (total[inside] / weight[inside]).tolist()
+
+    def around(weighted: Sequence[float], power: int) -> np.ndarray:
+        sums = np.convolve(weighted, (bell * distance**power)[::-1])
+        return sums[3 * width : 3 * width + len(weighted)]
+
+    sums = [around(np.ones(len(values)).tolist(), power) for power in range(3)]
+    level, tilt = around(values, 0), around(values, 1)
+    spread = sums[0] * sums[2] - sums[1] ** 2
+    lone = spread < 1e-9  # a single value has no slope
+    line = (sums[2] * level - sums[1] * tilt) / np.where(lone, 1, spread)
+    return np.where(lone, level / sums[0], line).tolist()
 
 
 def draw_loss(axes: Any, rows: Sequence[Figures]) -> None:

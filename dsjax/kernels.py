@@ -187,7 +187,7 @@ def _choose(
         mla_decode=choose("mla_decode", named.mla_decode, decode_refusal),
         grouped_matmul=products,
         expert_permute="hopper" if products == "hopper" and permute_refusal is None else "xla",
-        experts_in_place=products == "tpu" or quantised_experts,
+        experts_in_place=products in grouped_matmul.STACKS_IN_PLACE or quantised_experts,
         unroll_decode=unroll,
         min_decode_rows=16 if gpu else 1,
         router=router,

@@ -16,10 +16,16 @@ _OPTIONS: dict[str, dict[str, str]] = {
 # Of decode steps that have every layer by itself. XLA joins two products of the same rows and, in
 # each step, writes their weights out side by side first: 4 % of a step of 256 rows of V2-Lite on an
 # H100. With its own Triton products to choose from beside cuBLAS's, such a step takes 85 s to
-# compile there instead of 17, and as long to run. Where layers are a loop, cuBLAS must wait for the
-# place of a layer's weights: there a step with a prompt's chunk took 80 ms instead of 49.
+# compile there instead of 17, and as long to run.
 _UNROLLED: dict[str, dict[str, bool | int]] = {
     "gpu": {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_triton_gemm": False},
+}
+# Of other programs that generate, whose layers are a loop. XLA fuses what takes a layer's weights
+# and pages out of those of all layers into cuBLAS's and our kernels' calls; the host then waits for
+# the place, or gigabytes are copied in every layer: a step with 2,048 tokens of a prompt and 256
+# that decode took 89.9 ms on an H200, and 33.8 without.
+_LOOPED: dict[str, dict[str, bool | int]] = {
+    "gpu": _UNROLLED["gpu"] | {"xla_gpu_enable_dynamic_slice_fusion": False},
 }
 # Of programs that multiply quantised weights. Without it XLA writes such weights out widened before
 # each product of more than one row: for 4-bit numbers some five times the bytes (seen in programs
@@ -46,7 +52,7 @@ def inference_options(
         quantised: whether it multiplies quantised weights.
         unrolled: whether it is a decode step that has every layer by itself.
     """
-    options = _QUANTISED if quantised else _UNROLLED if unrolled else {}
+    options = _QUANTISED if quantised else _UNROLLED if unrolled else _LOOPED
     return _not_named_by_user(options.get(platform, {}))
 
 

@@ -14,8 +14,9 @@ from dsjax.engine.active import Active
 from dsjax.engine.figures import Figures, Meter
 from dsjax.engine.lanes import Lanes
 from dsjax.engine.packing import Choice
+from dsjax.engine.pending import Chosen, Row
 from dsjax.engine.request import Finish, compute_masks
-from dsjax.engine.runner import Chosen, Row, Runner
+from dsjax.engine.runner import Runner
 from dsjax.engine.state import Sequence, Step
 from dsjax.inference.sampler import LogProbs
 

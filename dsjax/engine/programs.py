@@ -41,6 +41,7 @@ class RowShape(NamedTuple):
         num_wanted: tokens whose logits are wanted.
         prompt_logprobs: whether every token of the pieces gets its log-probability.
         num_rows: rows of these sizes, one a lane.
+        is_first: whether every piece begins its prompt, so that none attends to the pool.
     """
 
     num_decoding: int
@@ -48,6 +49,7 @@ class RowShape(NamedTuple):
     num_wanted: int
     prompt_logprobs: bool = False
     num_rows: int = 1
+    is_first: bool = False
 
     @property
     def num_integers(self) -> int:
@@ -149,11 +151,10 @@ def rows_of(
     slots_RB, lengths_RB, new_RB = split.next(count), split.next(count), split.next(count)
     wanted_RM = split.next(shape.num_wanted)
 
-    def add_part(slots_RB: jax.Array, num_tokens: int) -> None:
-        slots_B = slots_RB.reshape(-1)
-        parts.append(
-            Part(table_SP[slots_B], lengths_RB.reshape(-1), new_RB.reshape(-1), num_tokens)
-        )
+    def add_part(slots_RB: jax.Array, num_tokens: int, is_first: bool = False) -> None:
+        lengths_B, new_B = lengths_RB.reshape(-1), new_RB.reshape(-1)
+        table_BP = table_SP[slots_RB.reshape(-1)]
+        parts.append(Part(table_BP, lengths_B, new_B, num_tokens, is_first))
 
     if count:
         add_part(slots_RB, 1)
@@ -162,7 +163,7 @@ def rows_of(
     if (chunk := shape.chunk) is not None:
         count = chunk.num_sequences
         slots_RB, lengths_RB, new_RB = split.next(count), split.next(count), split.next(count)
-        add_part(slots_RB, chunk.num_tokens)
+        add_part(slots_RB, chunk.num_tokens, shape.is_first)
         tokens.append(split.next(chunk.row_tokens))
         if shape.prompt_logprobs:
             following_RT = split.next(chunk.row_tokens)

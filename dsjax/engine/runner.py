@@ -20,40 +20,14 @@ from dsjax.engine import programs
 from dsjax.engine.compiled import compiled
 from dsjax.engine.host_reader import HostReader, Tables
 from dsjax.engine.packing import Choice, pack_changes, pack_choices, pack_rows
+from dsjax.engine.pending import Chosen, Row, copy_to_host
 from dsjax.engine.programs import ChoiceShape, ModelKey, RowShape
+from dsjax.engine.shapes import Shapes
 from dsjax.engine.sizes import expert_capacity, num_lanes, pool_shapes, serving_model_rules
-from dsjax.engine.state import ChunkShape, Limits, Sequence, Step
-from dsjax.inference.sampler import PACKED_SIZE, LogitChanges, LogProbs
+from dsjax.engine.state import Limits, Sequence, Step
+from dsjax.inference.sampler import PACKED_SIZE, LogitChanges
 from dsjax.model import DeepSeekV2, abstract_model
 from dsjax.weights.host_experts import host_experts_of
-
-
-class Chosen(NamedTuple):
-    """What the device chooses, on its way to the host."""
-
-    tokens_M: jax.Array
-    logprobs: LogProbs | None
-
-    def on_host(self) -> tuple[np.ndarray, LogProbs | None]:
-        """Waits for the device and returns NumPy arrays."""
-        return jax.device_get((self.tokens_M, self.logprobs))
-
-
-class Row(NamedTuple):
-    """Rows that are being read: their logits, and log-probabilities of the prompts' tokens."""
-
-    shape: RowShape
-    logits_MW: jax.Array
-    prompt_logprobs: LogProbs | None
-
-    def place(self, lane: int, index: int) -> int:
-        """Returns where the logits of a lane's sample lie."""
-        return lane * self.shape.num_wanted + index
-
-    def prompt_place(self, lane: int, index: int) -> int:
-        """Returns where the log-probabilities of a lane's piece begin."""
-        assert self.shape.chunk is not None
-        return lane * self.shape.chunk.row_tokens + index * self.shape.chunk.num_tokens
 
 
 class Runner:
@@ -89,12 +63,17 @@ class Runner:
         self._config = config
         self._limits = limits
         step = model.options.kernels.min_decode_rows
-        of_lane = (-(-size // num_lanes(model)) for size in config.decode_sizes())
-        self._decode_sizes = sorted({-(-size // step) * step for size in of_lane})
-        self._most_rows = -(-limits.max_batch // step) * step
+        self._num_lanes = num_lanes(model)
+        of_lane = (-(-size // self._num_lanes) for size in config.decode_sizes())
+        self.shapes = Shapes(
+            tuple(sorted({-(-size // step) * step for size in of_lane})),
+            -(-limits.max_batch // step) * step,
+            limits.chunks,
+            self._num_lanes,
+            config.prompt_logprobs,
+        )
         self._vocab_size = model.config.vocab_size
         rules = serving_model_rules(model)
-        self._num_lanes = num_lanes(model)
         self._nobody = self._num_lanes * limits.max_batch
         graphdef, state = nnx.split(model)
         if rules != model.options.rules:  # the arrays stay where they are
@@ -182,12 +161,17 @@ class Runner:
         """
         assert self._arrays is not None
         self._set_pages([page for step in steps for page in step.new_pages])
-        shape = self._row_shape(
+        shape = self.shapes.row(
             max(len(step.decoding) for step in steps),
             next((step.chunk for step in steps if step.chunk), None),
             max(len(step.samples) for step in steps),
             any(piece.sequence in prompt_logprobs for step in steps for piece in step.pieces),
+            all(piece.start == 0 for step in steps for piece in step.pieces),
         )
+        return self._read_rows(shape, steps)
+
+    def _read_rows(self, shape: RowShape, steps: Listing[Step]) -> Row:
+        assert self._arrays is not None
         integers_RK = self._put(pack_rows(shape, steps, self._nobody))
         pool, tables = self._arrays.pool, (self._arrays.newest_S, self._arrays.table_SP)
         if self._host_reader is None:
@@ -200,7 +184,7 @@ class Runner:
             )
         self._arrays = self._arrays._replace(pool=pool)
         if logprobs is not None:
-            _copy_to_host(logprobs)
+            copy_to_host(logprobs)
         return Row(shape, logits_MW, logprobs)
 
     def choose(
@@ -218,16 +202,25 @@ class Runner:
             choices: how each is chosen.
             places: of each among the logits wanted.
         """
-        assert self._arrays is not None
-        num_wanted = row.logits_MW.shape[0]
         shape = ChoiceShape(
-            num_wanted,
+            row.logits_MW.shape[0],
             draws=any(choice.draws for choice in choices),
             limits=any(choice.limits for choice in choices),
             changes=any(choice.changes for choice in choices),
             logprobs=any(choice.logprobs for choice in choices),
         )
-        shape = _compiled_for(shape)
+        return self._choose(self.shapes.choice(shape), row.logits_MW, sequences, choices, places)
+
+    def _choose(
+        self,
+        shape: ChoiceShape,
+        logits_MW: jax.Array,
+        sequences: Listing[Sequence] = (),
+        choices: Listing[Choice] = (),
+        places: Listing[int] = (),
+    ) -> Chosen:
+        assert self._arrays is not None
+        num_wanted = shape.num_wanted
         packed_MK = pack_choices(num_wanted, sequences, choices, places, self._nobody)
         counts = changes = None
         if shape.changes:
@@ -237,7 +230,7 @@ class Runner:
                 for array in pack_changes(num_wanted, self._vocab_size, choices, places)
             )
         tokens_M, logprobs, newest_S, counts = self.program(shape)(
-            row.logits_MW,
+            logits_MW,
             self._arrays.newest_S,
             self._known_W,
             self._put(packed_MK),
@@ -247,7 +240,7 @@ class Runner:
         self._arrays = self._arrays._replace(newest_S=newest_S)
         if counts is not None:
             self._arrays = self._arrays._replace(counts_SW=counts)
-        _copy_to_host((tokens_M, logprobs))
+        copy_to_host((tokens_M, logprobs))
         return Chosen(tokens_M, logprobs)
 
     def set_counts(self, slot: int, prompt: Listing[int], text: Listing[int]) -> None:
@@ -284,51 +277,34 @@ class Runner:
 
     # Programs
 
-    def _row_shape(
-        self, num_decoding: int, chunk: ChunkShape | None, num_chosen: int, prompt_logprobs: bool
-    ) -> RowShape:
-        """Returns the compiled shape for a step; beside a chunk, the smallest or largest."""
-        sizes = self._decode_sizes
-        if chunk is None and sizes:
-            size = next(size for size in sizes if size >= num_decoding)
-            return RowShape(size, None, size, num_rows=self._num_lanes)
-        chunk = chunk or min(self._limits.chunks, key=lambda shape: shape.row_tokens)
-        few = sizes and max(num_decoding, num_chosen) <= sizes[0] and not prompt_logprobs
-        size = sizes[0] if few else self._most_rows
-        return RowShape(size, chunk, size, prompt_logprobs, self._num_lanes)
-
-    def row_shapes(self) -> list[RowShape]:
-        """Returns all shapes of rows that the engine ever reads."""
-        shapes = [self._row_shape(size, None, size, False) for size in self._decode_sizes]
-        wants = (False, True) if self._config.prompt_logprobs else (False,)
-        beside = [(0, False), *((self._most_rows, want) for want in wants)]
-        shapes += [
-            self._row_shape(n, c, n, want) for c in self._limits.chunks for n, want in beside
-        ]
-        return list(dict.fromkeys(shapes))
-
-    def choice_shapes(self) -> list[ChoiceShape]:
-        """Returns all shapes of choices that the engine ever makes."""
-        kinds = [(False, False, False), (True, False, False), (True, True, False)]
-        kinds.append((True, True, True))
-        return [
-            ChoiceShape(size * self._num_lanes, *kind, logprobs)
-            for size in sorted({*self._decode_sizes, self._most_rows})
-            for kind in kinds
-            for logprobs in (False, True)
-        ]
-
     def warm_up(self) -> None:
-        """Compiles every program, several at a time; `read` and `choose` compile none after."""
-        keys: list[_ProgramKey] = [*self.choice_shapes(), "pages", "counts"]
+        """Compiles every program, several at a time, and runs it; none is compiled after."""
+        keys: list[_ProgramKey] = [*self.shapes.choices(), "pages", "counts"]
         if self._host_reader is None:
-            keys += self.row_shapes()
+            keys += self.shapes.rows()
         else:
             arrays, known = self._shapes, self._shape((self._vocab_size,), bool)
             tables = Tables(arrays.newest_S, arrays.table_SP, None)
-            self._host_reader.warm_up(self.row_shapes(), arrays.pool, tables, known)
+            self._host_reader.warm_up(self.shapes.rows(), arrays.pool, tables, known)
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             list(pool.map(self.program, keys))
+        self._run_all()
+
+    def _run_all(self) -> None:
+        """Runs every program on nobody's tokens: on a GPU the first run took up to 0.8 s."""
+        if self._host_reader is None:
+            for rows in self.shapes.rows():
+                nothing = Step([], [], rows.chunk, [], [], [])
+                self._read_rows(rows, [nothing] * self._num_lanes)
+        for shape in self.shapes.choices():
+            wide = (shape.num_wanted, self._vocab_size)
+            self._choose(shape, jnp.zeros(wide, jnp.float32, device=self._logits_sharding))
+        assert self._arrays is not None
+        self._set_pages([(self._nobody + 1, 0, 0)])  # a place past the table's end: nothing is set
+        self.set_counts(self._nobody, [0], [])
+        # What counts tokens is allocated when it is needed.
+        self._arrays = self._arrays._replace(counts_SW=None)
+        jax.block_until_ready(self._arrays)
 
     def program(self, key: _ProgramKey) -> Any:
         """Returns a program, compiled when it is needed first."""
@@ -385,14 +361,3 @@ class _Arrays(NamedTuple):
     newest_S: jax.Array
     table_SP: jax.Array
     counts_SW: jax.Array | None = None
-
-
-def _compiled_for(shape: ChoiceShape) -> ChoiceShape:
-    """Returns the compiled shape that does at least as much; there are four kinds."""
-    draws = shape.draws or shape.changes
-    return shape._replace(draws=draws, limits=(draws and shape.limits) or shape.changes)
-
-
-def _copy_to_host(arrays: Any) -> None:
-    for leaf in jax.tree.leaves(arrays):
-        leaf.copy_to_host_async()

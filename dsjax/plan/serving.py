@@ -74,7 +74,7 @@ def plan_serving(
     chunks = tuple(ChunkShape(*chunk) for chunk in engine.chunk_shapes())
     limits = Limits(-(-engine.max_batch // lanes), length, chunks)
     runner = Runner(abstract, engine, limits, pages, np.ones(model.vocab_size, bool))
-    row = largest_row(runner.row_shapes(), use)
+    row = largest_row(runner.shapes.rows(), use)
     compiled = compile_or_say_why(lambda: runner.program(row), target, {"parameters": weights})
     seconds = time.perf_counter() - began
     tokens = lanes * (row.num_decoding if row.chunk is None else row.chunk.row_tokens)

@@ -21,6 +21,7 @@ from pallas_kernels.grouped_matmul.hopper_schedule import (
     raster,
 )
 from pallas_kernels.grouped_matmul.limits import HOPPER_LANES as LANE
+from pallas_kernels.grouped_matmul.stacks import LayerOfStack
 from pallas_kernels.grouped_matmul.tiles import HopperTile, hopper_rows_tile
 from pallas_kernels.hopper_parts import LANE_COMPILER_PARAMS, swizzled, tiled_smem
 from pallas_kernels.manual_axes import vary_like
@@ -110,9 +111,17 @@ def store_rows(pieces: Any, rows: Any, out_ref: Any, row: Array, valid: Array, f
     plgpu.commit_smem_to_gmem_group()
 
 
+def _values(rhs: Array | BlockScaledWeights | LayerOfStack) -> Array:
+    """The matrices that the kernel reads, with one dim of groups."""
+    if isinstance(rhs, LayerOfStack):
+        assert isinstance(rhs.stack, Array)
+        return rhs.stack.reshape(-1, *rhs.shape[1:])
+    return rhs.values if isinstance(rhs, BlockScaledWeights) else rhs
+
+
 def row_products(
     lhs: Sequence[Array],
-    rhs: Sequence[Array | BlockScaledWeights],
+    rhs: Sequence[Array | BlockScaledWeights | LayerOfStack],
     group_sizes_G: Array,
     group_offset: Array,
     *,
@@ -126,13 +135,16 @@ def row_products(
 
     The arguments are those of `portable.row_products`; `tile` None takes the table's sizes, and
     `num_ctas` None one block per multiprocessor. Quantised weights are widened to bfloat16 in
-    shared memory, stage by stage.
+    shared memory, stage by stage; a layer of a stack is read where it lies.
     """
     num_rows, num_k = lhs[0].shape
     num_groups = rhs[0].shape[0]
+    # Of a stack all layers' groups are one dim, and the kernel is told where the layer's begin.
+    stacks = [array for array in rhs if isinstance(array, LayerOfStack)]
+    first_group = [(stack.layer * num_groups).astype(jnp.int32)[None] for stack in stacks[:1]]
     num_n = rhs[0].shape[1 if transpose_rhs else 2]
     scales = [array.scales for array in rhs if isinstance(array, BlockScaledWeights)]
-    values = [array.values if isinstance(array, BlockScaledWeights) else array for array in rhs]
+    values = [_values(array) for array in rhs]
     if tile is None:
         tile = hopper_rows_tile(num_rows, num_groups, num_n, activation, bool(scales))
     num_ctas = num_ctas or num_sms()
@@ -164,6 +176,7 @@ def row_products(
         lhs_refs, refs = refs[: len(lhs)], refs[len(lhs) :]
         rhs_refs, refs = refs[: len(rhs)], refs[len(rhs) :]
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
+        first_group_refs, refs = refs[: len(first_group)], refs[len(first_group) :]
         out_refs, refs = refs[:num_outs], refs[num_outs:]
         (lhs_pieces, lhs_plain), rhs_smem, (out_pieces, out_plain), loaded, free, *rest = refs
         wide, of_tickets = rest[: bool(scales)], rest[bool(scales) :]
@@ -186,6 +199,7 @@ def row_products(
         @pl.when(wg == compute_wgs)
         def _load() -> None:
             give_registers(40, "decrease", compute_wgs)
+            before = sum(ref[0] for ref in first_group_refs)  # groups of the layers before
 
             def load_step(k, step, place, pair):
                 _, group, row, _, n, _ = place
@@ -200,7 +214,7 @@ def row_products(
                 window = (n_slice, k_slice) if transpose_rhs else (k_slice, n_slice)
                 for product in range(num_products):
                     plgpu.copy_gmem_to_smem(
-                        rhs_refs[pair + product].at[group, *window],
+                        rhs_refs[pair + product].at[before + group, *window],
                         rhs_smem.at[product, slot],
                         loaded.at[slot],
                     )
@@ -380,5 +394,5 @@ def row_products(
         compiler_params=LANE_COMPILER_PARAMS,
     )
     views = [array.reshape(num_rows, k_steps, LANE) for array in lhs]
-    outs = kernel(*sums, *views, *values, *scales)
+    outs = kernel(*sums, *views, *values, *scales, *first_group)
     return tuple(vary_like(out.reshape(num_rows, num_n), lhs[0]) for out in outs)

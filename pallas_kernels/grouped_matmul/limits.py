@@ -17,7 +17,7 @@ from pallas_kernels.implementations import (
 from pallas_kernels.quantised import QUANTISED_DTYPES, Format, QuantisedWeights, is_quantised
 
 # Implementations that use a LayerOfStack where it lies. For the others the layer is copied first.
-STACKS_IN_PLACE = ("tpu",)
+STACKS_IN_PLACE = ("tpu", "hopper")
 DTYPES = (jnp.bfloat16, jnp.float32)
 # Columns in a swizzled row of 128 bytes; also the contraction step of the Hopper kernels.
 HOPPER_LANES = 64

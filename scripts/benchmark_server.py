@@ -3,10 +3,11 @@
     python scripts/benchmark_server.py configs/models/deepseek_v2_lite.py
 
 The engine answers `--rounds` times `--connections` requests in the process, always as many at once
-as there are connections. Then a server over the same engine answers the same requests to a process
-of clients: a connection each, all streamed. Prints one JSON line a measurement: "engine", "server"
-(tokens a second, p50 and p99 between the events that a client sees, lag of the event loop) and
-"share" (the server's tokens a second over the engine's).
+as there are connections. Then a server over the same engine answers the same requests to processes
+of clients (one httpx reads some ten thousand events a second): a connection each, all streamed.
+Prints one JSON line a measurement: "start" (compiling), "engine", "server" (tokens a second, p50
+and p99 between the events that a client sees, lag of the event loop) and "share" (the server's
+tokens a second over the engine's).
 """
 
 from __future__ import annotations
@@ -52,10 +53,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=positive, default=1024, help="tokens of each prompt")
     parser.add_argument("--tokens", type=positive, default=512, help="tokens of each text")
     parser.add_argument("--chunk", type=positive, default=2048, help="prompt tokens a step")
+    parser.add_argument("--clients", type=positive, default=4, help="processes of clients")
+    parser.add_argument("--passes", type=positive, default=1, help="of both; the last counts")
     arguments = parser.parse_args()
-    for name in ("connections", "rounds", "prompt", "tokens", "chunk"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name}: must be at least 1")
     config, runtime = load_model_and_runtime(arguments.config, arguments.overrides)
     runtime = dataclasses.replace(runtime, param_dtype=runtime.dtype)
     kernels = choose_kernels(jax.devices()[0], config, runtime)
@@ -70,14 +70,17 @@ def main() -> None:
     count = arguments.connections * arguments.rounds
     prompts = rng.integers(0, config.vocab_size, (count, arguments.prompt)).tolist()
     sys.setswitchinterval(SWITCH_SECONDS)  # as the server's process has it
+    begun = time.perf_counter()
     with Engine(model, NumberTokenizer(config.vocab_size), sizes) as engine:
-        # Both are measured twice and by turns; the first pass is what warms up.
-        for _ in range(2):
+        report("start", {"seconds": time.perf_counter() - begun})
+        about = {"connections": arguments.connections, "prompt": arguments.prompt}
+        for _ in range(arguments.passes):
             own = by_engine(engine, prompts, arguments.tokens, arguments.connections)
-            served = by_server(engine, prompts, arguments.tokens, arguments.connections)
-    about = {"connections": arguments.connections, "prompt": arguments.prompt}
-    report("engine", about | own)
-    report("server", about | served)
+            report("engine", about | own | {"figures": dataclasses.asdict(engine.figures())})
+            served = by_server(
+                engine, prompts, arguments.tokens, arguments.connections, arguments.clients
+            )
+            report("server", about | served)
     report("share", {"share": served["tokens_per_second"] / own["tokens_per_second"]})
 
 
@@ -118,9 +121,9 @@ def by_engine(
 
 
 def by_server(
-    engine: Engine, prompts: Sequence[list[int]], tokens: int, connections: int
+    engine: Engine, prompts: Sequence[list[int]], tokens: int, connections: int, clients: int
 ) -> dict[str, float]:
-    """Answers over HTTP, to clients in a process of their own."""
+    """Answers over HTTP, to clients in processes of their own."""
     limits = ServeConfig(port=0, max_open=2 * connections, max_connections=2 * connections)
     listening = bind(limits)
     server = make_server(engine, limits)
@@ -132,8 +135,11 @@ def by_server(
     port = listening.getsockname()[1]
     with contextlib.closing(listening):
         spawn = multiprocessing.get_context("spawn")
-        with spawn.Pool(1) as clients:
-            found = clients.apply(run_clients, (port, prompts, tokens, connections))
+        mine = [range(first, connections, clients) for first in range(min(clients, connections))]
+        shares = [[prompts[index::connections] for index in indices] for indices in mine]
+        with spawn.Pool(len(shares)) as processes:
+            asked = [(port, share, tokens) for share in shares]
+            found = summed(processes.starmap(run_clients, asked, chunksize=1))
         server.should_exit = True
         thread.join()
     lag = {
@@ -157,19 +163,32 @@ async def serve(server: Server, listening: socket.socket, lags: list[float]) -> 
     watcher.cancel()
 
 
+def summed(found: Sequence[tuple[float, float, int, list[float]]]) -> dict[str, float]:
+    """Returns the speed of all clients from the first one's begin to the last one's end."""
+    begun, ended, totals, gaps = zip(*found, strict=True)
+    seconds = max(ended) - min(begun)
+    every = [gap for some in gaps for gap in some]
+    return {"seconds": seconds, "tokens_per_second": sum(totals) / seconds} | quantiles(every)
+
+
 def run_clients(
-    port: int, prompts: Sequence[list[int]], tokens: int, connections: int
-) -> dict[str, float]:
-    """Asks over as many connections, each one request after another; a process of its own."""
-    return asyncio.run(_clients(port, prompts, tokens, connections))
+    port: int, prompts: Sequence[Sequence[list[int]]], tokens: int
+) -> tuple[float, float, int, list[float]]:
+    """Asks over a connection for each list of prompts, one after another, in its own process.
+
+    Returns:
+        When it began and ended (seconds of the clock that all processes share), the tokens that it
+        got, and the seconds between its events.
+    """
+    return asyncio.run(_clients(port, prompts, tokens))
 
 
 async def _clients(
-    port: int, prompts: Sequence[list[int]], tokens: int, connections: int
-) -> dict[str, float]:
+    port: int, prompts: Sequence[Sequence[list[int]]], tokens: int
+) -> tuple[float, float, int, list[float]]:
     gaps: list[float] = []
     total = 0
-    limits = httpx.Limits(max_connections=connections)
+    limits = httpx.Limits(max_connections=len(prompts))
     options: dict[str, Any] = {
         "max_tokens": tokens,
         "ignore_eos": True,
@@ -178,9 +197,9 @@ async def _clients(
     }
     options["stream_options"] = {"include_usage": True}
 
-    async def ask(client: httpx.AsyncClient, index: int) -> None:
+    async def ask(client: httpx.AsyncClient, mine: Sequence[list[int]]) -> None:
         nonlocal total
-        for prompt in prompts[index::connections]:
+        for prompt in mine:
             times: list[float] = []
             last = b""
             content = json.dumps(options | {"prompt": prompt})
@@ -199,10 +218,9 @@ async def _clients(
             gaps.extend(b - a for a, b in itertools.pairwise(times))
 
     async with httpx.AsyncClient(limits=limits, timeout=None) as client:
-        begun = time.perf_counter()
-        await asyncio.gather(*(ask(client, index) for index in range(connections)))
-        seconds = time.perf_counter() - begun
-    return {"seconds": seconds, "tokens_per_second": total / seconds} | quantiles(gaps)
+        begun = time.monotonic()
+        await asyncio.gather(*(ask(client, mine) for mine in prompts))
+        return begun, time.monotonic(), total, gaps
 
 
 def quantiles(gaps: Sequence[float]) -> dict[str, float]:

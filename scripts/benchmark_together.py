@@ -84,6 +84,7 @@ def compare(
         equal += first is None
         compared += len(alone.tokens) if first is None else first + 1
         if first is not None:
+            assert alone.logprobs is not None  # they were asked for
             best = alone.logprobs[first].best
             gaps.append(best[0][1] - best[1][1])
     return {

@@ -102,6 +102,11 @@ def test_scale_or_normalisation_but_not_both(rng):
     np.testing.assert_allclose(plain, chosen, rtol=1e-6)
     normalised, _ = choose(scores, replace(scaled, normalize_weights=True))
     np.testing.assert_allclose(normalised.sum(-1), 1, rtol=1e-6)
+    # Trap: of one expert a token the normalised gate is 1, from which the router learns nothing.
+    single = replace(scaled, top_k=1, top_groups=1)
+    alone, _ = choose(scores, replace(single, normalize_weights=True))
+    np.testing.assert_array_equal(alone, choose(scores, single)[0])
+    np.testing.assert_allclose(alone[..., 0], 16 * scores.max(-1), rtol=1e-6)
 
 
 def test_tokens_stay_within_their_groups(rng):

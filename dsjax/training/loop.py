@@ -52,7 +52,7 @@ from dsjax.training.step import (
 )
 from dsjax.weights import save_assets
 from dsjax.weights.checksums import CHECKSUMS_FILE
-from dsjax.weights.run_steps import steps_of
+from dsjax.weights.run_steps import chosen_step, steps_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ def fit(
     threads and ends with code 75 (`config.watch`).
     """
     run = Path(config.directory).absolute()
+    chosen_step(run, step)  # what is wrong with it is said before minutes of making data
     config, stored, mesh, rules, kernels = lay_out(config, devices)
     with Watch(config.watch) as watch, only_run_in(run):
         return _fit_alone(config, stored, mesh, rules, kernels, watch, step)

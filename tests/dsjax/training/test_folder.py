@@ -26,6 +26,12 @@ def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(corpus: Path, t
         assert (run / "metrics.jsonl").read_text() == json.dumps({"step": 1}) + "\n"
 
 
+def test_a_step_that_is_not_there_is_said_before_data_are_made(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"step=3: .*new is no training run, so it has no steps"):
+        api.train(small_run(tmp_path / "new", tmp_path / "no corpus"), step=3)
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_from_python_joins_the_other_processes(corpus: Path, tmp_path: Path, monkeypatch):
     order: list[str] = []
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")

@@ -11,6 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsjax.engine.program_store import (
+    keep_program,
+    program_name,
+    read_program,
+    store_folder,
+)
 from dsjax.xla_options import inference_options
 
 _MAX_PROGRAMS = 256
@@ -28,6 +34,7 @@ def compiled(
     *,
     unpacks: bool = False,
     unrolled: bool = False,
+    spelling: str | None = None,
 ) -> Any:
     """Returns a compiled program, which takes arrays of these shapes and nothing else.
 
@@ -39,6 +46,8 @@ def compiled(
         out_sharding: of all results, or a tuple of them.
         unpacks: whether quantised weights come as bytes.
         unrolled: whether it is a decode step that has every layer by itself.
+        spelling: says what `static` is, alike in every process: such a program may be kept on disk
+            (see `program_store`).
     """
     leaves, treedef = jax.tree.flatten(arguments)
     shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype), leaf.sharding) for leaf in leaves)
@@ -50,9 +59,20 @@ def compiled(
     run = functools.partial(function, *static)
     jitted = jax.jit(run, donate_argnums=donated, out_shardings=out_sharding)
     quantised = unpacks or any(leaf.dtype in _QUANTISED_DTYPES for leaf in leaves)
-    device: Any = next(iter(jax.tree.leaves(out_sharding)[0].device_set))
-    options = inference_options(device.platform, quantised=quantised, unrolled=unrolled)
-    program = jitted.lower(*arguments).compile(compiler_options=options or None)
+    devices = sorted(jax.tree.leaves(out_sharding)[0].device_set, key=lambda device: device.id)
+    platform = devices[0].platform
+    options = inference_options(platform, quantised=quantised, unrolled=unrolled)
+    folder = store_folder()
+    name, program = "", None
+    if folder is not None and spelling is not None:
+        described = (function.__qualname__, spelling, str(treedef), *map(str, shapes))
+        described += (str(donated), str(out_sharding), str(options))
+        name = program_name(described, devices)
+        program = read_program(folder, name, devices)
+    if program is None:
+        program = jitted.lower(*arguments).compile(compiler_options=options or None)
+        if folder is not None and name:
+            keep_program(folder, name, program)
     with _lock:
         _programs[key] = program
         while len(_programs) > _MAX_PROGRAMS:

@@ -81,6 +81,8 @@ class Runner:
             graphdef, _ = abstract_model(model.config, options.runtime, rules, options.kernels)
         leaves, treedef = jax.tree.flatten(state)
         self._key = ModelKey(graphdef, treedef)
+        spelled = (model.config, model.options.runtime, rules, model.options.kernels)
+        self._spelling = " ".join(map(repr, spelled))
         self._unrolls = model.options.kernels.unroll_decode
         self._leaves = tuple(leaves)
         self._known_ids = known_W
@@ -314,7 +316,10 @@ class Runner:
             if isinstance(key, RowShape):
                 places = (self._logits_sharding, self._sharding, self._pool_sharding)
                 unrolled = self._unrolls and key.chunk is None
-            self._programs[key] = compiled(*self._to_compile(key), places, unrolled=unrolled)
+            spelling = f"{self._spelling} {key}"
+            self._programs[key] = compiled(
+                *self._to_compile(key), places, unrolled=unrolled, spelling=spelling
+            )
         return self._programs[key]
 
     def _to_compile(self, key: _ProgramKey) -> _ToCompile:

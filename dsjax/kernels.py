@@ -84,19 +84,20 @@ def choose_kernels(
             so a CPU host that compiles for a pod gets the pod's kernels.
         config: the model.
         runtime: the compute type, and kernels that the user names.
-        rules: how devices divide the heads and the experts' hidden width.
+        rules: how devices divide the experts' hidden width and the tokens of a page. Of such pages
+            each device attends with all heads, and with one token of a sequence at a time.
 
     Raises:
         ValueError: a kernel that the user names does not take the model's sizes.
     """
-    shards = _Shards(rules.num_shards("heads"), rules.num_shards("mlp"))
+    shards = _Shards(rules.num_shards("page_tokens"), rules.num_shards("mlp"))
     return _choose(device.platform, device.device_kind, config, runtime, shards)
 
 
 class _Shards(NamedTuple):
-    """Devices that divide the attention's heads, and the hidden width of the experts."""
+    """Devices that divide the tokens of a page, and the hidden width of the experts."""
 
-    heads: int
+    page_tokens: int
     mlp: int
 
 
@@ -133,18 +134,19 @@ def _choose(
         )
 
     def decode_refusal(name: str) -> str | None:
+        most = MAX_DECODE_TOKENS if shards.page_tokens == 1 else 1
         reasons = (
             mla_decode.supported(
                 name,
                 kv_rank=attention.kv_lora_rank,
                 rope_dim=pool_rope_dim(attention.qk_rope_head_dim, name),
-                num_heads=attention.num_heads // shards.heads,
+                num_heads=attention.num_heads,
                 num_tokens=num_tokens,
                 page_size=PAGE_SIZE,
                 dtype=dtype,
                 chip=chip,
             )
-            for num_tokens in range(1, MAX_DECODE_TOKENS + 1)
+            for num_tokens in range(1, most + 1)
         )
         return next((reason for reason in reasons if reason is not None), None)
 

@@ -8,6 +8,7 @@ from dsjax.cache.pool import (
     allocate_pool,
     full_bytes_per_token,
     latent_bytes_per_token,
+    pool_dims,
 )
 from dsjax.cache.view import Part, View
 
@@ -18,4 +19,5 @@ __all__ = [
     "allocate_pool",
     "full_bytes_per_token",
     "latent_bytes_per_token",
+    "pool_dims",
 ]

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from dsjax.cache.shards import append_own, gather_tokens
 from dsjax.cache.view import Part
 from dsjax.config import ModelConfig
 from dsjax.kernels import PAGE_SIZE, pool_rope_dim
 from dsjax.mesh import ShardingRules
-from pallas_kernels.mla_decode import LatentPages, append_latents
+from dsjax.mesh.rules import Dims
+from pallas_kernels.mla_decode import LatentPages
 
 
 @jax.tree_util.register_dataclass
@@ -23,13 +25,14 @@ class LatentPool:
     """Paged latents of all layers.
 
     Layer l keeps page p at `l * pages_per_layer + p`, so that no layer's part is ever sliced out.
-    Where devices divide it, each has such a pool of its own, and numbers its pages from 0.
+    Where devices divide its pages, each has such a pool of its own, and numbers its pages from 0.
+    Where they divide heads, each has a part of the tokens of every page: see `cache.shards`.
 
     Attributes:
         pages: latent [num_shards * num_layers * pages_per_layer, page_size, C] and rope [..., R],
             where R may be padded.
         num_layers: layers that share the pool.
-        num_shards: devices that divide it.
+        num_shards: devices that divide its pages.
     """
 
     pages: LatentPages
@@ -38,7 +41,7 @@ class LatentPool:
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page."""
+        """Tokens of a page, of all devices that divide them."""
         return self.pages.page_size
 
     @property
@@ -46,10 +49,11 @@ class LatentPool:
         """Pages that each layer has, of one device."""
         return self.pages.latent.shape[0] // (self.num_layers * self.num_shards)
 
-    def dims(self) -> LatentPages:
+    def dims(self, rules: ShardingRules) -> LatentPages:
         """Returns the logical dims of the pages' arrays."""
+        leading = pool_dims(rules)
         dims: LatentPages = jax.tree.map(
-            lambda leaf: ("pages", *[None] * (leaf.ndim - 1)), self.pages
+            lambda leaf: (*leading, *[None] * (leaf.ndim - len(leading))), self.pages
         )
         return dims
 
@@ -74,11 +78,11 @@ class LatentPool:
             k_rope_BTR: rotated shared keys.
             rules: how devices divide sequences and pages.
         """
-        tokens, numbers = ("batch", None, None), ("batch",)
+        tokens, numbers, dims = ("batch", None, None), ("batch",), self.dims(rules)
         write = rules.shard_map(
-            append_latents,
-            in_dims=(self.dims(), tokens, tokens, ("batch", None), numbers, numbers),
-            out_dims=self.dims(),
+            functools.partial(append_own, rules.dividing_axes("page_tokens")),
+            in_dims=(dims, tokens, tokens, ("batch", None), numbers, numbers),
+            out_dims=dims,
         )
         pages = write(
             self.pages,
@@ -95,6 +99,9 @@ class LatentPool:
     ) -> tuple[jax.Array, jax.Array]:
         """Returns whole pages of a layer: latent_BSC and k_rope_BSR, S tokens of P pages.
 
+        Where n devices divide the tokens of a page, each sends its own to all: (n - 1) / n (C + R)
+        numbers for each of S tokens, whatever the number of heads.
+
         Args:
             layer: int32 scalar.
             table_BP: int32 pages.
@@ -103,22 +110,30 @@ class LatentPool:
         """
         found = ("batch", None, None)
         read = rules.shard_map(
-            functools.partial(_read, rope_dim=rope_dim),
-            in_dims=(self.dims(), ("batch", None)),
+            functools.partial(_read, rope_dim=rope_dim, axes=rules.dividing_axes("page_tokens")),
+            in_dims=(self.dims(rules), ("batch", None)),
             out_dims=(found, found),
         )
         latent_BSC, k_rope_BSR = read(self.pages, self.layer_table(layer, table_BP))
         return latent_BSC, k_rope_BSR
 
 
-def _read(pages: LatentPages, table_BP: jax.Array, *, rope_dim: int) -> tuple[jax.Array, jax.Array]:
+def pool_dims(rules: ShardingRules) -> Dims:
+    """Returns the logical dims that devices divide of each of the pages' arrays."""
+    return ("pages", "page_tokens") if rules.dividing_axes("page_tokens") else ("pages",)
+
+
+def _read(
+    pages: LatentPages, table_BP: jax.Array, *, rope_dim: int, axes: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
     shape = (table_BP.shape[0], table_BP.shape[1] * pages.page_size)
     latent_BSC = pages.latent[table_BP].reshape(*shape, -1)
     k_rope_BSR = pages.rope[table_BP].reshape(*shape, -1)[..., :rope_dim]
     if pages.scale is not None:
         scale_BS = pages.scale[table_BP].reshape(*shape)
         latent_BSC = latent_BSC.astype(jnp.float32) * scale_BS[..., None]
-    return latent_BSC.astype(k_rope_BSR.dtype), k_rope_BSR
+    latent_BSC = latent_BSC.astype(k_rope_BSR.dtype)
+    return gather_tokens(axes, latent_BSC), gather_tokens(axes, k_rope_BSR)
 
 
 def allocate_pool(
@@ -136,9 +151,9 @@ def allocate_pool(
         config: sizes.
         num_pages: pages that each layer has, of one device.
         dtype: of the latents.
-        page_size: tokens a page holds.
+        page_size: tokens a page holds, on all devices that divide them.
         decode_kernel: implementation of `mla_decode` that will read it.
-        num_shards: devices that divide it.
+        num_shards: devices that divide its pages.
     """
     pages = LatentPages.zeros(
         num_shards * config.num_layers * num_pages,

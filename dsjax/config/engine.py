@@ -40,7 +40,8 @@ class EngineConfig:
             each). None takes four that `chunk_tokens` gives.
         max_length: tokens of a sequence, prompt and text; None takes the model's.
         num_pages: pages of a device's latent pool; None takes what fits into `memory_fraction`.
-        page_size: tokens of a page.
+        page_size: tokens that a device has of a page. Devices that divide heads have so many each,
+            and prefixes are shared by whole pages.
         memory_fraction: of the device's memory, for weights, pool and computation together.
         share_prefixes: whether what the pool holds serves other prompts that begin alike.
         max_waiting: requests that may wait; one more is refused.

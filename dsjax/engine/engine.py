@@ -21,7 +21,7 @@ from dsjax.engine.pages import Pages
 from dsjax.engine.request import Event, Generation, Request, Stream, fault_of_prompt
 from dsjax.engine.runner import Runner
 from dsjax.engine.scheduler import Scheduler
-from dsjax.engine.sizes import max_length, num_lanes, num_pages
+from dsjax.engine.sizes import max_length, num_lanes, num_pages, page_tokens
 from dsjax.engine.state import ChunkShape, Limits
 from dsjax.model import DeepSeekV2
 
@@ -41,7 +41,8 @@ class Engine:
     away.
 
     Where a mesh has axes that divide a batch (`mesh.BATCH_AXES`), its devices have sequences and
-    pages of their own along these, and the experts are spread as the model has them.
+    pages of their own along these, and the experts are spread as the model has them. Where it has
+    an axis that divides heads (`tensor`), its devices divide the tokens of every page too.
 
     `generate` runs in the caller's thread until its requests are done. `submit` starts a thread
     that runs until `close`.
@@ -76,10 +77,10 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         self.end_ids = frozenset((tokenizer.eos_id,) if end_ids is None else end_ids)
         pages = num_pages(model, config)
-        lanes = num_lanes(model)
+        lanes, page_size = num_lanes(model), page_tokens(model, config)
         limits = Limits(
             -(-config.max_batch // lanes),
-            min(length, pages * config.page_size),
+            min(length, pages * page_size),
             tuple(ChunkShape(*shape) for shape in config.chunk_shapes()),
         )
         self.max_length = limits.max_length  # tokens of a prompt and its text at most
@@ -88,7 +89,7 @@ class Engine:
             [
                 Scheduler(
                     limits,
-                    Pages(pages, config.page_size, remembers=config.share_prefixes),
+                    Pages(pages, page_size, remembers=config.share_prefixes),
                     first_slot=lane * limits.max_batch,
                 )
                 for lane in range(lanes)

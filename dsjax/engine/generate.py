@@ -17,9 +17,8 @@ from dsjax.engine.request import (
     TokenMask,
     fault_of_prompt,
 )
-from dsjax.engine.sizes import fitting_pages
+from dsjax.engine.sizes import fitting_pages, page_tokens
 from dsjax.inference.sampling import Sampling
-from dsjax.kernels import PAGE_SIZE
 from dsjax.model import DeepSeekV2
 
 # Sizes are rounded, so that other prompts need no other programs.
@@ -124,7 +123,8 @@ def engine_config(model: DeepSeekV2, requests: Sequence[Request]) -> EngineConfi
         max_length=min(-(-lengths[0] // _LENGTH_STEP) * _LENGTH_STEP, model.config.max_length),
         warm_up=False,
     )
-    pages = _power_of_two(sum(-(-length // PAGE_SIZE) for length in lengths[:batch]))
+    page_size = page_tokens(model, config)
+    pages = _power_of_two(sum(-(-length // page_size) for length in lengths[:batch]))
     return replace(config, num_pages=fitting_pages(model, config, pages))
 
 

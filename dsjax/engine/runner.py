@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from dsjax.cache import LatentPool
+from dsjax.cache import LatentPool, pool_dims
 from dsjax.config import EngineConfig
 from dsjax.engine import programs
 from dsjax.engine.compiled import compiled
@@ -86,7 +86,7 @@ class Runner:
         self._unrolls = model.options.kernels.unroll_decode
         self._leaves = tuple(leaves)
         self._known_ids = known_W
-        self._pool_sharding = rules.sharding("pages") or self._sharding
+        self._pool_sharding = rules.sharding(*pool_dims(rules)) or self._sharding
         self._logits_sharding = rules.sharding("batch", None) or self._sharding
         self._shapes = self._array_shapes(pool_shapes(model, config, num_pages))
         self._arrays: _Arrays | None = None
@@ -138,7 +138,7 @@ class Runner:
 
     def _array_shapes(self, pool: LatentPool) -> _Arrays:
         slots = self._nobody + 1
-        columns = -(-self._limits.max_length // self._config.page_size)
+        columns = -(-self._limits.max_length // pool.page_size)
         tables: Any = (self._shape((slots,), jnp.int32), self._shape((slots, columns), jnp.int32))
         place = self._pool_sharding
         divided = jax.tree.map(lambda x: self._shape(x.shape, x.dtype, place), pool)

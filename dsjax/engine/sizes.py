@@ -37,13 +37,13 @@ def num_pages(
     """
     if config.num_pages is not None:
         return config.num_pages
-    per_sequence = -(-max_length(model, config) // config.page_size)
+    per_sequence = -(-max_length(model, config) // page_tokens(model, config))
     sequences = -(-config.max_batch // num_lanes(model))
     memory = memory or _memory(model)
     if memory is None:
         sequences = min(sequences, _SEQUENCES_WITHOUT_LIMIT)
     pages = fitting_pages(model, config, sequences * per_sequence, memory)
-    _LOG.info("engine: %d tokens of latents", pages * config.page_size)
+    _LOG.info("engine: %d tokens of latents", pages * page_tokens(model, config))
     return pages
 
 
@@ -68,7 +68,7 @@ def fitting_pages(
     page, computing = page_bytes(model, config), computing_bytes(model, config)
     left = int(limit * config.memory_fraction) - used - computing
     length = max_length(model, config)
-    per_sequence = -(-length // config.page_size)
+    per_sequence = -(-length // page_tokens(model, config))
     if host_experts_of(model) is not None:  # what latents leave keeps experts
         wanted = min(wanted, max(per_sequence, left // 2 // page))
     pages = min(wanted, left // page)
@@ -149,6 +149,11 @@ def num_lanes(model: DeepSeekV2) -> int:
     return serving_model_rules(model).num_shards("pages")
 
 
+def page_tokens(model: DeepSeekV2, config: EngineConfig) -> int:
+    """Returns the tokens of a page on all devices that divide it, which are those of heads."""
+    return config.page_size * serving_model_rules(model).num_shards("page_tokens")
+
+
 def max_length(model: DeepSeekV2, config: EngineConfig) -> int:
     """Returns the tokens that a sequence may have.
 
@@ -178,7 +183,7 @@ def pool_shapes(model: DeepSeekV2, config: EngineConfig, num_pages: int) -> Late
             model.config,
             num_pages,
             options.dtype,
-            page_size=config.page_size,
+            page_size=page_tokens(model, config),
             decode_kernel=options.kernels.mla_decode,
             num_shards=num_lanes(model),
         )
@@ -187,10 +192,10 @@ def pool_shapes(model: DeepSeekV2, config: EngineConfig, num_pages: int) -> Late
 
 
 def page_bytes(model: DeepSeekV2, config: EngineConfig) -> int:
-    """Returns the bytes of one page in all layers."""
+    """Returns the bytes of one page in all layers, on one device."""
     leaves = jax.tree.leaves(pool_shapes(model, config, 1))
     total = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
-    return total // num_lanes(model)
+    return total // (num_lanes(model) * page_tokens(model, config) // config.page_size)
 
 
 def computing_bytes(model: DeepSeekV2, config: EngineConfig) -> int:

@@ -22,6 +22,7 @@ _TRAIN_TABLE: dict[str, tuple[str, ...]] = {
     "length": ("context",),
     "embed": (),
     "pages": (),  # of the latent pool
+    "page_tokens": ("tensor",),  # as heads are: no device of theirs keeps a copy of the pool
     # parameters
     "layers": (),
     "vocab": ("tensor",),

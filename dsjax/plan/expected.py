@@ -15,7 +15,7 @@ class Expected:
 
     Attributes:
         exchange_room: how much more room a ragged exchange has than the rows that are expected.
-        cached_tokens: that every sequence of a decode holds.
+        cached_tokens: of every sequence of a decode that a device holds.
         experts_read: share of a device's experts that its rows belong to, in generation: a product
             reads no others.
     """

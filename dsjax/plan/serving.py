@@ -17,7 +17,7 @@ from dsjax.config import EngineConfig, MeshConfig, ModelConfig, RuntimeConfig
 from dsjax.counts import serving_flops
 from dsjax.engine.programs import RowShape
 from dsjax.engine.runner import Runner
-from dsjax.engine.sizes import max_length, num_lanes, num_pages, page_bytes
+from dsjax.engine.sizes import max_length, num_lanes, num_pages, page_bytes, page_tokens
 from dsjax.engine.state import ChunkShape, Limits
 from dsjax.kernels import choose_kernels
 from dsjax.mesh import inference_rules, make_mesh
@@ -69,8 +69,8 @@ def plan_serving(
     weights = nnx.state(abstract)
     parameters, capacity = device_bytes(weights), pod.rates.capacity_bytes
     pages = num_pages(abstract, engine, (capacity, parameters))
-    lanes = num_lanes(abstract)
-    length = min(max_length(abstract, engine), pages * engine.page_size)
+    lanes, page_size = num_lanes(abstract), page_tokens(abstract, engine)
+    length = min(max_length(abstract, engine), pages * page_size)
     chunks = tuple(ChunkShape(*chunk) for chunk in engine.chunk_shapes())
     limits = Limits(-(-engine.max_batch // lanes), length, chunks)
     runner = Runner(abstract, engine, limits, pages, np.ones(model.vocab_size, bool))
@@ -80,9 +80,9 @@ def plan_serving(
     tokens = lanes * (row.num_decoding if row.chunk is None else row.chunk.row_tokens)
     work = _work(model, row, lanes, length)
     share = 1.0 if model.moe is None else share_of_experts(model.moe, _tokens_met(tokens, shape))
-    expected = Expected(
-        runtime.kernels.exchange_room, length if use == "decode" else 0, experts_read=share
-    )
+    # Of a sequence's tokens a device has those that it reads.
+    cached = -(-length * engine.page_size // page_size) if use == "decode" else 0
+    expected = Expected(runtime.kernels.exchange_room, cached, experts_read=share)
     figures = program_figures(target, compiled, expected)
     taken, page = figures["modelled_seconds"], page_bytes(abstract, engine)
     cache = pages * page
@@ -93,8 +93,8 @@ def plan_serving(
         "parameter_bytes": parameters,
         "cache_bytes": cache,
         "activation_bytes": figures["peak_bytes"] - parameters - cache,
-        "cache_tokens": pages * engine.page_size * lanes,
-        "cache_capacity_tokens": room * engine.page_size * lanes,
+        "cache_tokens": pages * page_size * lanes,
+        "cache_capacity_tokens": room * page_size * lanes,
         "cache_bytes_per_token": page // engine.page_size,
         "sequences": lanes * row.num_decoding if use == "decode" else lanes,
         "tokens_of_a_sequence": length if use == "decode" else tokens // lanes,

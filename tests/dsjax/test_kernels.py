@@ -103,12 +103,17 @@ def test_a_divided_width_must_still_fit_the_kernel():
 
 
 def test_what_divides_a_dim_is_the_rules_to_say():
-    """Not the axis "tensor": heads over two axes, hidden widths over none."""
+    """Not the axis "tensor": here hidden widths are over none."""
     mesh = jax.sharding.AbstractMesh((1, 1, 1, 2, 2), MESH_AXES)
-    table = dict(inference_rules(None).table) | {"heads": ("context", "tensor"), "mlp": ()}
+    table = dict(inference_rules(None).table) | {"mlp": ()}
     rules = ShardingRules(cast(Any, mesh), tuple(table.items()))
     kernels = choose_kernels(H200, deepseek_v2_lite.config, BF16, rules)
-    assert (kernels.mla_decode, kernels.grouped_matmul) == ("xla", "hopper")  # 4 heads, 1,408
+    assert kernels.grouped_matmul == "hopper"  # 1,408 wide
+
+
+def test_a_device_decodes_with_all_heads_however_they_are_divided():
+    """Four of 16 would be too few rows for Hopper's kernel."""
+    assert choose_kernels(H200, deepseek_v2_lite.config, BF16, tensor(4)).mla_decode == "hopper"
 
 
 KINDS = (
@@ -146,12 +151,12 @@ def test_no_kernel_is_chosen_for_sizes_that_it_refuses(dtype, ways):
                         kernels.mla_decode,
                         kv_rank=attention.kv_lora_rank,
                         rope_dim=pool_rope_dim(attention.qk_rope_head_dim, kernels.mla_decode),
-                        num_heads=attention.num_heads // ways,
+                        num_heads=attention.num_heads,
                         num_tokens=num_tokens + 1,
                         page_size=PAGE_SIZE,
                         dtype=dtype,
                     )
-                    for num_tokens in range(MAX_DECODE_TOKENS)
+                    for num_tokens in range(MAX_DECODE_TOKENS if ways == 1 else 1)
                 ),
                 *(
                     grouped_matmul.supported(
@@ -199,7 +204,10 @@ def test_a_fallback_on_an_accelerator_is_a_warning_that_names_the_size(caplog):
 
 
 def test_few_tokens_that_decode_together_must_fit_the_kernel_too():
-    """256 heads are 512 rows of two tokens, the most for a TPU, but 1,024 of four."""
+    """256 heads are 1,024 rows of four tokens, more than a TPU's kernel takes.
+
+    Where devices divide pages, these are four times 256 rows.
+    """
     wide = replace(deepseek_v2.config.attention, num_heads=256)
     config = replace(deepseek_v2.config, attention=wide)
     ways = [choose_kernels(V5P, config, BF16, tensor(n)).mla_decode for n in (1, 2)]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -94,15 +95,21 @@ def test_experts_read_and_flops_of_generation_are_the_models_own():
     assert expanded > 0.8 * 4096 * per_token
 
 
-@pytest.mark.tpu_program
-def test_a_decode_is_planned_with_the_caches_capacity():
-    """The small model, as larger ones take minutes; BENCHMARKS.md has those."""
+def plan_of_a_decode(*options: str) -> dict[str, Any]:
+    """Plans eight sequences of 256 tokens of the smallest model on four chips."""
     require_module("libtpu")
     command = [sys.executable, "-m", "dsjax", "plan", "tiny", "--topology", "v5e:2x2", "--json"]
     command += ["--for", "decode", "--engine", "max_length=256", "--engine", "max_batch=8"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads(done.stdout)
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+@pytest.mark.tpu_program
+def test_a_decode_is_planned_with_the_caches_capacity():
+    """The small model, as larger ones take minutes; BENCHMARKS.md has those."""
+    figures = plan_of_a_decode()
     # Room for so many pages beside what the step needs, and for no more.
     beside = figures["peak_bytes"] - figures["cache_bytes"]
     chips, per_token = figures["chips"], figures["cache_bytes_per_token"]
@@ -117,6 +124,23 @@ def test_a_decode_is_planned_with_the_caches_capacity():
     # Weights and cache are read, most of them once.
     held = figures["parameter_bytes"] + 2 * 256 * per_token
     assert 0.8 * held < figures["hbm_bytes"] < 1.5 * held
+
+
+@pytest.mark.tpu_program
+def test_chips_that_divide_heads_have_a_part_of_every_page():
+    """Two lanes of two chips; each chip has half of the tokens of its lane's sequences."""
+    figures = plan_of_a_decode("--mesh", "data=2", "--mesh", "tensor=2")
+    chips, per_token = figures["chips"], figures["cache_bytes_per_token"]
+    assert per_token == 4 * (64 + 16) * 2
+    assert figures["cache_tokens"] == 8 * 256
+    assert figures["cache_bytes"] == 8 * 256 // chips * per_token
+    most = figures["cache_capacity_tokens"] // chips
+    beside = figures["peak_bytes"] - figures["cache_bytes"]
+    assert 0 <= figures["capacity_bytes"] - beside - most * per_token < 64 * per_token
+    # Of each of 4 layers the outputs of 4 sequences' 4 heads, and their log-sum-exps.
+    uses = figures["collectives"]
+    assert uses["all-to-all over tensor"]["executions"] == 4
+    assert uses["all-to-all over tensor"]["expected_bytes"] == 4 * 4 * 4 * (64 * 2 + 4) // 2
 
 
 def test_a_prefill_is_the_longest_piece_of_a_prompt_and_a_decode_the_most_sequences():

@@ -1,7 +1,7 @@
 """Multi-head latent attention (§2.1): one set of weights, two forms.
 
-`latent` is the layer. `parts` attends from the parts of a row to a paged cache, in the form that is
-cheaper for each.
+`latent` is the layer, which attends from the parts of a row to a paged cache in the form that is
+cheaper for each. `divided` is the absorbed form where devices divide heads.
 """
 
 from dsjax.layers.attention.latent import MLA

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from flax import nnx
 from dsjax.cache import LatentPool, Part, View
 from dsjax.config import AttentionConfig
 from dsjax.kernels import MAX_DECODE_TOKENS
+from dsjax.layers.attention.divided import attend_to_own_tokens
 from dsjax.layers.linear import Linear
 from dsjax.layers.norm import RMSNorm
 from dsjax.layers.options import LayerOptions
@@ -152,11 +154,13 @@ class MLA(nnx.Module):
         absorbed = 2 * config.kv_lora_rank
         if part.num_tokens * (absorbed - expanded) >= config.kv_lora_rank * expanded:
             return False
+        if self.options.rules.dividing_axes("page_tokens"):
+            return part.num_tokens <= MAX_DECODE_TOKENS  # pages are read once for each token
         refused = mla_decode_supported(
             self.options.kernels.mla_decode,
             kv_rank=config.kv_lora_rank,
             rope_dim=pool.pages.rope.shape[-1],
-            num_heads=config.num_heads // self.options.rules.num_shards("heads"),
+            num_heads=config.num_heads,
             num_tokens=part.num_tokens,
             page_size=pool.page_size,
             table_pages=part.page_table_BP.shape[1],
@@ -171,6 +175,8 @@ class MLA(nnx.Module):
     ) -> jax.Array:
         """Attends in the latent space, which expands nothing (App. C)."""
         q_latent_BTHC = self.wk_b("BTHN,CHN->BTHC", tokens.q_nope_BTHN)
+        rules = self.options.rules
+        axes = rules.dividing_axes("page_tokens")
 
         def attend(
             q_latent_BTHC: jax.Array,
@@ -178,7 +184,7 @@ class MLA(nnx.Module):
             pages: LatentPages,
             table_BP: jax.Array,
             lengths_B: jax.Array,
-        ) -> jax.Array:
+        ) -> tuple[jax.Array, jax.Array]:
             return mla_decode(
                 q_latent_BTHC,
                 q_rope_BTHR,
@@ -187,11 +193,11 @@ class MLA(nnx.Module):
                 lengths_B,
                 scale=softmax_scale(self.config),
                 implementation=self.options.kernels.mla_decode,
-            )[0]
+            )
 
-        run = self.options.rules.shard_map(
-            attend,
-            in_dims=(_HEADS, _HEADS, pool.dims(), ("batch", None), ("batch",)),
+        run = rules.shard_map(
+            functools.partial(attend_to_own_tokens, attend, axes),
+            in_dims=(_HEADS, _HEADS, pool.dims(rules), ("batch", None), ("batch",)),
             out_dims=_HEADS,
         )
         table_BP = pool.layer_table(layer, part.page_table_BP)

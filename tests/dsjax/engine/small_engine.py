@@ -1,7 +1,8 @@
 """A small model and an engine for it, as tests of the engine want them."""
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +49,22 @@ def the_model():
 def an_engine(**changes: Any) -> Engine:
     """An engine over the model; its programs are compiled once a process."""
     return Engine(the_model(), TOKENIZER, replace(CONFIG, **changes))
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Gives a list that gets an entry for every program compiled meanwhile."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def random_requests(

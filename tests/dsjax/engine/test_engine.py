@@ -23,6 +23,7 @@ from tests.dsjax.engine.small_engine import (
     WideTokenizer,
     an_engine,
     assert_greedy,
+    compilations,
     random_requests,
     the_model,
 )
@@ -177,15 +178,8 @@ def test_a_mask_follows_the_tokens_chosen():
 
 
 def test_nothing_is_compiled_after_the_start():
-    compiled = []
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
     engine = an_engine(warm_up=True, max_batch=3, batch_sizes=(1, 3))
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         engine.generate(random_requests(12, 6))
         engine.generate(random_requests(13, 6, Sampling(temperature=1.0, logprobs=1)))
         odd = Sampling(top_k=3, temperature=0.5, frequency_penalty=1.0, prompt_logprobs=0)
@@ -193,8 +187,6 @@ def test_nothing_is_compiled_after_the_start():
         assert not compiled
         jax.jit(lambda x: x + 41)(jnp.zeros(3)).block_until_ready()
         assert compiled  # which shows that it would have been seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_streams_cancels_and_deadlines():

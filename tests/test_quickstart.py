@@ -15,6 +15,7 @@ from dsjax.training.picture import smoothed
 def test_a_folder_that_it_did_not_make_is_left_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(quickstart, "prepare_data", lambda _: pytest.fail("it went on"))
     with pytest.raises(SystemExit):
         quickstart.main()
     assert "was not made by the quickstart" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def _run() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
             sys.exit(2)
-        message = " ".join(error.format_message().split())
+        message = " ".join(error.format_message().split()).replace("Value error, ", "")
         hint = error.ctx.command_path if getattr(error, "ctx", None) else "dsjax"
         print(f"error: {message} (see {hint} --help)", file=sys.stderr)
         sys.exit(2)

@@ -16,7 +16,10 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("DSJAX_TRACEBACK"):
             raise
-        first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
+            text = f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+        first, *rest = text.strip().splitlines() or [type(error).__name__]
         more = " (DSJAX_TRACEBACK=1 shows all of it)" if rest else ""
         print(f"error: {first}{more}", file=sys.stderr)
         sys.exit(2)

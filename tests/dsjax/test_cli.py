@@ -220,6 +220,8 @@ def test_check_prints_the_config(dsjax, trained_run, tmp_path: Path):
             "'p'",
         ),
         (["nonsense"], "nonsense"),
+        (["plan", "quickstart", "--topology", "v5e:2x2", "--for", "x"], "'--for': 'x' is not one"),
+        (["serve", "x", "--api-key-file", "no/keys"], "no/keys: no such file or directory"),
     ],
 )
 def test_a_wrong_option_is_one_line_before_any_file_is_read(dsjax, arguments, named: str):

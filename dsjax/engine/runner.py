@@ -71,6 +71,8 @@ class Runner:
             limits.chunks,
             self._num_lanes,
             config.prompt_logprobs,
+            # Who compiles what a call needs, when it needs it, waits for each program.
+            knows_first=config.warm_up,
         )
         self._vocab_size = model.config.vocab_size
         rules = serving_model_rules(model)

@@ -18,6 +18,7 @@ class Shapes:
         chunks: room for pieces of prompts.
         num_lanes: rows of a step.
         prompt_logprobs: whether prompts may get log-probabilities.
+        knows_first: whether steps that begin all their prompts have shapes of their own.
     """
 
     decode_sizes: tuple[int, ...]
@@ -25,6 +26,7 @@ class Shapes:
     chunks: tuple[ChunkShape, ...]
     num_lanes: int = 1
     prompt_logprobs: bool = False
+    knows_first: bool = True
 
     def row(
         self,
@@ -52,7 +54,7 @@ class Shapes:
         few = sizes and max(num_decoding, num_chosen) <= sizes[0] and not prompt_logprobs
         few = few and chunk.row_tokens < 2 * self.most_rows
         size = sizes[0] if few else self.most_rows
-        is_first &= not prompt_logprobs
+        is_first &= self.knows_first and not prompt_logprobs
         return RowShape(size, chunk, size, prompt_logprobs, self.num_lanes, is_first)
 
     def rows(self) -> list[RowShape]:

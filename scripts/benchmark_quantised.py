@@ -69,10 +69,15 @@ def main() -> None:
                 decode(config, batch, name, read)
 
 
-def compiled(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()) -> Any:
-    """Compiles as the engine does."""
+def compiled(
+    function: Callable[..., Any],
+    *arguments: Any,
+    donated: tuple[int, ...] = (),
+    unrolled: bool = False,
+) -> Any:
+    """Compiles as the engine does; `unrolled` is a step that has every layer by itself."""
     narrow = any(jnp.dtype(leaf.dtype).itemsize == 1 for leaf in jax.tree.leaves(arguments))
-    options = inference_options(jax.devices()[0].platform, quantised=narrow)
+    options = inference_options(jax.devices()[0].platform, quantised=narrow, unrolled=unrolled)
     lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
     return lowered.compile(compiler_options=options or None)
 
@@ -248,7 +253,9 @@ def decode(config: ModelConfig, batch: int, name: str, read: float, steps: int =
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), pool, part.advanced()
 
     tokens = jnp.arange(batch, dtype=jnp.int32) % config.vocab_size
-    program = compiled(step, state, tokens, pool, part, donated=(2,))
+    program = compiled(
+        step, state, tokens, pool, part, donated=(2,), unrolled=kernels.unroll_decode
+    )
     held: list[Any] = [tokens, pool, part]
 
     def run() -> Any:

@@ -69,8 +69,13 @@ def checked[T](kind: type[T]) -> type[T]:
             value = getattr(self, name)
             fitted = fit(value, hint)
             if fitted is MISFIT:
+                if typing.get_origin(hint) is typing.Literal and isinstance(value, str):
+                    check(self)  # may say why it is no choice
                 what = f"{type(self).__name__}.{name}={value!r}"
-                raise ValueError(f"{what}: must be {describe(hint)}, not {type(value).__name__}")
+                wanted = describe(hint)
+                if not wanted.startswith("one of "):
+                    wanted += f", not {type(value).__name__}"
+                raise ValueError(f"{what}: must be {wanted}")
             if type(fitted) is not type(value) and hint is not float:
                 object.__setattr__(self, name, fitted)
         check(self)

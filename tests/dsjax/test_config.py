@@ -373,7 +373,7 @@ def test_models_and_runs_are_found_by_name(tmp_path, monkeypatch):
         load_config(tmp_path / "tiny")
     with pytest.raises(FileNotFoundError, match="did you mean deepseek_v2_lite or deepseek_v2"):
         load_config("deepsek_v2_lit")
-    with pytest.raises(FileNotFoundError, match=r"did you mean .*quickstart"):
+    with pytest.raises(FileNotFoundError, match=r"there are .*quickstart"):
         load_config("zzz")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import logging
 import os
 import pickle
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax.experimental import serialize_executable
 
 from dsjax.files import write_bytes
@@ -45,7 +45,7 @@ def program_name(described: Sequence[str], devices: Sequence[Any]) -> str:
     client = devices[0].client
     parts = [
         jax.__version__,
-        jaxlib.__version__,
+        importlib.metadata.version("jaxlib"),
         client.platform_version,
         *(f"{device.id} {device.device_kind}" for device in devices),
         *(f"{name}={os.environ.get(name, '')}" for name in _VARIABLES),

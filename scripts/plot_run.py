@@ -9,10 +9,9 @@ experts their load, the entropy of the routers and what was dropped.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from arguments import one_line_errors
+from arguments import command_line, one_line_errors
 
 from dsjax.config.run_file import read_run_file
 from dsjax.training.picture import draw_run, read_metrics
@@ -20,9 +19,7 @@ from dsjax.training.picture import draw_run, read_metrics
 
 def main() -> None:
     """Reads the arguments and writes the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, which holds run.json")
     parser.add_argument("--output", type=Path, help="a PNG; default run.png in the run's folder")
     arguments = parser.parse_args()

@@ -16,6 +16,7 @@ from typing import Any
 from dsjax.config.fitting import MISFIT, describe, fit
 from dsjax.config.model import ModelConfig
 from dsjax.config.quantisation import RECIPES, QuantisationConfig
+from dsjax.config.run_file import RUN_FILE
 from dsjax.config.runtime import RuntimeConfig
 from dsjax.config.train import TrainConfig
 
@@ -153,7 +154,7 @@ def find_config(name_or_path: str | Path) -> Path:
     if path.is_dir():
         if (path / "config.json").exists():
             return path / "config.json"
-        what = "a run, which goes on by its name or file" if (path / "run.json").exists() else ""
+        what = "a run, which goes on by its name or file" if (path / RUN_FILE).exists() else ""
         raise FileNotFoundError(
             f"{path}: is a folder ({what or 'without config.json'}), not a config"
         )

@@ -9,6 +9,7 @@ from dsjax.config.train import TrainConfig
 from dsjax.files import read_json, write_json
 
 RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"  # beside it: the figures of its steps, a line each
 
 
 def write_run_file(run: Path, config: TrainConfig) -> None:

@@ -11,12 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsjax.engine.program_store import (
-    keep_program,
-    program_name,
-    read_program,
-    store_folder,
-)
+from dsjax.engine.program_store import program_name, store_folder, stored_program
 from dsjax.xla_options import inference_options
 
 _MAX_PROGRAMS = 256
@@ -62,17 +57,17 @@ def compiled(
     devices = sorted(jax.tree.leaves(out_sharding)[0].device_set, key=lambda device: device.id)
     platform = devices[0].platform
     options = inference_options(platform, quantised=quantised, unrolled=unrolled)
+
+    def make() -> Any:
+        return jitted.lower(*arguments).compile(compiler_options=options or None)
+
     folder = store_folder()
-    name, program = "", None
-    if folder is not None and spelling is not None:
+    if folder is None or spelling is None:
+        program = make()
+    else:
         described = (function.__qualname__, spelling, str(treedef), *map(str, shapes))
         described += (str(donated), str(out_sharding), str(options))
-        name = program_name(described, devices)
-        program = read_program(folder, name, devices)
-    if program is None:
-        program = jitted.lower(*arguments).compile(compiler_options=options or None)
-        if folder is not None and name:
-            keep_program(folder, name, program)
+        program = stored_program(folder, program_name(described, devices), devices, make)
     with _lock:
         _programs[key] = program
         while len(_programs) > _MAX_PROGRAMS:

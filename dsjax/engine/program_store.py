@@ -13,7 +13,7 @@ import importlib.metadata
 import logging
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,15 @@ def source_digest() -> str:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def stored_program(folder: Path, name: str, devices: Sequence[Any], make: Callable[[], Any]) -> Any:
+    """Returns a program that was kept, or makes and keeps it."""
+    program = read_program(folder, name, devices)
+    if program is None:
+        program = make()
+        keep_program(folder, name, program)
+    return program
 
 
 def read_program(folder: Path, name: str, devices: Sequence[Any]) -> Any | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.config import LogConfig
+from dsjax.config.run_file import METRICS_FILE
 from dsjax.files import write_bytes
 
 _LOG = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class MetricsWriter:
                 id=_wandb_id(directory),
                 resume="allow",
             )
-        path = directory / "metrics.jsonl"
+        path = directory / METRICS_FILE
         _drop_lines_after(path, start)
         self._file = path.open("ab", buffering=0)  # what is refused is not written by a later call
         self._refused = False

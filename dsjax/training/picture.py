@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dsjax.config import TrainConfig
+from dsjax.config.run_file import METRICS_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRICS_FILE = "metrics.jsonl"
 Figures = dict[str, Any]  # a line of it
 _EVALUATED = "eval_bits_per_byte"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as FilePath
 
-from dsjax.config.run_file import RUN_FILE
+from dsjax.config.run_file import METRICS_FILE, RUN_FILE
 from dsjax.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from dsjax.files import naming
 from dsjax.progress import JobProgress
@@ -55,7 +55,7 @@ def faults_of(where: FilePath, progress: bool = True) -> Iterator[str]:
     if is_run(where):
         yield from checksum_faults(where)
         yield from _small_faults(where)
-        yield from _metrics_faults(where / "metrics.jsonl")
+        yield from _metrics_faults(where / METRICS_FILE)
         steps = steps_of(where)
         if not steps:
             yield f"{where / STEPS_FOLDER}: holds no step"

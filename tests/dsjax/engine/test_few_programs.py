@@ -1,7 +1,5 @@
 """Many or uneven prompts compile few programs, and others like them none."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
@@ -14,6 +12,7 @@ from dsjax.engine import generate
 from dsjax.engine.compiled import _programs, forget_programs
 from dsjax.inference.sampling import Sampling
 from dsjax.model import DeepSeekV2
+from tests.dsjax.engine.small_engine import compilations
 from tests.small_models import SMALL, random_model
 
 TOKENIZER = ByteTokenizer()
@@ -23,22 +22,6 @@ TOKENIZER = ByteTokenizer()
 def model() -> DeepSeekV2:
     config = replace(SMALL, num_layers=2, hidden_dim=16, vocab_size=258, max_length=2048)
     return random_model(config)
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Lists what XLA compiles within."""
-    found: list[str] = []
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def prompts(lengths: list[int], seed: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dsjax.config import KernelConfig, QuantisationConfig, TrainConfig
+from dsjax.config import KernelConfig, LatentDType, QuantisationConfig, TrainConfig
 from dsjax.config.engine import memory_bytes
 from dsjax.config.load import load_train_config
 from dsjax.data.generation_defaults import GenerationDefaults, read_generation_defaults
@@ -46,8 +46,7 @@ class LanguageModel(DeepSeekV2):
     Attributes:
         tokenizer: turns text into token ids and back, or None where none was found.
         source: the folder that the model came from.
-        generation_defaults: what the model's makers say about how its text is generated
-            (`generation_config.json`), the tokenizer's end token among its `eos_ids`.
+        generation_defaults: of `generation_config.json`, with the tokenizer's end token.
 
     None is computed with, so none is part of what jit compares: a second model of the same
     config runs what was compiled for the first. A copy that nnx makes has none; set them.
@@ -290,9 +289,8 @@ class LanguageModel(DeepSeekV2):
         given = {name: value for name, value in options.items() if value is not None}
         sampling_of(given)  # what is wrong with them is said first
         if self.tokenizer is None:
-            where = (
-                f"{self.source}: holds no tokenizer.json" if self.source else "no tokenizer is set"
-            )
+            folder = self.source
+            where = f"{folder}: holds no tokenizer.json" if folder else "no tokenizer is set"
             raise ValueError(f"{where}, so text cannot be generated")
         tokenizer, defaults = self.tokenizer, self.generation_defaults
         said = defaults.sampling_fields()
@@ -316,12 +314,12 @@ def load(
     quantize: str | QuantisationConfig | None = None,
     device_memory: str | int | None = None,
     ema: bool = False,
+    latent_dtype: LatentDType | None = None,
 ) -> LanguageModel:
     """Loads a model.
 
     Args:
-        path_or_hub_name: a Hugging Face folder, a checkpoint of ours, a training run, or a name
-            on the Hugging Face Hub.
+        path_or_hub_name: a Hugging Face folder, a checkpoint or run of ours, or a name on the Hub.
         dtype: of parameters and computation; None keeps the stored one.
         mesh: devices to divide the model over; None uses one.
         kernels: implementations to run; None, like "auto" in its fields, chooses for the devices.
@@ -332,6 +330,7 @@ def load(
         device_memory: what the model may take of the device, as "16GiB"; routed experts that do
             not fit stay in the host's memory, and such a model generates and does nothing else.
         ema: of a training run: loads the moving average of its weights (`optimizer.ema_decay`).
+        latent_dtype: "int8" or "fp8": latents in 8 bits, nearly twice the context; not on TPUs.
 
     Raises:
         TypeError: an argument is another kind of object.
@@ -351,6 +350,7 @@ def load(
         quantize=quantize,
         device_memory=None if device_memory is None else memory_bytes(device_memory),
         ema=ema,
+        latent_dtype=latent_dtype,
     )
     model = LanguageModel.of(weights, tokenizer, source.path)
     model.generation_defaults = defaults

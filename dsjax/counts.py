@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
+from collections.abc import Collection
 from typing import Any
 
 from flax import nnx
@@ -12,40 +14,51 @@ from dsjax.config import ModelConfig
 from dsjax.families import hf_tensor_shapes
 from dsjax.model import abstract_model
 
+_LOOKED_UP = "embed."  # names of parameters that multiply nothing
+
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """Returns all parameters and those that one token uses (shared ones and top-k experts)."""
-    _, state = abstract_model(config)
-    total = routed = 0
-    for path, variable in nnx.to_flat_state(state):
-        size = math.prod(variable.shape)
-        total += size
+    sizes = _sizes(config).values()
+    return sum(size for size, _ in sizes), sum(used for _, used in sizes)
+
+
+def _sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Returns the size of each parameter, and how much of it one token uses."""
+    found = {}
+    for path, variable in nnx.to_flat_state(abstract_model(config)[1]):
+        size = active = math.prod(variable.shape)
+        # The experts' own matrices; router and shared lie a level deeper.
         if path[0] == "moe_layers" and path[-3] == "feed_forward":
-            routed += size  # the experts' own matrices; router and shared lie a level deeper
-    if config.moe is None:
-        return total, total
-    unused = routed // config.moe.num_experts * (config.moe.num_experts - config.moe.top_k)
-    return total, total - unused
+            assert config.moe is not None
+            active = size // config.moe.num_experts * config.moe.top_k
+        found[".".join(map(str, path))] = (size, active)
+    return found
 
 
-def train_flops_per_token(config: ModelConfig, length: int) -> int:
+def train_flops_per_token(config: ModelConfig, length: int, frozen: Collection[str] = ()) -> int:
     """Returns the FLOPs of forward and backward per token of a training sequence.
 
     Six per active matrix parameter (two forward, four backward; the embedding is a look-up), and
     of causal attention the half that is not masked: 2 H T (192 + 128) / 2 forward and, with the
     scores recomputed, 2 H T (3 * 192 + 2 * 128) / 2 backward. Recomputation of layers is not
-    counted: it is a choice, not the model's work.
+    counted: it is a choice, not the model's work. Matrices that are not trained have no gradient of
+    their own, two of the six.
 
     Args:
         config: the model.
         length: tokens of a sequence.
+        frozen: patterns of names of parameters, as `optimizer.frozen` has them.
     """
     attention = config.attention
-    _, active = count_parameters(config)
-    matrices = active - config.vocab_size * config.hidden_dim
+    used = {
+        name: each for name, (_, each) in _sizes(config).items() if not name.startswith(_LOOKED_UP)
+    }
+    untrained = {name for pattern in frozen for name in fnmatch.filter(used, pattern)}
     qk = attention.qk_nope_head_dim + attention.qk_rope_head_dim
     attended = config.num_layers * attention.num_heads * length
-    return 6 * matrices + attended * (4 * qk + 3 * attention.v_head_dim)
+    of_matrices = 6 * sum(used.values()) - 2 * sum(used[name] for name in untrained)
+    return of_matrices + attended * (4 * qk + 3 * attention.v_head_dim)
 
 
 def serving_flops(config: ModelConfig, tokens: int, chosen: int, pairs: int, form: str) -> int:

@@ -43,12 +43,14 @@ class Kernels:
         unroll_decode: whether a decode step has every layer by itself; see `KernelConfig`.
         min_decode_rows: the engine pads a decode step to multiples of so many rows: for a single
             one XLA's GPU compiler transposes the vocabulary's matrices first.
-        router: of the experts' affinities; see `KernelConfig`, as for the next three.
+        router: of the experts' affinities; see `KernelConfig`, as for the next four.
         expert_exchange: how tokens move between devices that divide the experts.
+        latent_exchange: how latents reach the devices that divide a row with theirs.
         exchange_chunks: parts of a device's tokens that are exchanged one by one.
         exchange_room: room of a pass over a device's experts, over the mean of what they get.
         pass_step: room of a pass comes in multiples of so many tokens or rows.
-        expanded_keys: keys of a cached prefix, of each sequence, that are expanded at a time.
+        expanded_keys: keys of a cached prefix, of each sequence, that are expanded at a time at
+            least: up to 4 times as many of few sequences, and up to 8 times of long pieces.
     """
 
     mla_attention: str = "xla"
@@ -61,6 +63,7 @@ class Kernels:
     min_decode_rows: int = 1
     router: str = "float32"
     expert_exchange: str = "fixed"
+    latent_exchange: str = "gather"
     exchange_chunks: int = 1
     exchange_room: float = 1.25
     pass_step: int = 128
@@ -88,7 +91,8 @@ def choose_kernels(
             each device attends with all heads, and with one token of a sequence at a time.
 
     Raises:
-        ValueError: a kernel that the user names does not take the model's sizes.
+        ValueError: a kernel that the user names does not take the model's sizes; or latents of 8
+            bits on a TPU.
     """
     shards = _Shards(rules.num_shards("page_tokens"), rules.num_shards("mlp"))
     return _choose(device.platform, device.device_kind, config, runtime, shards)
@@ -109,6 +113,14 @@ def _choose(
     gpu, tpu = chip in ("hopper", "gpu"), platform == "tpu"
     native = "tpu" if tpu else "hopper" if chip == "hopper" else "xla"
     named, attention, dtype = runtime.kernels, config.attention, jnp.dtype(runtime.dtype)
+
+    if tpu and runtime.latent_dtype is not None:
+        # Read off a decode step for v5p: libtpu lays such a pool out in one way for the loop over
+        # layers and in another for what is written into it, and copies all of it twice a layer.
+        raise ValueError(
+            f"runtime.latent_dtype={runtime.latent_dtype!r}: not on TPUs, where a step would copy "
+            "the whole cache in every layer"
+        )
 
     def choose(op: str, name: str, refusal: Callable[[str], str | None]) -> str:
         """Returns the implementation named, or else the chip's own where it takes the sizes."""
@@ -144,6 +156,7 @@ def _choose(
                 num_tokens=num_tokens,
                 page_size=PAGE_SIZE,
                 dtype=dtype,
+                pages_dtype=jnp.dtype(runtime.cached_dtype),
                 chip=chip,
             )
             for num_tokens in range(1, most + 1)
@@ -194,6 +207,7 @@ def _choose(
         min_decode_rows=16 if gpu else 1,
         router=router,
         expert_exchange=transport,
+        latent_exchange=named.latent_exchange,
         exchange_chunks=named.exchange_chunks,
         exchange_room=named.exchange_room,
     )

@@ -22,7 +22,7 @@ from dsjax.layers.moe import Dropping, ExpertWeights, MoE, RouterStats
 from dsjax.layers.norm import RMSNorm
 from dsjax.layers.options import LayerOptions
 from dsjax.layers.remat import with_remat
-from dsjax.mesh import ShardingRules, check_divisible
+from dsjax.mesh import ShardingRules, check_divisible, from_stripes, to_stripes
 from dsjax.quantise import choose_formats, format_of
 
 
@@ -169,8 +169,11 @@ class DeepSeekV2(nnx.Module):
         Returns:
             logits_BTW: float32.
         """
-        hidden_BTD, _ = self.hidden(tokens_BT, positions, segment_ids)
-        return self.lm_head.logits(hidden_BTD)
+        stripes = self.options.rules.num_shards("length")
+        rows = (tokens_BT, positions, segment_ids)
+        striped: Any = [None if row is None else to_stripes(row, stripes) for row in rows]
+        hidden_BTD, _ = self.hidden(*striped)
+        return from_stripes(self.lm_head.logits(hidden_BTD), stripes)
 
     def hidden(
         self,
@@ -181,12 +184,15 @@ class DeepSeekV2(nnx.Module):
     ) -> tuple[jax.Array, RouterStats | None]:
         """Computes what `lm_head.logits` takes, so that a loss need not hold all logits at once.
 
+        Where devices divide the rows, their tokens are in striped order (`dsjax.mesh.stripes`).
+
         Returns:
             hidden_BTD in the compute dtype, and the routers' statistics stacked over the sparse
             layers, or None where there are none.
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            positions_BT = to_stripes(positions_BT, self.options.rules.num_shards("length"))
 
         def run(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, RouterStats | None]:
             return block(x_BTD, positions_BT, segment_ids_BT, dropping)

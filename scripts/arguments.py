@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 from dsjax.cli.errors import one_line_errors
 from dsjax.config.engine import memory_bytes
+from dsjax.mesh import MESH_AXES
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "axis",
     "command_line",
     "names_of",
     "not_negative",
     "num_bytes",
     "numbers",
     "one_line_errors",
+    "png",
     "positive",
     "real",
     "several",
@@ -50,6 +54,13 @@ def num_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 16GiB") from None
 
 
+def png(text: str) -> Path:
+    """Reads the name of a picture to write."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"'{text}' must end in .png")
+    return Path(text)
+
+
 def real(text: str) -> float:
     """Reads a finite number of at least 0."""
     try:
@@ -69,6 +80,15 @@ def _whole(text: str, least: int, end: int) -> int:
     if not least <= value < end:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {least}")
     return value
+
+
+def axis(text: str) -> str:
+    """Reads the size of a mesh's axis, such as "expert=2", and returns it as it is written."""
+    name, _, size = text.partition("=")
+    if name not in MESH_AXES:
+        raise argparse.ArgumentTypeError(f"{text!r} must be AXIS=N, of {', '.join(MESH_AXES)}")
+    positive(size)
+    return text
 
 
 def several(read: Callable[[str], object]) -> Callable[[str], str]:

@@ -2,9 +2,10 @@
 
     python scripts/benchmark_engine.py configs/models/deepseek_v2_lite.py --requests 1000
 
-Prints one JSON line a measurement: "start" (compiling), "single" (one request), "prefix" (the time
-to the first token, cold, after a shared prefix and without it) and "load" (many requests at once).
-Every text has its full length: end tokens are read on.
+With `--mesh expert=2` the experts are spread over two devices, and each has sequences and pages of
+its own. Prints one JSON line a measurement: "start" (compiling), "single" (one request), "prefix"
+(the time to the first token, cold, after a shared prefix and without it) and "load" (many requests
+at once). Every text has its full length: end tokens are read on.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from arguments import command_line, one_line_errors, positive, real
+from arguments import axis, command_line, one_line_errors, positive, real
 
-from dsjax.config import EngineConfig
-from dsjax.config.load import load_model_and_runtime
+from dsjax.config import EngineConfig, MeshConfig
+from dsjax.config.load import load_model_and_runtime, override
 from dsjax.data.tokenizer import ByteTokenizer
 from dsjax.engine import Engine, Request, TextPiece
 from dsjax.inference.sampling import Sampling
-from dsjax.kernels import choose_kernels
-from dsjax.model import create_model
+from dsjax.kernels import ONE_DEVICE, choose_kernels
+from dsjax.mesh import make_mesh, serving_rules
+from dsjax.model import DeepSeekV2, create_model
 
 
 class NumberTokenizer(ByteTokenizer):
@@ -48,12 +51,12 @@ def main() -> None:
     parser.add_argument("--chunk", type=positive, default=2048, help="prompt tokens a step")
     parser.add_argument("--prefix", type=positive, default=4000)
     parser.add_argument("--temperature", type=real, default=0.0)
+    parser.add_argument(
+        "--mesh", type=axis, nargs="+", default=(), metavar="AXIS=N", help="of a host's GPUs"
+    )
     arguments = parser.parse_args()
-    config, runtime = load_model_and_runtime(arguments.config, arguments.overrides)
-    runtime = dataclasses.replace(runtime, param_dtype=runtime.dtype)
-    device = jax.devices()[0]
-    model = create_model(config, 0, runtime, kernels=choose_kernels(device, config, runtime))
-    jax.block_until_ready(jax.tree.leaves(model))
+    model = random_model(arguments.config, arguments.overrides, arguments.mesh)
+    config = model.config
     longest = max(arguments.prompt + arguments.tokens, arguments.prefix + 64, 2048 + 256)
     begun = time.perf_counter()
     engine = Engine(
@@ -111,7 +114,7 @@ def main() -> None:
     tokens = sum(len(one.tokens) for one in found)
     figures = dataclasses.asdict(engine.figures())
     figures["steps"] -= before.steps
-    memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     report(
         "load",
         {
@@ -125,6 +128,25 @@ def main() -> None:
             "figures": figures,
         },
     )
+
+
+def random_model(path: str, overrides: Sequence[str], mesh: Sequence[str]) -> DeepSeekV2:
+    """Returns a model of random weights in the compute type, laid out over a mesh if there is one.
+
+    Args:
+        path: of the model's config.
+        overrides: of the model's and the runtime's fields.
+        mesh: sizes of axes, as `dsjax serve --mesh` takes them.
+    """
+    config, runtime = load_model_and_runtime(path, overrides)
+    runtime = dataclasses.replace(runtime, param_dtype=runtime.dtype)
+    rules = ONE_DEVICE
+    if mesh:
+        rules = serving_rules(make_mesh(override(MeshConfig(fsdp=1), mesh)))
+    kernels = choose_kernels(jax.devices()[0], config, runtime, rules)
+    model = create_model(config, 0, runtime, rules, kernels)
+    jax.block_until_ready(jax.tree.leaves(model))
+    return model
 
 
 def report(name: str, figures: dict[str, Any]) -> None:

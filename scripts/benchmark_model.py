@@ -73,6 +73,7 @@ def report(name: str, model: DeepSeekV2, figures: dict[str, Any]) -> None:
         "parameters": total,
         "active": active,
         "dtype": model.options.runtime.dtype,
+        "latent_dtype": model.options.runtime.cached_dtype,
         "kernels": dataclasses.asdict(model.options.kernels),
     }
     print(json.dumps(about | figures), flush=True)
@@ -155,8 +156,13 @@ def measure_generation(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), pool, part.advanced()
 
     def prefill() -> Any:
-        dtype, kernel = jnp.dtype(runtime.dtype), kernels.mla_decode
-        pool = allocate_pool(config, batch * pages, dtype, decode_kernel=kernel)
+        pool = allocate_pool(
+            config,
+            batch * pages,
+            runtime.cached_dtype,
+            rope_dtype=runtime.dtype,
+            decode_kernel=kernels.mla_decode,
+        )
         return extend(state, prompts.reshape(-1), pool, prompt)
 
     seconds = median_seconds(prefill, 2)

@@ -20,25 +20,20 @@ import itertools
 import json
 import multiprocessing
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import httpx
-import jax
 import numpy as np
-from arguments import one_line_errors, positive
-from benchmark_engine import NumberTokenizer, report
+from arguments import axis, one_line_errors, positive
+from benchmark_engine import NumberTokenizer, random_model, report
 
 from dsjax.config import EngineConfig, ServeConfig
-from dsjax.config.load import load_model_and_runtime
 from dsjax.engine import Engine, Request, TextPiece
 from dsjax.inference.sampling import Sampling
-from dsjax.kernels import choose_kernels
-from dsjax.model import create_model
-from dsjax.serving.server import SWITCH_SECONDS, Server, bind, make_server
+from dsjax.serving.server import Server, bind, make_server, shared_interpreter
 
 TICK_SECONDS = 0.005
 
@@ -55,11 +50,12 @@ def main() -> None:
     parser.add_argument("--chunk", type=positive, default=2048, help="prompt tokens a step")
     parser.add_argument("--clients", type=positive, default=4, help="processes of clients")
     parser.add_argument("--passes", type=positive, default=1, help="of both; the last counts")
+    parser.add_argument(
+        "--mesh", type=axis, nargs="+", default=(), metavar="AXIS=N", help="of a host's GPUs"
+    )
     arguments = parser.parse_args()
-    config, runtime = load_model_and_runtime(arguments.config, arguments.overrides)
-    runtime = dataclasses.replace(runtime, param_dtype=runtime.dtype)
-    kernels = choose_kernels(jax.devices()[0], config, runtime)
-    model = create_model(config, 0, runtime, kernels=kernels)
+    model = random_model(arguments.config, arguments.overrides, arguments.mesh)
+    config = model.config
     sizes = EngineConfig(
         max_batch=arguments.connections,
         max_length=arguments.prompt + arguments.tokens,
@@ -68,17 +64,20 @@ def main() -> None:
     )
     rng = np.random.default_rng(0)
     count = arguments.connections * arguments.rounds
-    prompts = rng.integers(0, config.vocab_size, (count, arguments.prompt)).tolist()
-    sys.setswitchinterval(SWITCH_SECONDS)  # as the server's process has it
+
+    def prompts() -> list[list[int]]:
+        # Others each time: what the pool holds of prompts is not read again.
+        return rng.integers(0, config.vocab_size, (count, arguments.prompt)).tolist()
+
     begun = time.perf_counter()
-    with Engine(model, NumberTokenizer(config.vocab_size), sizes) as engine:
+    with Engine(model, NumberTokenizer(config.vocab_size), sizes) as engine, shared_interpreter():
         report("start", {"seconds": time.perf_counter() - begun})
         about = {"connections": arguments.connections, "prompt": arguments.prompt}
         for _ in range(arguments.passes):
-            own = by_engine(engine, prompts, arguments.tokens, arguments.connections)
+            own = by_engine(engine, prompts(), arguments.tokens, arguments.connections)
             report("engine", about | own | {"figures": dataclasses.asdict(engine.figures())})
             served = by_server(
-                engine, prompts, arguments.tokens, arguments.connections, arguments.clients
+                engine, prompts(), arguments.tokens, arguments.connections, arguments.clients
             )
             report("server", about | served)
     report("share", {"share": served["tokens_per_second"] / own["tokens_per_second"]})
@@ -128,7 +127,12 @@ def by_server(
     listening = bind(limits)
     server = make_server(engine, limits)
     lags: list[float] = []
-    thread = threading.Thread(target=lambda: asyncio.run(serve(server, listening, lags)))
+
+    def run() -> None:
+        # The event loop that `dsjax serve` runs on.
+        asyncio.run(serve(server, listening, lags), loop_factory=server.config.get_loop_factory())
+
+    thread = threading.Thread(target=run)
     thread.start()
     while not server.started:
         time.sleep(0.01)

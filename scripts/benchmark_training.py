@@ -7,7 +7,9 @@
 By default V2-Lite cut to 8 layers, with AdamW, clipped gradients, random weights and tokens on both
 sides. Prints a JSON line a row and a table: tokens per second, model FLOPs over the chip's peak,
 peak memory, and the ratio to the first peer of the same shape. With --profile also a text file a
-row: the device's time by kernel, and of ours the compiled program. XLA_FLAGS reach ours.
+row: the device's time by kernel, and of ours the compiled program. XLA_FLAGS reach ours. With
+`--mesh expert=2` ours runs on that many devices of this host: `--batch` counts the rows of all, and
+tokens a second are a device's.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from arguments import IMPLEMENTATIONS, command_line, one_line_errors, positive
+from arguments import IMPLEMENTATIONS, axis, command_line, one_line_errors, positive
 
 OURS, PEER = "ours", "transformers"
 TOP = 40
@@ -87,6 +89,9 @@ def main() -> None:
         default="auto",
         choices=("auto", *IMPLEMENTATIONS),
         help="auto, or one implementation for all",
+    )
+    parser.add_argument(
+        "--mesh", type=axis, nargs="+", default=(), metavar="AXIS=N", help="of ours"
     )
     parser.add_argument("--steps", type=positive, default=5, help="timed repetitions")
     parser.add_argument("--profile", type=Path, help="a folder for profiles as text")
@@ -164,7 +169,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         model = dataclasses.replace(model, max_length=row.length)
     run = {OURS: measure_ours, PEER: measure_peer}[row.side]
     figures = run(name, row, model, arguments)
-    rate = row.batch * row.length / figures["seconds"]
+    rate = row.batch * row.length / figures["seconds"] / figures.get("devices", 1)
     chip: Any = types.SimpleNamespace(device_kind=figures["chip"])
     peak = peak_flops(chip)
     mfu = None if peak is None else rate * train_flops_per_token(model, row.length) / peak
@@ -199,13 +204,15 @@ def measure_ours(
         GuardConfig,
         KernelConfig,
         LossConfig,
+        MeshConfig,
         OptimizerConfig,
         RuntimeConfig,
     )
     from dsjax.config.load import override
     from dsjax.kernels import choose_kernels
+    from dsjax.mesh import make_mesh, train_rules
     from dsjax.model import create_model
-    from dsjax.training.step import init_train_state, jitted_train_step
+    from dsjax.training.step import abstract_train_state, init_train_state, jitted_train_step
 
     def given(room: str) -> list[str]:
         return [o.removeprefix(room) for o in row.options if o.startswith(room)]
@@ -215,9 +222,14 @@ def measure_ours(
     optimizer = override(OptimizerConfig(), given("optimizer."))
     if arguments.kernels != "auto":
         runtime = dataclasses.replace(runtime, kernels=KernelConfig.all_of(arguments.kernels))
-    kernels = choose_kernels(device, model_config, runtime)
-    graphdef, params = nnx.split(create_model(model_config, 0, runtime, kernels=kernels))
-    state = jax.jit(functools.partial(init_train_state, optimizer), donate_argnums=0)(params)
+    mesh = make_mesh(override(MeshConfig(fsdp=1), arguments.mesh)) if arguments.mesh else None
+    rules = train_rules(mesh)
+    kernels = choose_kernels(device, model_config, runtime, rules)
+    graphdef, params = nnx.split(create_model(model_config, 0, runtime, rules, kernels))
+    abstract = abstract_train_state(optimizer, params, rules, device)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    create = functools.partial(init_train_state, optimizer)
+    state = jax.jit(create, donate_argnums=0, out_shardings=places)(params)
     shape = (1, row.batch, row.length)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, model_config.vocab_size)
     batch = {
@@ -227,6 +239,8 @@ def measure_ours(
         "segment_ids": jnp.ones(shape, jnp.int32),
         "weights": jnp.ones(shape, jnp.float32),
     }
+    if mesh is not None:
+        batch = jax.device_put(batch, rules.sharding(None, "batch", "length"))
     rate = jnp.float32(1e-4)
     # The paper's balance losses (§3.1.2), which the peer does not compute.
     static = (graphdef, optimizer, LossConfig(BalanceConfig(0.003, 0.05, 0.02)), GuardConfig())
@@ -242,7 +256,8 @@ def measure_ours(
 
     del state, params
     seconds = timed(step, arguments.steps)
-    memory = device.memory_stats() or {}
+    used = [device] if mesh is None else list(mesh.devices.flat)
+    peaks = [(one.memory_stats() or {}).get("peak_bytes_in_use", 0) for one in used]
     analysis = compiled.memory_analysis()
     if arguments.profile is not None:
         arguments.profile.mkdir(parents=True, exist_ok=True)
@@ -253,7 +268,8 @@ def measure_ours(
     return {
         "chip": device.device_kind,
         "seconds": seconds,
-        "peak_bytes": memory.get("peak_bytes_in_use", 0),
+        "devices": len(used),
+        "peak_bytes": max(peaks),
         "argument_bytes": 0 if analysis is None else analysis.argument_size_in_bytes,
         "temporary_bytes": 0 if analysis is None else analysis.temp_size_in_bytes,
         "compile_seconds": compile_seconds,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arguments import command_line, one_line_errors
+from arguments import command_line, one_line_errors, png
 
 from dsjax.config.run_file import read_run_file
 from dsjax.training.picture import draw_run, read_metrics
@@ -21,11 +21,9 @@ def main() -> None:
     """Reads the arguments and writes the picture."""
     parser = command_line(__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, which holds run.json")
-    parser.add_argument("--output", type=Path, help="a PNG; default run.png in the run's folder")
+    parser.add_argument("--output", type=png, help="a PNG; default run.png in the run's folder")
     arguments = parser.parse_args()
     output = arguments.output or arguments.run / "run.png"
-    if output.suffix != ".png":
-        parser.error(f"--output: '{output}' must end in .png")
     with one_line_errors():
         config = read_run_file(arguments.run)
         draw_run(read_metrics(arguments.run), config).savefig(output, dpi=120)

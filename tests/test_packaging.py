@@ -39,7 +39,6 @@ NOT_IMPORTED = {
     "pytest-xdist",
     "ruff",
     "setuptools",
-    "uvloop",
 }
 
 

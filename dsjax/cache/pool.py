@@ -17,6 +17,7 @@ from dsjax.kernels import PAGE_SIZE, pool_rope_dim
 from dsjax.mesh import ShardingRules
 from dsjax.mesh.rules import Dims
 from pallas_kernels.mla_decode import LatentPages
+from pallas_kernels.quantised import row_scaled
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +31,7 @@ class LatentPool:
 
     Attributes:
         pages: latent [num_shards * num_layers * pages_per_layer, page_size, C] and rope [..., R],
-            where R may be padded.
+            where R may be padded; scale [...] of latents in 8 bits.
         num_layers: layers that share the pool.
         num_shards: devices that divide its pages.
     """
@@ -117,6 +118,16 @@ class LatentPool:
         latent_BSC, k_rope_BSR = read(self.pages, self.layer_table(layer, table_BP))
         return latent_BSC, k_rope_BSR
 
+    def as_cached(self, latent_BTC: jax.Array) -> jax.Array:
+        """Returns latents as they come back from the pool: rounded, where it has 8 bits for each.
+
+        A text is then, but for near ties, the same wherever its prompt was cut into pieces.
+        """
+        if self.pages.scale is None:
+            return latent_BTC
+        stored_BTC, scale_BT = row_scaled(latent_BTC, self.pages.latent.dtype)
+        return _widened(stored_BTC, scale_BT).astype(latent_BTC.dtype)
+
 
 def pool_dims(rules: ShardingRules) -> Dims:
     """Returns the logical dims that devices divide of each of the pages' arrays."""
@@ -130,10 +141,13 @@ def _read(
     latent_BSC = pages.latent[table_BP].reshape(*shape, -1)
     k_rope_BSR = pages.rope[table_BP].reshape(*shape, -1)[..., :rope_dim]
     if pages.scale is not None:
-        scale_BS = pages.scale[table_BP].reshape(*shape)
-        latent_BSC = latent_BSC.astype(jnp.float32) * scale_BS[..., None]
+        latent_BSC = _widened(latent_BSC, pages.scale[table_BP].reshape(*shape))
     latent_BSC = latent_BSC.astype(k_rope_BSR.dtype)
     return gather_tokens(axes, latent_BSC), gather_tokens(axes, k_rope_BSR)
+
+
+def _widened(stored_BTC: jax.Array, scale_BT: jax.Array) -> jax.Array:
+    return stored_BTC.astype(jnp.float32) * scale_BT[..., None]
 
 
 def allocate_pool(
@@ -142,6 +156,7 @@ def allocate_pool(
     dtype: DTypeLike,
     *,
     page_size: int = PAGE_SIZE,
+    rope_dtype: DTypeLike | None = None,
     decode_kernel: str = "xla",
     num_shards: int = 1,
 ) -> LatentPool:
@@ -150,8 +165,9 @@ def allocate_pool(
     Args:
         config: sizes.
         num_pages: pages that each layer has, of one device.
-        dtype: of the latents.
+        dtype: of the latents; int8 and float8_e4m3fn have a scale for each token.
         page_size: tokens a page holds, on all devices that divide them.
+        rope_dtype: of the rotary keys; None for the latents', or bfloat16 where these have scales.
         decode_kernel: implementation of `mla_decode` that will read it.
         num_shards: devices that divide its pages.
     """
@@ -161,6 +177,7 @@ def allocate_pool(
         config.attention.kv_lora_rank,
         pool_rope_dim(config.attention.qk_rope_head_dim, decode_kernel),
         dtype=dtype,
+        rope_dtype=rope_dtype,
     )
     return LatentPool(pages, config.num_layers, num_shards)
 

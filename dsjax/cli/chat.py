@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from dsjax.cli.arguments import (
+    CacheDType,
+    DeviceMemory,
     Kernels,
     MinP,
     ModelDType,
@@ -19,6 +21,7 @@ from dsjax.cli.arguments import (
     TopP,
     Verbose,
     sampling_options,
+    say_traffic,
 )
 from dsjax.config import EngineConfig, KernelConfig
 from dsjax.config.load import override
@@ -49,6 +52,8 @@ def chat(
     step: Step = None,
     dtype: ModelDType = "bfloat16",
     quantize: Quantize = None,
+    latent_dtype: CacheDType = None,
+    device_memory: DeviceMemory = None,
     kernels: Kernels = None,
     verbose: Verbose = False,
 ) -> None:
@@ -81,10 +86,21 @@ def chat(
     from dsjax.engine import Engine
     from dsjax.engine.sizes import fitting_pages
     from dsjax.serving.dialogue import Dialogue
+    from dsjax.weights.load_save import locate
 
-    model = load(checkpoint, dtype=dtype, kernels=named, step=step, quantize=quantize)
-    if model.tokenizer is None:
-        raise ValueError(f"{model.source}: holds no tokenizer.json, so there is no chat with it")
+    found = locate(checkpoint, step)
+    if found.tokenizer is None:  # said before minutes of reading weights
+        raise ValueError(f"{found.path}: holds no tokenizer.json, so there is no chat with it")
+    model = load(
+        checkpoint,
+        dtype=dtype,
+        kernels=named,
+        step=step,
+        quantize=quantize,
+        latent_dtype=latent_dtype,
+        device_memory=device_memory,
+    )
+    assert model.tokenizer is not None
     length = max_model_len or min(model.config.max_length, _USUAL_LENGTH)
     sizes = replace(sizes, max_length=length)
     sizes = replace(sizes, num_pages=fitting_pages(model, sizes, -(-length // _PAGE)))
@@ -92,3 +108,4 @@ def chat(
     with Engine(model, model.tokenizer, sizes, end_ids=defaults.eos_ids) as engine:
         dialogue = Dialogue(engine, defaults, system, **options)
         Terminal(dialogue, make_reader(), Console(), Console(stderr=True)).run()
+    say_traffic(model)

@@ -22,6 +22,13 @@ def convert(
             help="int8, fp8 or int4, or a recipe's file: ours, with weights in fewer bits."
         ),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="With int4: a file or folder of text, by which its numbers are searched for.",
+        ),
+    ] = None,
     ema: Annotated[
         bool, typer.Option("--ema", help="Of a training run: the moving average of its weights.")
     ] = False,
@@ -39,5 +46,6 @@ def convert(
         step=step,
         allow_nonfinite=allow_nonfinite,
         quantize=quantize,
+        calibrate=calibrate,
         ema=ema,
     )

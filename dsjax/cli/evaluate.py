@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dsjax.cli.arguments import Kernels, ModelDType, Quantize, Step, Verbose
+from dsjax.cli.arguments import CacheDType, Kernels, ModelDType, Quantize, Step, Verbose
 from dsjax.config import EngineConfig, KernelConfig
 from dsjax.config.load import override
 
@@ -55,6 +55,7 @@ def evaluate(
     step: Step = None,
     dtype: ModelDType = "bfloat16",
     quantize: Quantize = None,
+    latent_dtype: CacheDType = None,
     kernels: Kernels = None,
     verbose: Verbose = False,
 ) -> None:
@@ -86,7 +87,14 @@ def evaluate(
     from dsjax.api import load
     from dsjax.engine import Engine
 
-    model = load(checkpoint, dtype=dtype, kernels=named, step=step, quantize=quantize)
+    model = load(
+        checkpoint,
+        dtype=dtype,
+        kernels=named,
+        step=step,
+        quantize=quantize,
+        latent_dtype=latent_dtype,
+    )
     if model.tokenizer is None:
         raise ValueError(f"{model.source}: holds no tokenizer.json, so there is no text to score")
     options: dict[str, Any] = {

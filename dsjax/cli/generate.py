@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from dsjax.cli.arguments import (
+    CacheDType,
     DeviceMemory,
     Kernels,
     MinP,
@@ -43,6 +44,7 @@ def generate(
     step: Step = None,
     dtype: ModelDType = "bfloat16",
     quantize: Quantize = None,
+    latent_dtype: CacheDType = None,
     device_memory: DeviceMemory = None,
     kernels: Kernels = None,
     verbose: Verbose = False,
@@ -68,6 +70,7 @@ def generate(
         kernels=named,
         step=step,
         quantize=quantize,
+        latent_dtype=latent_dtype,
         device_memory=device_memory,
     )
     prompts: list[Any] = list(prompt)

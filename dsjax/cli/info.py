@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 
-from dsjax.cli.arguments import DeviceMemory, Overrides, Quantize
+from dsjax.cli.arguments import CacheDType, DeviceMemory, Overrides, Quantize
 from dsjax.config import ModelConfig
 from dsjax.config.engine import memory_bytes
 from dsjax.config.load import load_config, load_recipe, named_configs, override
+from dsjax.config.runtime import LatentDType
 from dsjax.families import find_model_config
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -27,6 +28,7 @@ def info(
     length: Annotated[int, typer.Option(help="Tokens of a training sequence.", min=1)] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quantize: Quantize = None,
+    latent_dtype: CacheDType = None,
     device_memory: DeviceMemory = None,
     link: Annotated[
         float,
@@ -38,8 +40,8 @@ def info(
 
     model = _model_config(config, overrides or ())
     figures = describe(model, length)
-    if quantize is not None or device_memory is not None:
-        figures |= _figures_of_fit(model, quantize, device_memory, link)
+    if any(given is not None for given in (quantize, latent_dtype, device_memory)):
+        figures |= _figures_of_fit(model, quantize, latent_dtype, device_memory, link)
     if as_json:
         print(json.dumps(figures, indent=2))
         return
@@ -53,14 +55,22 @@ def info(
 
 
 def _figures_of_fit(
-    model: ModelConfig, quantize: str | None, device_memory: str | None, link: float
+    model: ModelConfig,
+    quantize: str | None,
+    latent_dtype: LatentDType | None,
+    device_memory: str | None,
+    link: float,
 ) -> dict[str, float]:
     """Returns where the weights lie, what a token reads of them, and what the link allows."""
+    from dsjax.cache import full_bytes_per_token
     from dsjax.engine.fit import fit
 
     memory = None if device_memory is None else memory_bytes(device_memory)
-    found = fit(model, None if quantize is None else load_recipe(quantize), memory)
+    recipe = None if quantize is None else load_recipe(quantize)
+    found = fit(model, recipe, memory, latent_dtype=latent_dtype)
     figures: dict[str, float] = {
+        "latent_cache_bytes_per_token": found.latents_per_token,
+        "cache_saving": 1 - found.latents_per_token / full_bytes_per_token(model),
         "weight_bytes": found.weights,
         "read_bytes_per_token": found.read_per_token,
     }

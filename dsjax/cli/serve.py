@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dsjax.cli.arguments import (
+    CacheDType,
     DeviceMemory,
     Kernels,
     ModelDType,
@@ -63,6 +64,7 @@ def serve(
     step: Step = None,
     dtype: ModelDType = "bfloat16",
     quantize: Quantize = None,
+    latent_dtype: CacheDType = None,
     device_memory: DeviceMemory = None,
     kernels: Kernels = None,
     verbose: Verbose = False,
@@ -103,6 +105,7 @@ def serve(
         kernels=named,
         step=step,
         quantize=quantize,
+        latent_dtype=latent_dtype,
         device_memory=device_memory,
     )
     if model.tokenizer is None:

@@ -4,8 +4,9 @@ from dsjax.config.data import DataConfig, PrepareConfig, SourceConfig
 from dsjax.config.engine import EngineConfig
 from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
+from dsjax.config.optimizer import OptimizerConfig
 from dsjax.config.quantisation import RECIPES, QuantisationConfig, QuantisationRule
-from dsjax.config.runtime import KernelConfig, RuntimeConfig
+from dsjax.config.runtime import KernelConfig, LatentDType, RuntimeConfig
 from dsjax.config.serialize import from_json, to_json
 from dsjax.config.serve import ServeConfig
 from dsjax.config.train import (
@@ -15,7 +16,6 @@ from dsjax.config.train import (
     GuardConfig,
     LogConfig,
     LossConfig,
-    OptimizerConfig,
     TokenDropping,
     TrainConfig,
 )
@@ -32,6 +32,7 @@ __all__ = [
     "EngineConfig",
     "GuardConfig",
     "KernelConfig",
+    "LatentDType",
     "LogConfig",
     "LossConfig",
     "MeshConfig",

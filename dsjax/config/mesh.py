@@ -17,7 +17,7 @@ class MeshConfig:
         data: replicas of the parameters.
         fsdp: shards of each parameter, gathered just in time.
         expert: shards of the experts; elsewhere it divides the batch as data does.
-        context: shards of the sequence.
+        context: shards of each row of tokens, for training on long ones.
         tensor: shards of heads and hidden widths.
     """
 
@@ -33,9 +33,3 @@ class MeshConfig:
         for name in ("data", "fsdp", "expert", "context", "tensor"):
             value = getattr(self, name)
             require(value == -1 or value > 0, f"mesh.{name}", value, "must be positive or -1")
-        require(
-            self.context == 1,
-            "mesh.context",
-            self.context,
-            "must be 1: not implemented in training",
-        )

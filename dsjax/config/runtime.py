@@ -11,6 +11,8 @@ from dsjax.config.quantisation import QuantisationConfig
 
 DType = Literal["float32", "bfloat16"]
 DTYPES = ("float32", "bfloat16")
+LatentDType = Literal["int8", "fp8"]
+LATENT_DTYPES: dict[LatentDType, str] = {"int8": "int8", "fp8": "float8_e4m3fn"}  # and JAX's names
 RematPolicy = Literal["none", "full", "save_dots", "save_attention"]
 Implementation = Literal["auto", "reference", "xla", "tpu", "hopper"]
 
@@ -30,6 +32,9 @@ class KernelConfig:
             tokens "bfloat16_terms" comes to as much by products that matrix units take.
         expert_exchange: how tokens move between devices that divide the experts. "ragged" (TPUs)
             and "ragged_parts" (GPUs) send what there is, "fixed" as much as there might be.
+        latent_exchange: how latents reach the devices that divide a row (mesh axis context).
+            "gather" sends all to all at once. "ring" hands them on while it attends to those that
+            it has, and holds two devices' at a time; it sends more in a step.
         exchange_chunks: parts of a device's tokens that are exchanged one by one, so that one is
             computed while the next is under way.
         exchange_room: what a device has room to receive in one pass of an exchange, and rows that
@@ -45,6 +50,7 @@ class KernelConfig:
     grouped_matmul: Implementation = "auto"
     router: Literal["auto", "float32", "bfloat16_terms"] = "auto"
     expert_exchange: Literal["auto", "fixed", "ragged", "ragged_parts"] = "auto"
+    latent_exchange: Literal["gather", "ring"] = "gather"
     exchange_chunks: int = 1
     exchange_room: float = 1.25
     unroll_decode: bool | None = None
@@ -76,6 +82,9 @@ class RuntimeConfig:
             recomputes all, "save_dots" keeps matmul outputs, "save_attention" keeps attention's.
         kernels: which kernels run.
         quantisation: weights that are kept in fewer bits, which are not trained; None for none.
+        latent_dtype: type of the latents that generation keeps, each token's with a scale of its
+            own: "int8" or "fp8" (e4m3), with rotary keys in `dtype`; not on TPUs. None keeps all
+            in `dtype`.
     """
 
     dtype: DType = "bfloat16"
@@ -83,6 +92,7 @@ class RuntimeConfig:
     remat: RematPolicy = "full"
     kernels: KernelConfig = field(default_factory=KernelConfig)
     quantisation: QuantisationConfig | None = None
+    latent_dtype: LatentDType | None = None
 
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
@@ -95,3 +105,8 @@ class RuntimeConfig:
             )
         policies = ("none", "full", "save_dots", "save_attention")
         require(self.remat in policies, "runtime.remat", self.remat, f"must be one of {policies}")
+
+    @property
+    def cached_dtype(self) -> str:
+        """The type of the latents in the cache, by JAX's name."""
+        return self.dtype if self.latent_dtype is None else LATENT_DTYPES[self.latent_dtype]

@@ -1,9 +1,8 @@
-"""What a training run is: optimiser, losses, checkpoints and logs, around one model."""
+"""What a training run is: batches, losses, checkpoints and logs, around one model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from dsjax.config.data import DataConfig
 from dsjax.config.fitting import checked
@@ -16,89 +15,9 @@ from dsjax.config.model import (
     require_positive,
     require_seed,
 )
-from dsjax.config.runtime import DTYPES, DType, RuntimeConfig
+from dsjax.config.optimizer import OptimizerConfig
+from dsjax.config.runtime import RuntimeConfig
 from dsjax.config.watch import ChecksConfig, WatchConfig
-
-Rounding = Literal["nearest", "stochastic", "compensated"]
-ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "compensated")
-
-
-@checked
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and the paper's schedules (§3.1.2).
-
-    Attributes:
-        peak_learning_rate: after the warm-up.
-        warmup_steps: steps of linear warm-up from 0.
-        decay_factor: the learning rate is multiplied by it at each fraction in `decay_at`.
-        decay_at: fractions of all tokens at which the learning rate decays.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        epsilon: added to the root of the second moment.
-        weight_decay: decoupled, on matrices alone.
-        clip_norm: bound on the global gradient norm.
-        moment_dtype: type that both moments are stored in; the arithmetic is float32.
-        rounding: of what a step stores in bfloat16. "nearest" loses updates below half a unit of
-            a parameter's last place. "stochastic" rounds parameters and moments up or down at
-            random, right in the mean, and costs no memory. "compensated" keeps what rounding took
-            off a parameter beside it, in 2 bytes more (Kahan), and rounds moments to nearest.
-        ema_decay: of a moving average of the parameters, kept beside them in float32 (4 bytes each)
-            and in the checkpoints; smaller while n updates are fewer than it looks back on,
-            (1 + n) / (10 + n). None keeps none.
-    """
-
-    peak_learning_rate: float = 2.4e-4
-    warmup_steps: int = 2000
-    decay_factor: float = 0.316
-    decay_at: tuple[float, ...] = (0.6, 0.9)
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    moment_dtype: DType = "float32"
-    rounding: Rounding = "nearest"
-    ema_decay: float | None = None
-
-    def __post_init__(self) -> None:
-        require_positive(
-            "optimizer",
-            peak_learning_rate=self.peak_learning_rate,
-            decay_factor=self.decay_factor,
-            epsilon=self.epsilon,
-            clip_norm=self.clip_norm,
-        )
-        require_not_negative(
-            "optimizer", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay
-        )
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"optimizer.{name}", value, "must be in [0, 1)")
-        if self.ema_decay is not None:
-            inside = 0 < self.ema_decay < 1
-            require(inside, "optimizer.ema_decay", self.ema_decay, "must be between 0 and 1")
-        ordered = list(self.decay_at) == sorted(self.decay_at)
-        inside = all(0 < fraction < 1 for fraction in self.decay_at)
-        require(
-            ordered and inside,
-            "optimizer.decay_at",
-            self.decay_at,
-            "must be rising fractions between 0 and 1",
-        )
-        for name, choices in (("moment_dtype", DTYPES), ("rounding", ROUNDINGS)):
-            value = getattr(self, name)
-            require(value in choices, f"optimizer.{name}", value, f"must be one of {choices}")
-        if self.moment_dtype == "bfloat16" and self.rounding != "stochastic":
-            for name in ("beta1", "beta2"):
-                # Of 8 bits a moment loses at least half of the last, or is rounded back to itself.
-                require(
-                    getattr(self, name) <= 1 - 2**-8,
-                    f"optimizer.{name}",
-                    getattr(self, name),
-                    "must be at most 0.99609375, or a bfloat16 moment never falls; take "
-                    "rounding=stochastic or moment_dtype=float32",
-                )
 
 
 @checked
@@ -312,6 +231,9 @@ class LogConfig:
         eval_every: steps between held-out evaluations; 0 evaluates at the end alone.
         eval_rows: held-out rows per evaluation, spread evenly over all of them and the same each
             time; 0 takes all.
+        eval_ema: whether an evaluation is also of the parameters' moving average, where
+            `optimizer.ema_decay` keeps one; takes as long again. Its figures are beside those of
+            the parameters themselves, as eval_ema_bits_per_byte and eval_ema_cross_entropy.
         tensorboard: also write event files.
         wandb_project: also log to this Weights & Biases project; "" for none.
     """
@@ -319,6 +241,7 @@ class LogConfig:
     every: int = 10
     eval_every: int = 1000
     eval_rows: int = 0
+    eval_ema: bool = True
     tensorboard: bool = False
     wandb_project: str = ""
 
@@ -383,6 +306,12 @@ class TrainConfig:
             "runtime.quantisation",
             self.runtime.quantisation,
             "must be none: quantised weights are for generation, and have no gradient",
+        )
+        require(
+            self.runtime.latent_dtype is None,
+            "runtime.latent_dtype",
+            self.runtime.latent_dtype,
+            "must be none: it is of generation's cache, so of load and of --latent-dtype",
         )
         stored = {self.runtime.param_dtype}
         if self.optimizer.rounding == "stochastic":

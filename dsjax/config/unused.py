@@ -44,6 +44,8 @@ def fields_without_effect(config: TrainConfig) -> list[str]:
         reason = "mesh.expert=1 exchanges nothing"
         for name in ("expert_exchange", "exchange_chunks"):
             unused(f"runtime.kernels.{name}", reason)
+    if config.mesh.context == 1:
+        unused("runtime.kernels.latent_exchange", "mesh.context=1 divides no row")
     for name in ("mla_decode", "unroll_decode"):
         unused(f"runtime.kernels.{name}", "training decodes nothing")
     if config.optimizer.warmup_steps >= config.num_steps:

@@ -9,6 +9,8 @@ documents the state is each host's own.
 from __future__ import annotations
 
 import itertools
+import re
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ Batch = dict[str, np.ndarray]
 Rows = Iterable[Row]
 
 
+class WorkerLostError(RuntimeError):
+    """A process that reads documents ended; those that it was to give are in no row."""
+
+
 class Loader(grain.DatasetIterator[Row]):
     """The endless training stream of one host; each element is a row.
 
@@ -39,7 +45,13 @@ class Loader(grain.DatasetIterator[Row]):
         self._process_count = process_count
 
     def __next__(self) -> Row:
-        return next(self._iterator)
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            ended = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            if ended is None:
+                raise
+            raise WorkerLostError(_lost_worker(int(ended[1]))) from error
 
     def next_batch(self, num_rows: int) -> Batch:
         """Returns the next rows of this host, stacked.
@@ -264,6 +276,20 @@ def make_eval_batches(
         process_index=process_index,
         process_count=process_count,
         max_rows=max_rows,
+    )
+
+
+def _lost_worker(exit_code: int) -> str:
+    """Says in one line how a process of `data.num_workers` ended; signals are negative."""
+    if exit_code < 0:
+        how = f"was ended by signal {-exit_code}"
+        if -exit_code in set(signal.Signals):
+            how += f" ({signal.Signals(-exit_code).name})"
+    else:
+        how = f"ended with code {exit_code}"
+    return (
+        f"a process of data.num_workers {how}; where memory ran out, take fewer; run again to go "
+        "on from the last checkpoint"
     )
 
 

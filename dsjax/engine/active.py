@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from dsjax.data.tokenizer import Tokenizer
 from dsjax.engine.packing import Choice
 from dsjax.engine.request import Event, Finish, Generation, Request, TextPiece, TokenLogProb
 from dsjax.engine.state import Piece, Sequence
-from dsjax.inference.sampler import LogProbs, allowed_bits, pack
+from dsjax.inference.sampler import PACKED_INDEX, LogProbs, allowed_bits, pack
 from dsjax.inference.text import TextStream
 
 
@@ -54,14 +55,7 @@ class Active:
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogProb] = []
         self._prompt_logprobs: dict[int, TokenLogProb] = {}
-        self._packed = pack(sampling, sampling.key(request.prompt, request.sample), 0)
-        self._allowed: np.ndarray | None = None
-        if sampling.allowed_tokens is not None:
-            self._allowed = allowed_bits(np.asarray(sampling.allowed_tokens), vocab_size)
-        self._bias: tuple[np.ndarray, np.ndarray] | None = None
-        if sampling.logit_bias:
-            ids, numbers = zip(*sampling.logit_bias.items(), strict=True)
-            self._bias = (np.asarray(ids, np.int32), np.asarray(numbers, np.float32))
+        self._choice = _choice_of(request, vocab_size)
 
     @property
     def counts_tokens(self) -> bool:
@@ -70,33 +64,23 @@ class Active:
 
     def choice(self) -> Choice:
         """Returns how the newest pending token is chosen, when all before it are known."""
-        sampling, sequence = self.request.sampling, self.sequence
-        self._packed[2] = sequence.length - sequence.num_prompt - 1
-        allowed, mask = self._allowed, self.request.mask
+        sequence, choice, mask = self.sequence, self._choice, self.request.mask
+        choice.packed[PACKED_INDEX] = sequence.length - sequence.num_prompt - 1
         # What is chosen after the end is thrown away, and a grammar has nothing to say of it.
-        if mask is not None and self.generation is None:
-            bits = mask.allowed()
-            if bits is not None:
-                allowed = bits if allowed is None else allowed & bits
-        return Choice(
-            self._packed,
-            draws=sampling.draws,
-            limits=sampling.draws and sampling.limits,
-            changes=sampling.changes_logits or mask is not None,
-            logprobs=sampling.logprobs is not None,
-            allowed=allowed,
-            bias=self._bias,
-        )
+        if mask is None or self.generation is not None or (bits := mask.allowed()) is None:
+            return choice
+        return replace(choice, allowed=bits if choice.allowed is None else choice.allowed & bits)
 
     def feed(self, token: int, logprobs: LogProbs | None, row: int) -> None:
         """Takes the next token, which may end the text."""
-        if self.request.mask is not None:
-            self.request.mask.advance(token)
+        request = self.request
+        if request.mask is not None:
+            request.mask.advance(token)
         self._tokens.append(token)
         new_logprobs: tuple[TokenLogProb, ...] = ()
-        if self.request.sampling.logprobs is not None:
+        if request.sampling.logprobs is not None:
             assert logprobs is not None
-            new_logprobs = (_logprob(logprobs, row, token, self.request.sampling.logprobs),)
+            new_logprobs = (_logprob(logprobs, row, token, request.sampling.logprobs),)
             self._logprobs += new_logprobs
         text = self._text.feed(token)
         self._on_event(TextPiece(text, (token,), new_logprobs))
@@ -136,6 +120,26 @@ class Active:
             self.sequence.num_shared,
         )
         self._on_event(self.generation)
+
+
+def _choice_of(request: Request, vocab_size: int) -> Choice:
+    """Returns how all tokens are chosen, without what a grammar says of the next."""
+    sampling = request.sampling
+    allowed = bias = None
+    if sampling.allowed_tokens is not None:
+        allowed = allowed_bits(np.asarray(sampling.allowed_tokens), vocab_size)
+    if sampling.logit_bias:
+        ids, numbers = zip(*sampling.logit_bias.items(), strict=True)
+        bias = (np.asarray(ids, np.int32), np.asarray(numbers, np.float32))
+    return Choice(
+        pack(sampling, sampling.key(request.prompt, request.sample), 0),
+        draws=sampling.draws,
+        limits=sampling.draws and sampling.limits,
+        changes=sampling.changes_logits or request.mask is not None,
+        logprobs=sampling.logprobs is not None,
+        allowed=allowed,
+        bias=bias,
+    )
 
 
 def _finish(finish: str) -> Finish:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ def compiled(
     donated: tuple[int, ...],
     out_sharding: Any,
     *,
-    unpacks: bool = False,
+    quantised: bool = False,
     unrolled: bool = False,
     spelling: str | None = None,
 ) -> Any:
@@ -39,21 +39,20 @@ def compiled(
         arguments: its other arguments: arrays, or `jax.ShapeDtypeStruct` with shardings.
         donated: places among `arguments` whose arrays are overwritten.
         out_sharding: of all results, or a tuple of them.
-        unpacks: whether quantised weights come as bytes.
+        quantised: whether it multiplies quantised weights.
         unrolled: whether it is a decode step that has every layer by itself.
         spelling: says what `static` is, alike in every process: such a program may be kept on disk
             (see `program_store`).
     """
     leaves, treedef = jax.tree.flatten(arguments)
     shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype), leaf.sharding) for leaf in leaves)
-    key = (function, static, treedef, shapes, donated, out_sharding)
+    key = (function, static, treedef, shapes, donated, out_sharding, quantised, unrolled)
     with _lock:
         if key in _programs:
             _programs.move_to_end(key)
             return _programs[key]
     run = functools.partial(function, *static)
     jitted = jax.jit(run, donate_argnums=donated, out_shardings=out_sharding)
-    quantised = unpacks or any(leaf.dtype in _QUANTISED_DTYPES for leaf in leaves)
     devices = sorted(jax.tree.leaves(out_sharding)[0].device_set, key=lambda device: device.id)
     platform = devices[0].platform
     options = inference_options(platform, quantised=quantised, unrolled=unrolled)
@@ -73,6 +72,11 @@ def compiled(
         while len(_programs) > _MAX_PROGRAMS:
             _programs.popitem(last=False)
     return program
+
+
+def are_quantised(weights: Iterable[Any]) -> bool:
+    """Returns whether there are arrays of few bits among a model's."""
+    return any(weight.dtype in _QUANTISED_DTYPES for weight in weights)
 
 
 def forget_programs() -> None:

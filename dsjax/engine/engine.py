@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
@@ -26,6 +28,25 @@ from dsjax.engine.state import ChunkShape, Limits
 from dsjax.model import DeepSeekV2
 
 _LOG = logging.getLogger(__name__)
+
+# Those whose thread runs. They are closed before the process ends, under which no step can run.
+_running: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for engine in list(_running):
+        engine.close()
+
+
+def _close_at_exit(engine: Engine) -> None:
+    """Closes it when the process ends, before all else that is registered for then by now.
+
+    What is registered last runs first. JAX keeps the constants of what it traces by
+    `weakref.finalize`, which forgets them at exit: a step that is traced then reads what is gone.
+    """
+    _running.add(engine)
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
 
 
 class EngineError(RuntimeError):
@@ -233,9 +254,11 @@ class Engine:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
                 self._thread.start()
+                _close_at_exit(self)
 
     def close(self) -> None:
         """Ends what is under way and frees the pool."""
+        _running.discard(self)
         self._leave(lambda: self._loop.give_up(EngineError("the engine is closed")))
         with self._arrived:
             self._arrived.notify_all()
@@ -244,7 +267,7 @@ class Engine:
             thread.join()
         with self._turn:
             self._take_inbox()
-            self._runner.release()
+            self._runner.close()
 
     def __enter__(self) -> Engine:
         return self

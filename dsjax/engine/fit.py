@@ -9,6 +9,7 @@ from flax import nnx
 
 from dsjax.config import RECIPES, EngineConfig, ModelConfig, QuantisationConfig, RuntimeConfig
 from dsjax.config.load import load_model_config
+from dsjax.config.runtime import LatentDType
 from dsjax.engine.sizes import step_bytes
 from dsjax.kernels import pool_rope_dim
 from dsjax.layers.moe import MoE
@@ -65,6 +66,7 @@ def fit(
     device_memory: int | None,
     engine: EngineConfig = _ALONE,
     decode_kernel: str = "xla",
+    latent_dtype: LatentDType | None = None,
 ) -> Fit:
     """Counts what `load(..., quantize=recipe, device_memory=...)` and an engine come to.
 
@@ -74,12 +76,13 @@ def fit(
         device_memory: bytes of the device that the model may take; None for as many as it needs.
         engine: sizes of the engine.
         decode_kernel: implementation of `mla_decode` that reads the cache.
+        latent_dtype: of the cached latents, as `RuntimeConfig` has it.
 
     Raises:
         ValueError: the weights do not fit, not even without routed experts; or the recipe does not
             fit the model.
     """
-    runtime = RuntimeConfig(param_dtype="bfloat16", quantisation=recipe)
+    runtime = RuntimeConfig(param_dtype="bfloat16", quantisation=recipe, latent_dtype=latent_dtype)
     graphdef, abstract = abstract_model(config, runtime)
     flat = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
     sizes = {path: stored_bytes(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
@@ -90,7 +93,9 @@ def fit(
     read = total - routed - embed + embed // config.vocab_size + int(share * routed)
     itemsize, attention = jnp.dtype(runtime.dtype).itemsize, config.attention
     rope = pool_rope_dim(attention.qk_rope_head_dim, decode_kernel)
-    latents = config.num_layers * (attention.kv_lora_rank + rope) * itemsize
+    latent = attention.kv_lora_rank * jnp.dtype(runtime.cached_dtype).itemsize
+    scale = 0 if latent_dtype is None else 4
+    latents = config.num_layers * (latent + scale + rope * itemsize)
     if device_memory is None:
         return Fit(total, total, 0, read, latents, 0, None, 0)
     leaves = must_leave_device(

@@ -33,7 +33,7 @@ from flax import nnx
 
 from dsjax.cache import LatentPool
 from dsjax.engine import programs
-from dsjax.engine.compiled import compiled
+from dsjax.engine.compiled import are_quantised, compiled
 from dsjax.engine.expert_cache import ExpertCache
 from dsjax.engine.programs import ModelKey, RowShape
 from dsjax.engine.sizes import wave_sizes
@@ -226,8 +226,9 @@ class HostReader:
             key = (function, arguments[0].x_BTD.shape, len(arguments[2]))
             static = (self._experts.layout, self._model.options.kernels)
         if key not in self._programs:
+            quantised = shape is None or are_quantised(self._leaves)  # experts come as bytes
             self._programs[key] = compiled(
-                function, static, arguments, donated, self._sharding, unpacks=shape is None
+                function, static, arguments, donated, self._sharding, quantised=quantised
             )
         return self._programs[key]
 

@@ -6,6 +6,7 @@ import contextlib
 import heapq
 import logging
 import time
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import jax
@@ -81,16 +82,16 @@ class Loop:
             return
         try:
             steps = self._lanes.next_steps()
-            row = None
-            if steps is not None:
-                row = self._read(steps)
+            row = None if steps is None else self._read(steps)
             self._settle_step()
-            if steps is not None:
-                assert row is not None
-                self._choose(steps, row)
+            if steps is not None and row is not None:
+                self._choose(steps, row.result())
             self._num_failures = 0
         except Exception as error:
             self._fail(error)
+        except BaseException:  # Ctrl-C, perhaps before what was begun was launched
+            self._abandon("the step was interrupted")
+            raise
 
     def settle(self) -> None:
         """Takes what is left of the last step, so that the engine is at rest."""
@@ -99,7 +100,7 @@ class Loop:
         except Exception as error:
             self._fail(error)
 
-    def _read(self, steps: list[Step]) -> Row:
+    def _read(self, steps: list[Step]) -> Future[Row]:
         for sequence in (started for step in steps for started in step.started):
             active = self._active[sequence]
             if active.counts_tokens:
@@ -159,10 +160,11 @@ class Loop:
         tokens_M, logprobs = under_way.chosen.on_host()
         now = time.monotonic()
         self._meter.waited(now - waited)
+        tokens = tokens_M.tolist()
         for place, active in under_way.live:
             if active.generation is not None:
                 continue  # it ended while this token was chosen
-            token = int(tokens_M[place])
+            token = tokens[place]
             if token < 0:
                 self.end(active, "error", "the model's logits are NaN or infinite")
                 continue
@@ -219,8 +221,13 @@ class Loop:
         """Ends what was on the device when a step failed; the others go on, or all end loudly."""
         _LOG.error("engine: a step failed: %s: %s", type(error).__name__, error)
         self._num_failures += 1
+        self._abandon(f"the device failed: {type(error).__name__}: {error}")
+        if self._num_failures >= _MAX_FAILURES:
+            self.give_up(error)
+
+    def _abandon(self, text: str) -> None:
+        """Ends what has begun, and begins anew with what has not."""
         self._under_way = None
-        text = f"the device failed: {type(error).__name__}: {error}"
         for sequence, active in list(self._active.items()):
             if sequence.slot is not None or sequence.num_pending > 0:
                 self.end(active, "error", text)
@@ -229,9 +236,6 @@ class Loop:
             self._runner.reset()
         except Exception as again:
             self.give_up(again)
-            return
-        if self._num_failures >= _MAX_FAILURES:
-            self.give_up(error)
 
     def give_up(self, error: BaseException) -> None:
         """Ends all requests; there will be no other."""

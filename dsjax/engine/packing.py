@@ -50,14 +50,16 @@ def _pack_row(shape: RowShape, step: Step, nobody: int) -> np.ndarray:
     count = shape.num_decoding
     decoding = np.zeros((3, count), np.int32)
     decoding[0] = nobody
-    for at, sequence in enumerate(step.decoding):
-        decoding[:, at] = _slot(sequence), sequence.num_cached - 1, 1
+    size = len(step.decoding)
+    decoding[0, :size] = [_slot(sequence) for sequence in step.decoding]
+    decoding[1, :size] = [sequence.num_cached - 1 for sequence in step.decoding]
+    decoding[2, :size] = 1
     wanted_M = np.zeros(shape.num_wanted, np.int32)
-    wanted_M[: len(step.decoding)] = np.arange(len(step.decoding))
+    wanted_M[:size] = np.arange(size)
     packed = [decoding.reshape(-1), wanted_M]
     if shape.chunk is not None:
         packed += _pack_pieces(shape, shape.chunk, step.pieces, nobody)
-        place = len(step.decoding)
+        place = size
         for index, piece in enumerate(step.pieces):
             if piece.sequence.on_device:  # its next token is chosen from this step
                 wanted_M[place] = count + index * shape.chunk.num_tokens + piece.num_tokens - 1
@@ -91,9 +93,10 @@ def pack_choices(
     """Returns the rows that `programs.choose_tokens` takes; those of nobody are thrown away."""
     packed_MK = np.zeros((size, PACKED_SIZE + 1), np.uint32)
     packed_MK[:, PACKED_SIZE] = nobody
-    for at, sequence, choice in zip(places, sequences, choices, strict=True):
-        packed_MK[at, :PACKED_SIZE] = choice.packed
-        packed_MK[at, PACKED_SIZE] = _slot(sequence)
+    if choices:
+        packed = np.concatenate([choice.packed for choice in choices])
+        packed_MK[places, :PACKED_SIZE] = packed.reshape(-1, PACKED_SIZE)
+        packed_MK[places, PACKED_SIZE] = [_slot(sequence) for sequence in sequences]
     return packed_MK
 
 

@@ -6,7 +6,7 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -54,7 +54,8 @@ class Request:
         prompt: token ids, BOS included.
         sampling: how it is made.
         sample: its number among several of one prompt and seed, which get other noise.
-        priority: the lower, the sooner; those that wait long move up.
+        priority: the lower, the sooner; those that wait long move up. One takes the place of less
+            urgent ones that run where there is no other; these go on later.
         deadline_seconds: it is ended so long after it was submitted; None lets it run.
         mask: which tokens may come; of this request alone, as it has a state.
     """
@@ -100,8 +101,7 @@ class Generation:
     num_shared: int = field(default=0, compare=False)
 
 
-@dataclass(frozen=True)
-class TextPiece:
+class TextPiece(NamedTuple):
     """What one more token made certain.
 
     Attributes:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Container
 from collections.abc import Sequence as Listing
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,8 +18,9 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from dsjax.cache import LatentPool, pool_dims
 from dsjax.config import EngineConfig
 from dsjax.engine import programs
-from dsjax.engine.compiled import compiled
+from dsjax.engine.compiled import are_quantised, compiled
 from dsjax.engine.host_reader import HostReader, Tables
+from dsjax.engine.launcher import Launcher
 from dsjax.engine.packing import Choice, pack_changes, pack_choices, pack_rows
 from dsjax.engine.pending import Chosen, Row, copy_to_host
 from dsjax.engine.programs import ChoiceShape, ModelKey, RowShape
@@ -33,8 +35,9 @@ from dsjax.weights.host_experts import host_experts_of
 class Runner:
     """Holds a model, the pool and the tables, and runs steps; knows nothing of requests.
 
-    All launches return before the device is done; but where experts are in the host's memory, a row
-    is read layer by layer, and `read` returns during the last.
+    All launches return before the device is done. To launch a step's many kernels takes the host
+    milliseconds, so a thread does it while the host takes what the step before gave; where experts
+    are in the host's memory, that thread reads a row layer by layer.
     """
 
     def __init__(
@@ -99,19 +102,24 @@ class Runner:
                 self._key, self._leaves, experts, capacity, self._sharding
             )
         self._programs: dict[_ProgramKey, Any] = {}
+        self._launcher = Launcher()
 
     # Arrays
 
     def reset(self) -> None:
         """Allocates the pool and the tables anew, as at the start and after a failed step."""
+        self._launcher.wait()
         self._arrays = None
         self._known_W = self._put(self._known_ids)
         self._arrays = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self._shapes
         )
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Frees the pool and the tables, and experts that are in the host's memory anyway."""
+        self._launcher.close()
+        with contextlib.suppress(Exception):  # of a step that failed
+            jax.block_until_ready(self._arrays)  # a process that ends under a step is aborted
         self._arrays = None
         if self._host_reader is not None:
             self._host_reader.forget()
@@ -156,13 +164,17 @@ class Runner:
 
     # Launching
 
-    def read(self, steps: Listing[Step], prompt_logprobs: Container[Sequence] = ()) -> Row:
-        """Begins to read the rows of a step.
+    def read(self, steps: Listing[Step], prompt_logprobs: Container[Sequence] = ()) -> Future[Row]:
+        """Begins to read the rows of a step; nothing else may be launched before that is done.
 
         Args:
             steps: the step of each lane; those that have a chunk have the same.
             prompt_logprobs: sequences whose prompts' tokens get their log-probabilities.
+
+        Returns:
+            The rows, once they are launched.
         """
+        self._launcher.wait()  # where the wait for the step before was broken off
         assert self._arrays is not None
         self._set_pages([page for step in steps for page in step.new_pages])
         shape = self.shapes.row(
@@ -172,11 +184,11 @@ class Runner:
             any(piece.sequence in prompt_logprobs for step in steps for piece in step.pieces),
             all(piece.start == 0 for step in steps for piece in step.pieces),
         )
-        return self._read_rows(shape, steps)
-
-    def _read_rows(self, shape: RowShape, steps: Listing[Step]) -> Row:
-        assert self._arrays is not None
         integers_RK = self._put(pack_rows(shape, steps, self._nobody))
+        return self._launcher.submit(self._read_rows, shape, integers_RK)
+
+    def _read_rows(self, shape: RowShape, integers_RK: jax.Array) -> Row:
+        assert self._arrays is not None
         pool, tables = self._arrays.pool, (self._arrays.newest_S, self._arrays.table_SP)
         if self._host_reader is None:
             logits_MW, logprobs, pool = self.program(shape)(
@@ -299,7 +311,8 @@ class Runner:
         if self._host_reader is None:
             for rows in self.shapes.rows():
                 nothing = Step([], [], rows.chunk, [], [], [])
-                self._read_rows(rows, [nothing] * self._num_lanes)
+                packed = pack_rows(rows, [nothing] * self._num_lanes, self._nobody)
+                self._read_rows(rows, self._put(packed))
         for shape in self.shapes.choices():
             wide = (shape.num_wanted, self._vocab_size)
             self._choose(shape, jnp.zeros(wide, jnp.float32, device=self._logits_sharding))
@@ -314,13 +327,18 @@ class Runner:
         """Returns a program, compiled when it is needed first."""
         if key not in self._programs:
             places: Any = self._sharding
-            unrolled = False
+            quantised = unrolled = False
             if isinstance(key, RowShape):
+                quantised = are_quantised(self._leaves)
                 places = (self._logits_sharding, self._sharding, self._pool_sharding)
                 unrolled = self._unrolls and key.chunk is None
             spelling = f"{self._spelling} {key}"
             self._programs[key] = compiled(
-                *self._to_compile(key), places, unrolled=unrolled, spelling=spelling
+                *self._to_compile(key),
+                places,
+                quantised=quantised,
+                unrolled=unrolled,
+                spelling=spelling,
             )
         return self._programs[key]
 

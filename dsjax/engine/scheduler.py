@@ -137,7 +137,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, length: int) -> bool:
         """Gives a sequence pages for its first `length` tokens; False where there are too few."""
-        while len(sequence.pages) < self._pages_for(length):
+        while len(sequence.pages) * self.pages.page_size < length:
             page = self.pages.take()
             if page is None:
                 return False
@@ -174,10 +174,13 @@ class Scheduler:
         """Lets waiting sequences run, in rank, as far as there are slots and pages.
 
         One that does not fit lets later ones past for a while, then holds them all back until
-        enough pages are free. So nothing waits for ever, short or long.
+        enough pages are free. So nothing waits for ever, short or long. The first may take the
+        place of less urgent ones.
         """
-        # What runs will still need pages for the tokens it has; and a page each for what comes.
-        owed = sum(self._pages_for(s.length + 1) - len(s.pages) for s in self.running)
+        self._make_room()
+        if not self.waiting or not self._free_slots:
+            return
+        owed = self._owed(self.running)
         index = 0
         while index < min(len(self.waiting), _LOOK_AHEAD) and self._free_slots:
             sequence = self.waiting[index]
@@ -185,16 +188,49 @@ class Scheduler:
                 index += 1
                 continue
             found, prefix = self._shared_pages(sequence)
-            idle = sum(self.pages.holders(page) == 0 for page in found)
-            needed = self._pages_for(sequence.length + 1) - len(found)
-            if self.running and self.pages.num_available - idle - owed < needed:
+            if self.running and self._num_missing(sequence, found, owed) > 0:
                 if self._step - sequence.waiting_since > self.limits.patience:
                     return
                 index += 1
                 continue
             del self.waiting[index]
             self._start(sequence, found, prefix)
-            owed += needed
+            owed += self._pages_for(sequence.length + 1) - len(found)
+
+    def _make_room(self) -> None:
+        """Preempts less urgent sequences, the last first, if the first in the queue runs then.
+
+        Nothing is taken of one that came so early that it ranks before the first.
+        """
+        first = next((s for s in self.waiting[:_LOOK_AHEAD] if s.num_pending == 0), None)
+        if first is None:
+            return
+        yielding: list[Sequence] = []
+        kept: list[Sequence] = []
+        for s in self.running:
+            yields = s.priority > first.priority and s.rank > first.rank and s.wants_more
+            (yielding if yields else kept).append(s)
+        if not yielding:
+            return
+        found, _ = self._shared_pages(first)
+        held = {page for s in yielding for page in s.pages}
+        gained = sum(self.pages.holders(page) == 1 for page in held.difference(found))
+        if kept and self._num_missing(first, found, self._owed(kept)) > gained:
+            return
+        while yielding and not (
+            self._free_slots and self._num_missing(first, found, self._owed(self.running)) <= 0
+        ):
+            self._preempt(yielding.pop())
+
+    def _owed(self, running: Listing[Sequence]) -> int:
+        """Returns the pages that these still need, for the tokens they have and one more each."""
+        return sum(self._pages_for(s.length + 1) - len(s.pages) for s in running)
+
+    def _num_missing(self, sequence: Sequence, found: Listing[int], owed: int) -> int:
+        """Returns how many pages too few there are for a sequence that shares those found."""
+        idle = sum(self.pages.holders(page) == 0 for page in found)
+        needed = self._pages_for(sequence.length + 1) - len(found)
+        return needed + idle + owed - self.pages.num_available
 
     def _shared_pages(self, sequence: Sequence) -> tuple[list[int], int]:
         """Returns the pages that hold a sequence's beginning, and the prefix that they end.
@@ -298,15 +334,13 @@ class Scheduler:
             sequence.num_cached += piece.num_tokens
             if sequence.num_cached == sequence.length:
                 samples.append(sequence)
-        changed = decoding + [piece.sequence for piece in pieces]
-        new_pages = [
-            (sequence.slot, column, sequence.pages[column])
-            for sequence in changed
-            for column in range(sequence.num_tabled, len(sequence.pages))
-            if sequence.slot is not None
-        ]
-        for sequence in changed:
-            sequence.num_tabled = len(sequence.pages)
+        new_pages: list[tuple[int, int, int]] = []
+        for sequence in decoding + [piece.sequence for piece in pieces]:
+            if sequence.num_tabled < len(sequence.pages):
+                assert sequence.slot is not None
+                for column in range(sequence.num_tabled, len(sequence.pages)):
+                    new_pages.append((sequence.slot, column, sequence.pages[column]))
+                sequence.num_tabled = len(sequence.pages)
             self._remember(sequence)
         for sequence in samples:
             sequence.num_pending += 1
@@ -318,10 +352,11 @@ class Scheduler:
         """Lets pages be found that are full, or will be after the steps under way."""
         size = self.pages.page_size
         full = min(sequence.num_cached, len(sequence.tokens)) // size
-        for index in range(sequence.num_remembered, full):
+        while sequence.num_remembered < full:
+            index = sequence.num_remembered
             tokens = sequence.tokens[index * size : (index + 1) * size]
             sequence.prefix = self.pages.remember(sequence.pages[index], sequence.prefix, tokens)
-        sequence.num_remembered = max(sequence.num_remembered, full)
+            sequence.num_remembered += 1
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.pages.page_size)

@@ -182,8 +182,9 @@ def pool_shapes(model: DeepSeekV2, config: EngineConfig, num_pages: int) -> Late
         lambda: allocate_pool(
             model.config,
             num_pages,
-            options.dtype,
+            options.latent_dtype,
             page_size=page_tokens(model, config),
+            rope_dtype=options.dtype,
             decode_kernel=options.kernels.mla_decode,
             num_shards=num_lanes(model),
         )

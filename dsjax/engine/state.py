@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dsjax.engine.pages import ROOT
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One text that is being made.
 
@@ -59,12 +59,13 @@ class Sequence:
     @property
     def wants_more(self) -> bool:
         """Whether another token may follow those that there are."""
-        return not self.is_finished and self.length - self.num_prompt < self.max_tokens
+        num_made = len(self.tokens) + self.num_pending - self.num_prompt
+        return not self.is_finished and num_made < self.max_tokens
 
     @property
     def decodes(self) -> bool:
         """Whether the newest token alone is left to be read, and lies on the device."""
-        return self.on_device and self.length - self.num_cached == 1
+        return self.on_device and len(self.tokens) + self.num_pending - self.num_cached == 1
 
 
 class Piece(NamedTuple):

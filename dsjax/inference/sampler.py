@@ -49,6 +49,7 @@ class SamplingArrays:
 
 # What `pack` returns for one text.
 PACKED_SIZE = 10
+PACKED_INDEX = 2  # where the number of tokens before the next one stands
 
 
 def pack(sampling: Sampling, key: np.ndarray, index: int) -> np.ndarray:
@@ -61,7 +62,7 @@ def pack(sampling: Sampling, key: np.ndarray, index: int) -> np.ndarray:
     """
     packed = np.empty(PACKED_SIZE, np.uint32)
     packed[:2] = key
-    packed[2:4] = index, sampling.top_k
+    packed[PACKED_INDEX : PACKED_INDEX + 2] = index, sampling.top_k
     packed[4:].view(np.float32)[:] = (
         sampling.temperature,
         sampling.top_p,

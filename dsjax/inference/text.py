@@ -10,7 +10,6 @@ class TextStream:
     """The text of one sequence, piece by piece.
 
     Attributes:
-        text: what has been given out.
         finish: "stop" at a stop string or end token, "length", "error", or None while it goes on.
     """
 
@@ -31,11 +30,16 @@ class TextStream:
             end_ids: tokens that end the text; None takes the tokenizer's EOS.
             show_tokens: special tokens that are part of the text, as they are spelled.
         """
-        self.text = ""
         self.finish: str | None = None
         self._decoder = StoppingDecoder(tokenizer, stop, show_tokens)
         self._end_ids = frozenset({tokenizer.eos_id}) if end_ids is None else end_ids
         self._left = max_tokens
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """What has been given out."""
+        return "".join(self._pieces)
 
     def feed(self, token: int) -> str:
         """Takes the next token and returns the text that it makes certain."""
@@ -49,7 +53,7 @@ class TextStream:
             return self._end("length", piece)
         if self._decoder.stopped:
             self.finish = "stop"
-        self.text += piece
+        self._pieces.append(piece)
         return piece
 
     def fail(self) -> str:
@@ -60,5 +64,5 @@ class TextStream:
         if not self._decoder.stopped:
             piece += self._decoder.flush()
         self.finish = "stop" if self._decoder.stopped else finish
-        self.text += piece
+        self._pieces.append(piece)
         return piece

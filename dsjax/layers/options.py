@@ -54,6 +54,11 @@ class LayerOptions:
         """The type of new parameters."""
         return jnp.dtype(self.runtime.param_dtype)
 
+    @property
+    def latent_dtype(self) -> jnp.dtype:
+        """The type of the latents that generation keeps."""
+        return jnp.dtype(self.runtime.cached_dtype)
+
     def new_weight(
         self, rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str, ...]
     ) -> nnx.Param:

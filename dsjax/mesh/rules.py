@@ -189,15 +189,32 @@ _constrain_forward.defvjp(
 )
 
 
+# Dims of parameters that are gathered just in time.
+_GATHERED = ("param_embed", "expert_embed", "q_latent_in", "kv_latent_in")
+
+
 def train_rules(mesh: Mesh | None) -> ShardingRules:
-    """Returns the table for training: fsdp over parameters, the batch over every data axis."""
-    return ShardingRules(mesh, tuple(_TRAIN_TABLE.items()))
+    """Returns the table for training: fsdp over parameters, the batch over every data axis.
+
+    Devices that divide rows (context) divide parameters as fsdp does: a row over n of them leaves
+    each an n-th of parameters, gradients and moments, as n rows of a batch would.
+    """
+    table = dict(_TRAIN_TABLE)
+    if mesh is not None and dict(mesh.shape).get("context", 1) > 1:
+        table |= {dim: (*table[dim], "context") for dim in _GATHERED}
+    return ShardingRules(mesh, tuple(table.items()))
 
 
 def inference_rules(mesh: Mesh | None) -> ShardingRules:
-    """Returns the table for generation: no parameter is gathered, sequences are not divided."""
-    gathered = ("param_embed", "expert_embed", "q_latent_in", "kv_latent_in")
-    table = _TRAIN_TABLE | dict.fromkeys((*gathered, "batch", "length"), ())
+    """Returns the table for generation: no parameter is gathered, sequences are not divided.
+
+    Raises:
+        ValueError: a mesh for training on divided rows, of which generation would make copies.
+    """
+    context = 1 if mesh is None else dict(mesh.shape).get("context", 1)
+    if context > 1:
+        raise ValueError(f"mesh.context={context}: must be 1 for generation, which divides no row")
+    table = _TRAIN_TABLE | dict.fromkeys((*_GATHERED, "batch", "length"), ())
     return ShardingRules(mesh, tuple(table.items()))
 
 

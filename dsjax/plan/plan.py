@@ -11,6 +11,7 @@ from dsjax.counts import train_flops_per_token
 from dsjax.kernels import choose_kernels
 from dsjax.mesh import make_mesh, train_rules
 from dsjax.model import abstract_model
+from dsjax.plan.context import row_bytes
 from dsjax.plan.expected import Expected
 from dsjax.plan.figures import Target, compile_or_say_why, device_bytes, program_figures
 from dsjax.plan.lower import lower_run
@@ -30,7 +31,8 @@ def plan_training(run: TrainConfig, topology: str, num_slices: int = 1) -> dict[
     Returns:
         Bytes, FLOPs and seconds of one device and step. `modelled_seconds` has what the compiled
         schedule runs at a time, `modelled_seconds_serial` nothing hidden. An exchange's first pass
-        is counted alone: none further is expected.
+        is counted alone: none further is expected. Where the mesh divides rows, `latent_row_bytes`
+        are sent for attention, and `per_head_row_bytes` would be with each head's keys and values.
 
     Raises:
         ValueError: an unknown topology or chip, a mesh or batch that does not divide, or a step
@@ -53,10 +55,12 @@ def plan_training(run: TrainConfig, topology: str, num_slices: int = 1) -> dict[
     figures = program_figures(target, compiled, Expected(run.runtime.kernels.exchange_room))
     parameters, moments = (device_bytes(tree) for tree in kinds.values())
     tokens = run.batch.size * run.data.length / len(pod.devices)
-    model_flops = train_flops_per_token(run.model, run.data.length) * tokens
+    flops = train_flops_per_token(run.model, run.data.length, run.optimizer.frozen)
+    model_flops = flops * tokens
     taken = figures["modelled_seconds"]
     return {
         **figures,
+        **row_bytes(run, rules),
         "parameter_bytes": parameters,
         "optimizer_bytes": moments,
         "activation_bytes": figures["peak_bytes"] - parameters - moments,

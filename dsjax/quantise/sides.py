@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +45,30 @@ class Sides:
         lead, ins, outs = self._split(tuple(range(len(self.shape))))
         return lead + outs + ins
 
-    def quantised(self, weight: Any, form: Format) -> QuantisedWeights:
+    @property
+    def single(self) -> Sides:
+        """The dims of one of the matrices."""
+        shape, dims = self.shape[self.num_stacked :], self.dims[self.num_stacked :]
+        return Sides(shape, dims, 0, self.num_contracted)
+
+    @property
+    def width_in(self) -> int:
+        """Numbers that are contracted: K."""
+        return math.prod(self._split(self.shape)[1])
+
+    def quantised(
+        self,
+        weight: Any,
+        form: Format,
+        rounding: Callable[[Any, Format], QuantisedWeights] = quantise,
+    ) -> QuantisedWeights:
         """Quantises a matrix, or those of a stack of layers; the leaves are as they are stored.
 
         Args:
             weight: float [*layers, *shape], NumPy's or jax's; sizes of the dims that count matrices
                 or are of the result may be a part of the whole.
             form: how to store it.
+            rounding: chooses the numbers of matrices [..., N, K].
         """
         if form.block_out > 1 and len(self._split(self.dims)[2]) != 1:
             raise ValueError(
@@ -63,7 +81,7 @@ class Sides:
         lead = stored.shape[: extra + self.num_stacked]
         outs = stored.shape[len(lead) : stored.ndim - self.num_contracted]
         ins = stored.shape[stored.ndim - self.num_contracted :]
-        whole = quantise(stored.reshape(*lead, math.prod(outs), math.prod(ins)), form)
+        whole = rounding(stored.reshape(*lead, math.prod(outs), math.prod(ins)), form)
         values = whole.values.reshape(*lead, *outs, *ins)
         scales, zeros = whole.scales, whole.zeros
         if form.block_out == 1:

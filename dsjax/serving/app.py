@@ -133,15 +133,12 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         stack = contextlib.AsyncExitStack()
         texts = await stack.enter_async_context(service.run(asked.requests))
 
-        async def events() -> AsyncIterator[bytes]:
-            async for data in route.streamed(service, asked, texts, record):
-                yield data
-
         def end(how: str) -> None:
             if how != "done":
                 record.finish = [how]
 
-        return EventStream(events(), service.config.stall_seconds, end, stack)
+        events = route.streamed(service, asked, texts, record)
+        return EventStream(events, service.config.stall_seconds, end, stack)
 
     @app.post(
         "/v1/completions",

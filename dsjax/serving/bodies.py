@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -14,6 +15,7 @@ from dsjax.serving.service import Service
 _SHORT = 16 * 2**10
 # Longer ones are parsed one at a time: lists in lists take a hundred times their JSON meanwhile.
 _LONG = 2**20
+_MOST_DISCARDED = 64 * 2**20
 
 
 async def read[M: BaseModel](request: Request, service: Service, model: type[M]) -> M:
@@ -37,10 +39,23 @@ async def read[M: BaseModel](request: Request, service: Service, model: type[M])
 
 
 async def _bytes(request: Request, service: Service) -> bytes:
-    most = service.config.max_body_bytes
+    most, seconds = service.config.max_body_bytes, service.config.receive_seconds
     length = request.headers.get("content-length")
-    if length is not None and length.isdigit() and int(length) > most:
-        raise _too_large(most)
+    data = None
+    if length is None or not length.isdigit() or int(length) <= most:
+        data = await _received(request, service)
+    if data is not None:
+        return data
+    # Who asks before it sends sends nothing, unless it is told to.
+    if "expect" not in request.headers:
+        await _discard(request, seconds)
+    raise RequestError(
+        413, f"the body is larger than {most} bytes", headers={"Connection": "close"}
+    )
+
+
+async def _received(request: Request, service: Service) -> bytes | None:
+    """Returns what comes, or None as soon as it is too much."""
     parts, size = [], 0
     try:
         async with asyncio.timeout(service.config.receive_seconds):
@@ -50,8 +65,8 @@ async def _bytes(request: Request, service: Service) -> bytes:
                     raise RequestError(499, "the client has gone away")
                 part = message.get("body", b"")
                 size += len(part)
-                if size > most:
-                    raise _too_large(most)
+                if size > service.config.max_body_bytes:
+                    return None
                 service.hold(len(part), request.state.record)
                 parts.append(part)
                 if not message.get("more_body", False):
@@ -62,10 +77,16 @@ async def _bytes(request: Request, service: Service) -> bytes:
         ) from None
 
 
-def _too_large(most: int) -> RequestError:
-    return RequestError(
-        413, f"the body is larger than {most} bytes", headers={"Connection": "close"}
-    )
+async def _discard(request: Request, seconds: float) -> None:
+    """Reads on and keeps nothing: a client that still sends loses the answer as it is closed."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while size < _MOST_DISCARDED:
+                message = await request.receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+                size += len(message.get("body", b""))
 
 
 def _parsed[M: BaseModel](data: bytes, model: type[M]) -> M:

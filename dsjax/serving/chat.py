@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from dsjax.serving.answer_models import (
     ToolCall,
 )
 from dsjax.serving.errors import bad_field
-from dsjax.serving.event_stream import event
+from dsjax.serving.event_stream import event, to_json
 from dsjax.serving.request_models import ChatCompletionRequest
 from dsjax.serving.sampling_fields import sampling_of
 from dsjax.serving.service import Service, failure_of, too_long
@@ -160,7 +159,7 @@ async def streamed(
     body = asked.body
     names = {**asked.names, "object": "chat.completion.chunk"}
     with_usage = body.stream_options is not None and body.stream_options.include_usage
-    head = "data: " + json.dumps(names, ensure_ascii=False)[:-1] + ', "choices": [{"index": '
+    head = "data: " + to_json(names)[:-1] + ', "choices": [{"index": '
     tail = ', "usage": null}\n\n' if with_usage else "}\n\n"
 
     def chunk(index: int, delta: str, logprobs: ChatLogprobs | None, finish: str | None) -> bytes:
@@ -172,7 +171,7 @@ async def streamed(
         ).encode()
 
     parsers = [asked.prepared.parser() for _ in asked.requests]
-    role = json.dumps({"role": "assistant", "content": "", "refusal": None})
+    role = to_json({"role": "assistant", "content": "", "refusal": None})
     yield b"".join(chunk(index, role, None, None) for index in range(len(parsers)))
     generations: list[Generation | None] = [None] * len(parsers)
     async for events in texts.events():
@@ -206,9 +205,9 @@ async def streamed(
 def _delta(delta: Any) -> str:
     """Returns a delta's JSON."""
     if delta.content is not None:
-        return '{"content": ' + json.dumps(delta.content, ensure_ascii=False) + "}"
+        return '{"content": ' + to_json(delta.content) + "}"
     if delta.reasoning_content is not None:
-        said = json.dumps(delta.reasoning_content, ensure_ascii=False)
+        said = to_json(delta.reasoning_content)
         return '{"reasoning_content": ' + said + "}"
     calls = []
     for call in delta.tool_calls:
@@ -219,4 +218,4 @@ def _delta(delta: Any) -> str:
         if call.name is not None:
             function["name"] = call.name
         calls.append(said_call)
-    return json.dumps({"tool_calls": calls}, ensure_ascii=False)
+    return to_json({"tool_calls": calls})

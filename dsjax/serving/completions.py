@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 from dsjax.engine import Generation, Request
 from dsjax.serving.answer_models import Completion, CompletionChoice, CompletionLogprobs
 from dsjax.serving.errors import bad_field
-from dsjax.serving.event_stream import event
+from dsjax.serving.event_stream import event, to_json
 from dsjax.serving.request_models import CompletionRequest
 from dsjax.serving.sampling_fields import sampling_of
 from dsjax.serving.service import Service, failure_of
@@ -190,7 +189,7 @@ async def streamed(
     """Gives the answer's events."""
     body, names = asked.body, asked.names
     heads = {
-        index: json.dumps(names, ensure_ascii=False)[:-1] + f', "choices": [{{"index": {index}, '
+        index: to_json(names)[:-1] + f', "choices": [{{"index": {index}, '
         for index in range(len(asked.requests))
     }
     offsets = [len(asked.echoes[index // asked.n]) for index in range(len(asked.requests))]
@@ -199,9 +198,10 @@ async def streamed(
 
     def chunk(index: int, text: str, logprobs: CompletionLogprobs | None, finish: Any) -> bytes:
         said = "null" if logprobs is None else logprobs.model_dump_json()
+        finished = "null" if finish is None else f'"{finish}"'
         return (
-            f'data: {heads[index]}"text": {json.dumps(text, ensure_ascii=False)}, '
-            f'"logprobs": {said}, "finish_reason": {json.dumps(finish)}}}]{tail}'
+            f'data: {heads[index]}"text": {to_json(text)}, '
+            f'"logprobs": {said}, "finish_reason": {finished}}}]{tail}'
         ).encode()
 
     begun = [not body.echo] * len(asked.requests)

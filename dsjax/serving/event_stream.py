@@ -18,9 +18,13 @@ _FAREWELL_SECONDS = 0.05
 DONE = b"data: [DONE]\n\n"
 
 
+# Made once: `json.dumps` makes an encoder a call where it is given options.
+to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def event(content: Any) -> bytes:
     """Returns an event of JSON content."""
-    return b"data: %b\n\n" % json.dumps(content, ensure_ascii=False).encode()
+    return b"data: %b\n\n" % to_json(content).encode()
 
 
 class EventStream(Response):
@@ -58,7 +62,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the whole answer."""
         how = "disconnected"
-        task = asyncio.ensure_future(self._send_all(send))
+        extensions = scope.get("extensions", {})
+        task = asyncio.ensure_future(self._send_all(send, extensions.get("dsjax.send", send)))
         watchers = [
             asyncio.ensure_future(_gone(receive)),
             asyncio.ensure_future(self._stalled()),
@@ -76,12 +81,12 @@ class EventStream(Response):
             await self._resources.aclose()
             if self._on_end is not None:
                 self._on_end(how)
-        abort = scope.get("extensions", {}).get("dsjax.abort")
+        abort = extensions.get("dsjax.abort")
         if how == "stalled" and abort is not None:
             abort["connection"]()
             await asyncio.sleep(_FAREWELL_SECONDS)  # until the server knows that it is closed
 
-    async def _send_all(self, send: Send) -> str:
+    async def _send_all(self, send: Send, send_part: Send) -> str:
         how = "done"
         time = asyncio.get_running_loop().time
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -89,7 +94,7 @@ class EventStream(Response):
             try:
                 async for data in self._events:
                     self._blocked_at = time()
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    await send_part({"type": "http.response.body", "body": data, "more_body": True})
                     self._blocked_at = None
             except RequestError as error:
                 how = "error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -62,6 +63,7 @@ class Gate:
         self._keys = keys
         self._log_prompts = log_prompts
         self._count = count
+        self._entry = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, or passes it on."""
@@ -69,11 +71,16 @@ class Gate:
             await self._app(scope, receive, send)
             return
         began = time.monotonic()
+        # Requests that come at once begin one a turn of the event loop: texts go on between.
+        async with self._entry:
+            await asyncio.sleep(0)
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         record = Record()
         scope.setdefault("state", {})["record"] = record
+        # For the many parts of a stream: what wraps `send` looks at the beginning of an answer.
+        scope.setdefault("extensions", {})["dsjax.send"] = send
         status = 0
 
         async def send_on(message: Message) -> None:

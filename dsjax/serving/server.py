@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -21,8 +23,8 @@ from dsjax.serving.service import Service
 
 _LOG = logging.getLogger("dsjax.serving")
 
-# The engine's thread and the event loop share the interpreter: neither may hold it for long.
-SWITCH_SECONDS = 0.0005
+# Neither the engine's thread nor the event loop may hold the interpreter for longer.
+_SWITCH_SECONDS = 0.0002
 # What is left for answers to be sent when the texts have been ended.
 _FAREWELL_SECONDS = 5.0
 
@@ -141,6 +143,7 @@ def make_server(
         host=config.host,
         port=config.port,
         http=_protocol(config),
+        loop="asyncio",  # lets the engine's thread run while it sends; uvloop does not
         ws="none",
         lifespan="on",
         log_config=None,
@@ -165,17 +168,28 @@ def serve(
     Raises:
         OSError: the address is taken, or is none of this machine.
     """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
     # Bound here, so that a taken port is one line of the command.
     listening = bind(config)
-    try:
+    with contextlib.closing(listening), shared_interpreter():
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         _LOG.info("serving %s at http://%s:%d/v1", config.model_names[0], shown, port)
         make_server(engine, config, defaults, keys).run([listening])
+
+
+@contextlib.contextmanager
+def shared_interpreter() -> Iterator[None]:
+    """Lets the engine's thread and the event loop share the interpreter, as a server needs it."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    # What is there at the start stays: to look through it for garbage holds all threads for 0.1 s
+    # and more, again and again.
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
     finally:
-        listening.close()
+        gc.unfreeze()
         sys.setswitchinterval(before)
 
 

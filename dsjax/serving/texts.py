@@ -1,7 +1,8 @@
 """Texts under way, from the engine's thread to the event loop.
 
 The engine makes an event a step and text. Waking the event loop for each would take more time than
-the texts do, so a step's events are handed over together, and the loop is woken once.
+the texts do, so a step's events are handed over together, and the loop is woken once. It gives out
+a few at a time, and does what else is due between: others do not wait for all texts of a step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dsjax.engine import Engine, Generation, Request, Stream, TextPiece
 
 Event = TextPiece | Generation
 
+_EVENTS_A_TURN = 32
+
 
 class Handover:
     """Takes events from the engine's thread, and gives them out on the event loop."""
@@ -21,6 +24,7 @@ class Handover:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._events: deque[tuple[Texts, int, Event]] = deque()
+        self._is_giving = False
 
     def put(self, texts: Texts, index: int, event: Event) -> None:
         """Adds an event; `flush` hands it over."""
@@ -29,13 +33,22 @@ class Handover:
     def flush(self) -> None:
         """Hands over what there is; of any thread."""
         if self._events and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._give)
+            self._loop.call_soon_threadsafe(self._begin_giving)
+
+    def _begin_giving(self) -> None:
+        if not self._is_giving:
+            self._give()
 
     def _give(self) -> None:
         events = self._events
-        while events:
-            texts, index, event = events.popleft()
-            texts.take(index, event)
+        try:
+            for _ in range(min(_EVENTS_A_TURN, len(events))):
+                texts, index, event = events.popleft()
+                texts.take(index, event)
+        finally:  # whatever one of them raises, the others get theirs
+            self._is_giving = bool(events)
+            if self._is_giving:
+                self._loop.call_soon(self._give)
 
 
 class Texts:

@@ -294,7 +294,7 @@ def state_from_dict(
     """Undoes `optimizer_to_dict`; the abstract state gives the structure."""
     trees: dict[str, Any] = {"lost": None, EMA: None}
     for name in _trees_of(abstract.moments):
-        trees[name] = jax.tree.map(lambda leaf: leaf, params)
+        trees[name] = jax.tree.map(lambda leaf: leaf, getattr(abstract.moments, name))
         nnx.replace_by_pure_dict(trees[name], optimizer[name])
     return TrainState(
         step=optimizer["step"],
@@ -324,6 +324,8 @@ def check_stored_forms(there: TrainConfig, here: TrainConfig, where: str) -> Non
     if (there.optimizer.ema_decay is None) != (here.optimizer.ema_decay is None):
         old, new = (str(config.optimizer.ema_decay).lower() for config in (there, here))
         forms.append(("optimizer.ema_decay", old, new))
+    frozen = [str(tuple(sorted({*config.optimizer.frozen}))) for config in (there, here)]
+    forms.append(("optimizer.frozen", frozen[0], frozen[1]))
     faults = [f"{name}={new} (it was {old})" for name, old, new in forms if old != new]
     if faults:
         raise ValueError(

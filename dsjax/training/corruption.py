@@ -26,7 +26,7 @@ from dsjax.config import ChecksConfig, LossConfig
 from dsjax.model import DeepSeekV2
 from dsjax.training.dropping import draw_exempt
 from dsjax.training.losses import Batch
-from dsjax.training.optimizer import random_bits
+from dsjax.training.optimizer import divide, random_bits
 from dsjax.training.step import TrainState, accumulate_gradients
 
 _PRODUCTS = 8  # of the computation that every device makes
@@ -142,12 +142,14 @@ class Checks:
         self._timed("repeat", lambda: self._probe(step))
         if not self._repeats:
             return
-        specs = tuple(_spec(leaf) for _, leaf in _arrays_of("gradient", state.params))
+        trained, frozen = divide(state.params, state.moments)
+        arrays = _arrays_of("gradient", trained)
+        specs = tuple(_spec(leaf) for _, leaf in arrays)
 
         def once() -> np.ndarray:
             return self._gathered(
                 gradient_checksums(
-                    graphdef, loss, self._mesh, specs, state.params, state.step, batch
+                    graphdef, loss, self._mesh, specs, trained, state.step, batch, frozen
                 )
             )
 
@@ -165,7 +167,7 @@ class Checks:
             )
             return
         device, column = (int(i) for i in np.argwhere(first != second)[0])
-        name = _arrays_of("gradient", state.params)[column][0]
+        name = arrays[column][0]
         raise SilentCorruption(
             f"step {step}: {name} on {self._names([device])} came out differently when it was "
             "computed again: some device computes wrongly, this one or one that it adds up with"
@@ -317,12 +319,13 @@ def gradient_checksums(
     params: nnx.State,
     step: jax.Array,
     batch: Batch,
+    frozen: nnx.State | None,
 ) -> jax.Array:
     """Returns the checksums of a batch's gradient, which goes to where its parameters are."""
     if loss.dropping is not None:
         exempt_AB = draw_exempt(loss.dropping, step, batch["tokens"].shape[:2])
         batch = batch | {"exempt": exempt_AB}
-    gradients, _ = accumulate_gradients(graphdef, loss, params, batch)
+    gradients, _ = accumulate_gradients(graphdef, loss, params, batch, frozen)
     arrays = jax.tree.leaves(gradients)
     if mesh.size > 1:
         arrays = [

@@ -294,23 +294,29 @@ class _Loop:
         return {"shard": self.shard.index, "state": self.loader.get_state()}
 
     def _evaluate(self, state: TrainState, step: int) -> float | None:
-        """Evaluates on the held-out rows; returns bits per byte of their documents."""
+        """Evaluates on the held-out rows; returns the parameters' bits per byte of documents."""
+        bits_per_byte = self._held_out(state.params, step, "")
+        if state.moments.ema is not None and self.config.log.eval_ema:
+            self._held_out(state.moments.ema, step, "ema_")
+        return bits_per_byte
+
+    def _held_out(self, params: nnx.State, step: int, prefix: str) -> float | None:
+        """Evaluates some parameters, of which the prefix tells the figures."""
         sums = np.zeros(3)
         with self.watch.waiting(f"evaluating step {step}", self.config.watch.eval_seconds):
             for rows in self.eval_batches:
                 batch = jax.tree.map(lambda x: x[0], self.shard.place(rows, 1))
                 sums += np.asarray(
-                    eval_step(self.graphdef, self.config.loss.chunk, state.params, batch),
-                    np.float64,
+                    eval_step(self.graphdef, self.config.loss.chunk, params, batch), np.float64
                 )
         nats, tokens, num_bytes = sums
         if num_bytes == 0:
             return None
         bits_per_byte = nats / math.log(2) / num_bytes
-        self.metrics.write(
-            step, {"eval_cross_entropy": nats / tokens, "eval_bits_per_byte": bits_per_byte}
-        )
-        self.progress.say(f"step {step}: held-out {bits_per_byte:.4f} bits per byte")
+        figures = {"cross_entropy": nats / tokens, "bits_per_byte": bits_per_byte}
+        self.metrics.write(step, {f"eval_{prefix}{name}": x for name, x in figures.items()})
+        what = " of the moving average" if prefix else ""
+        self.progress.say(f"step {step}: held-out {bits_per_byte:.4f} bits per byte{what}")
         return bits_per_byte
 
 

@@ -143,7 +143,10 @@ def sum_cross_entropy(
     """
     batch, length = targets_BT.shape
     lm_head, rules = model.lm_head, model.options.rules
-    shards = rules.num_batch_shards()
+    shards, stripes = rules.num_batch_shards(), rules.num_shards("length")
+    divided = shards * stripes > 1 and batch % shards == 0
+    if divided:
+        length //= stripes
     num_chunks = -(-length // max(1, chunk // max(1, batch // shards)))
     split = functools.partial(_split_length, num_chunks=num_chunks)
     start = Sums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
@@ -207,25 +210,26 @@ def sum_cross_entropy(
         return run(hidden_BTD, head_DW, tuple(split(array) for array in labels))
 
     arrays = (hidden_BTD, targets_BT, weights_BT)
-    if shards == 1 or batch % shards:
+    if not divided:
         return add_chunks(lm_head.stored(), *arrays)
 
-    # Each device adds up its own rows. So the head is gathered once, not in every chunk, and its
+    # Each device adds up its own tokens. So the head is gathered once, not in every chunk, and its
     # gradient, a partial sum on each device, is scattered once.
     axes = rules.dividing_axes("param_embed")
 
     def add_rows(head_DW: jax.Array, *arrays: jax.Array) -> Sums:
         head_DW = _gather(axes, arrays[0].dtype, head_DW) if axes else head_DW
-        return jax.tree.map(lambda x: x[None], add_chunks(head_DW, *arrays))
+        return jax.tree.map(lambda x: x[(None,) * len(parts)], add_chunks(head_DW, *arrays))
 
     rows = ("batch", "length")
     head_dims = ("param_embed", "vocab")
-    sums_dims = jax.tree.map(lambda _: ("batch",), start)
+    parts = rows if stripes > 1 else ("batch",)
+    sums_dims = jax.tree.map(lambda _: parts, start)
     add = rules.shard_map(
         add_rows,
         (head_dims, (*rows, "embed"), rows, rows),
         sums_dims,
-        axes=rules.axes("batch"),
+        axes=(*rules.axes("batch"), *rules.dividing_axes("length")),
     )
     return jax.tree.map(jnp.sum, add(lm_head.stored().astype(jnp.float32), *arrays))
 

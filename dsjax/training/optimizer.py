@@ -7,6 +7,7 @@ once: a bad step is a condition inside of the same loop, not a second one over e
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ class Moments:
 
     Attributes:
         count: int32 scalar, updates applied.
-        mu: mean gradients, in `optimizer.moment_dtype`; a tree like the parameters.
+        mu: mean gradients, in `optimizer.moment_dtype`; a tree like the parameters, without those
+            of `optimizer.frozen`.
         nu: mean squared gradients, likewise.
         lost: what rounding took off the parameters, in their type; None unless
             `optimizer.rounding` is "compensated".
@@ -50,7 +52,12 @@ class _Scalars(NamedTuple):
 
 
 def init_moments(config: OptimizerConfig, params: nnx.State) -> Moments:
-    """Returns the moments before the first step."""
+    """Returns the moments before the first step, of all parameters but frozen ones.
+
+    Raises:
+        ValueError: `optimizer.frozen` names no parameter, or all of them.
+    """
+    params = _without_frozen(config.frozen, params)
 
     def zeros() -> nnx.State:
         return jax.tree.map(lambda p: jnp.zeros(p.shape, config.moment_dtype), params)
@@ -62,6 +69,39 @@ def init_moments(config: OptimizerConfig, params: nnx.State) -> Moments:
     if config.ema_decay is not None:
         ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
     return Moments(jnp.zeros((), jnp.int32), zeros(), zeros(), lost, ema)
+
+
+def _without_frozen(patterns: tuple[str, ...], params: nnx.State) -> nnx.State:
+    if not patterns:
+        return params
+    flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(params)}
+    frozen: set[str] = set()
+    for pattern in patterns:
+        found = fnmatch.filter(flat, pattern)
+        if not found:
+            some = ", ".join(sorted(flat)[-3:])
+            raise ValueError(f"optimizer.frozen={pattern!r}: names no parameter; some are {some}")
+        frozen.update(found)
+    if len(frozen) == len(flat):
+        raise ValueError(f"optimizer.frozen={patterns}: leaves no parameter to train")
+    return nnx.from_flat_state([item for name, item in flat.items() if name not in frozen])
+
+
+def divide(params: nnx.State, moments: Moments) -> tuple[nnx.State, nnx.State | None]:
+    """Returns the parameters that are trained, which have moments, and those that are frozen."""
+    trained = {path for path, _ in nnx.to_flat_state(moments.mu)}
+    flat = nnx.to_flat_state(params)
+    if len(trained) == len(flat):
+        return params, None
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for path, leaf in flat:
+        parts[path not in trained].append((path, leaf))
+    return nnx.from_flat_state(parts[0]), nnx.from_flat_state(parts[1])
+
+
+def join(trained: nnx.State, frozen: nnx.State | None) -> nnx.State:
+    """Undoes `divide`."""
+    return trained if frozen is None else nnx.merge_state(trained, frozen)
 
 
 def global_norm(gradients: nnx.State) -> jax.Array:
@@ -86,7 +126,7 @@ def apply_adamw(
 
     Args:
         config: what is done, and how what is stored in bfloat16 is rounded.
-        params: the parameters.
+        params: the parameters that have moments.
         moments: what is remembered.
         gradients: of any float type.
         norm: float32, their global norm.

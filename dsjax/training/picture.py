@@ -79,6 +79,10 @@ def draw_held_out(axes: Any, rows: Sequence[Figures], held_out: str) -> None:
         held_out: says of which documents they are.
     """
     axes.plot(*_course(rows, _EVALUATED), color="C1", marker="o", label="model")
+    averages = _course(rows, "eval_ema_bits_per_byte")
+    if averages[0]:
+        axes.plot(*averages, color="C2", marker=".", label="moving average")
+        axes.legend()
     axes.set(title=held_out, xlabel="step", ylabel="bits per byte")
 
 

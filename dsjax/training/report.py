@@ -23,7 +23,9 @@ class Throughput:
 
     def __init__(self, config: TrainConfig, schedule: Schedule, mesh: Mesh):
         self._schedule = schedule
-        self._flops_per_token = train_flops_per_token(config.model, config.data.length)
+        self._flops_per_token = train_flops_per_token(
+            config.model, config.data.length, config.optimizer.frozen
+        )
         peak = peak_flops(mesh.devices.flat[0])
         self._peak = None if peak is None else peak * mesh.size
         self._since: tuple[int, float] | None = None

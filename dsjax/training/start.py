@@ -91,12 +91,23 @@ def check_stored(stored: TrainConfig, config: TrainConfig, run: Path) -> None:
 
 
 def check_batch(config: TrainConfig, rules: ShardingRules) -> None:
-    """Refuses slices of a batch that the mesh does not divide."""
+    """Refuses slices of a batch, or rows, that the mesh does not divide."""
     slice_size = config.batch.size // config.batch.accumulate
     if slice_size % rules.num_batch_shards():
         raise ValueError(
             f"batch.size={config.batch.size}: its slices of {slice_size} sequences must be "
             f"divisible by the {rules.num_batch_shards()} batch shards of the mesh"
+        )
+    stripes = rules.num_shards("length")
+    if config.data.length % stripes:
+        raise ValueError(
+            f"data.length={config.data.length}: must be divisible by mesh.context={stripes}"
+        )
+    kernel = config.runtime.kernels.mla_attention
+    if stripes > 1 and kernel == "reference":
+        raise ValueError(
+            f"runtime.kernels.mla_attention={kernel!r}: must see a row's keys at once, so not with "
+            f"mesh.context={stripes}"
         )
 
 

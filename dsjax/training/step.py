@@ -17,7 +17,14 @@ from dsjax.mesh import ShardingRules
 from dsjax.model import DeepSeekV2, param_shardings
 from dsjax.training.dropping import draw_exempt
 from dsjax.training.losses import Batch, LossTerms, sum_cross_entropy, training_loss
-from dsjax.training.optimizer import Moments, apply_adamw, global_norm, init_moments
+from dsjax.training.optimizer import (
+    Moments,
+    apply_adamw,
+    divide,
+    global_norm,
+    init_moments,
+    join,
+)
 from dsjax.xla_options import compiler_options
 
 # Why a step was not applied: the index is what the step reports.
@@ -88,9 +95,10 @@ def state_shardings(state: TrainState, rules: ShardingRules) -> TrainState:
     """Returns a tree of NamedShardings for a state: moments lie where their parameters do."""
     params = param_shardings(state.params, rules)
     moments = state.moments
-    lost, ema = (None if tree is None else params for tree in (moments.lost, moments.ema))
+    each, _ = divide(params, moments)
+    lost, ema = (None if tree is None else each for tree in (moments.lost, moments.ema))
     scalars = jax.tree.map(lambda _: rules.sharding(), (state.step, moments.count, state.guard))
-    moments = Moments(scalars[1], params, params, lost, ema)
+    moments = Moments(scalars[1], each, each, lost, ema)
     return TrainState(scalars[0], params, moments, scalars[2])
 
 
@@ -172,13 +180,14 @@ def train_step(
     if loss.dropping is not None:
         exempt_AB = draw_exempt(loss.dropping, state.step, batch["tokens"].shape[:2])
         batch = batch | {"exempt": exempt_AB}
-    gradients, terms = accumulate_gradients(graphdef, loss, state.params, batch)
+    trained, frozen = divide(state.params, state.moments)
+    gradients, terms = accumulate_gradients(graphdef, loss, trained, batch, frozen)
     with jax.named_scope("optimizer"):
         norm = global_norm(gradients)
         remembered, skip_reason = _judge(guard, state.guard, terms.total, norm)
-        params, moments = apply_adamw(
+        trained, moments = apply_adamw(
             optimizer,
-            state.params,
+            trained,
             state.moments,
             gradients,
             norm,
@@ -186,23 +195,34 @@ def train_step(
             skip_reason == 0,
             state.step,
         )
-    state = TrainState(state.step + 1, params, moments, remembered)
+    state = TrainState(state.step + 1, join(trained, frozen), moments, remembered)
     return state, StepReport(terms, norm, skip_reason, remembered.skipped_in_a_row)
 
 
 def accumulate_gradients(
-    graphdef: nnx.GraphDef[DeepSeekV2], config: LossConfig, params: nnx.State, batch: Batch
+    graphdef: nnx.GraphDef[DeepSeekV2],
+    config: LossConfig,
+    params: nnx.State,
+    batch: Batch,
+    frozen: nnx.State | None = None,
 ) -> tuple[nnx.State, LossTerms]:
     """Returns the gradient of a whole batch [A, B, T], and its loss terms.
 
     One slice's gradients have their parameters' types. Several are added up in float32.
+
+    Args:
+        graphdef: the model's graph.
+        config: what is minimised.
+        params: what the gradient is of.
+        batch: as `train_step` takes it.
+        frozen: the model's other parameters, if it has others.
     """
     total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1)
     num_slices = batch["tokens"].shape[0]
 
     def slice_gradient(one: Batch) -> tuple[nnx.State, LossTerms]:
         def loss(params: nnx.State) -> tuple[jax.Array, LossTerms]:
-            model = nnx.merge(graphdef, params)
+            model = nnx.merge(graphdef, join(params, frozen))
             return training_loss(model, one, config, total_weight, 1 / num_slices)
 
         return jax.grad(loss, has_aux=True)(params)

@@ -8,15 +8,11 @@ full disk goes on where the last one stopped. DST appears, by a rename, when all
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as FilePath
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +20,6 @@ import numpy as np
 from dsjax.config import QuantisationConfig, to_json
 from dsjax.config.load import load_recipe
 from dsjax.config.model import require_folder
-from dsjax.config.run_file import RUN_FILE
 from dsjax.config.stored import model_to_json
 from dsjax.data.tokenizer_files import mend_tokenizer
 from dsjax.families.strided_copy import copy_strided
@@ -32,6 +27,8 @@ from dsjax.families.tensors import HFTensor, Path
 from dsjax.files import naming, sync, write_bytes, write_json, write_text
 from dsjax.progress import JobProgress
 from dsjax.weights.assets import ASSETS, copy_files
+from dsjax.weights.calibration import Calibration
+from dsjax.weights.calibration_text import CalibrationText, read_text
 from dsjax.weights.checksums import write_checksums
 from dsjax.weights.hf_export import (
     HEADERS_FILE,
@@ -46,7 +43,8 @@ from dsjax.weights.hf_export import (
     write_tensor,
 )
 from dsjax.weights.hub import resolve
-from dsjax.weights.param_store import ITEM, METADATA_FILE, ParamStore, one_line
+from dsjax.weights.journal import Journal, identity_of
+from dsjax.weights.param_store import ITEM, ParamStore, one_line
 from dsjax.weights.quantised import quantise_part, require_not_quantised
 from dsjax.weights.quantised_export import plan_export
 from dsjax.weights.run_steps import chosen_step
@@ -71,6 +69,7 @@ def convert(
     step: int | None = None,
     quantize: str | FilePath | QuantisationConfig | None = None,
     ema: bool = False,
+    calibrate: str | FilePath | None = None,
 ) -> None:
     """Converts a checkpoint.
 
@@ -85,6 +84,8 @@ def convert(
         quantize: a recipe that stores weights in fewer bits, or the name or file of one, such as
             "int4"; the result is a checkpoint of ours, whatever the source.
         ema: of a training run: takes the moving average of its weights (`optimizer.ema_decay`).
+        calibrate: a text, a file or a folder, by which the numbers of weights of 4 bits are
+            searched for (`weights.calibration`); None rounds each weight by itself.
 
     Raises:
         FileExistsError: there is something at `dst`.
@@ -99,9 +100,16 @@ def convert(
         raise FileExistsError(f"{dst}: exists already")
     stored = None if dtype is None else jnp.dtype(weight_dtype(dtype))
     recipe = None if quantize is None else load_recipe(quantize)
+    if calibrate is not None and recipe is None:
+        raise ValueError("calibrate: searches 4-bit numbers: give quantize too")
+    if calibrate is not None and allow_nonfinite:
+        raise ValueError("calibrate: multiplies weights with a text: it takes no allow_nonfinite")
     source = open_source(chosen_step(resolve(src), step), allow_nonfinite, ema)
     if recipe is not None:
         require_not_quantised(source)
+    text = None
+    if calibrate is not None and recipe is not None:
+        text = read_text(FilePath(calibrate), source, recipe)
 
     def dtype_of(path: Path) -> np.dtype:
         return source.dtype(path) if stored is None else stored
@@ -109,14 +117,16 @@ def convert(
     work = dst.with_name(dst.name + ".partial")
     work.mkdir(parents=True, exist_ok=True)
     out = work / "out"
-    identity = _identity(source) | {"dtype": dtype}
+    identity = identity_of(source) | {"dtype": dtype}
     if recipe is not None:
         identity |= {"quantisation": to_json(recipe)}
     if ema:
         identity |= {"ema": True}
-    with contextlib.closing(source), naming(work), _Journal(work, identity) as journal:
+    if text is not None:
+        identity |= {"calibration": text.identity}
+    with contextlib.closing(source), naming(work), Journal(work, identity) as journal:
         if isinstance(source, HFSource) or recipe is not None:
-            _to_checkpoint(source, recipe, out, dtype_of, journal, progress)
+            _to_checkpoint(source, recipe, text, work, dtype_of, journal, progress)
         elif source.recipe is not None:
             _to_quantised_hf(source, out, stored, journal, progress)
         else:
@@ -128,11 +138,13 @@ def convert(
 def _to_checkpoint(
     source: HFSource | CheckpointSource,
     recipe: QuantisationConfig | None,
-    out: FilePath,
+    text: CalibrationText | None,
+    work: FilePath,
     dtype_of: DTypeOf,
-    journal: _Journal,
+    journal: Journal,
     progress: bool,
 ) -> None:
+    out = work / "out"
     table, params = source.table, stored_params(source.config, recipe)
     store = ParamStore.create(
         out,
@@ -150,6 +162,12 @@ def _to_checkpoint(
             file = out / ITEM / ".".join(path)
             raise OSError(f"{file}: cannot be written: {one_line(error)}") from None
 
+    searched: frozenset[Path] = frozenset()
+    if text is not None and recipe is not None:
+        calibration = Calibration(source, recipe, text, write_leaf)
+        calibration.run(work, progress)
+        searched = calibration.searched
+
     def read_whole(tensor: HFTensor) -> np.ndarray:
         if isinstance(source, HFSource):
             values = source.folder.read(tensor.name, 0, int(np.prod(tensor.shape)))
@@ -157,8 +175,11 @@ def _to_checkpoint(
         return read_tensor(table, tensor.name, source.read)
 
     def write(tensor: HFTensor) -> None:
+        parts = [part for part in tensor.parts if part.path[:-1] not in searched]
+        if not parts:
+            return
         values = read_whole(tensor).reshape(-1)
-        for part in tensor.parts:
+        for part in parts:
             window = tuple(slice(0, size) for size in tensor.part_shape(part))
             source_piece = tensor.read_part(part, window, lambda _, i, j: values[i:j])
             matrix = params.matrices.get(part.path[:-1])
@@ -183,7 +204,7 @@ def _to_checkpoint(
 
 
 def _to_hf(
-    source: CheckpointSource, out: FilePath, dtype_of: DTypeOf, journal: _Journal, progress: bool
+    source: CheckpointSource, out: FilePath, dtype_of: DTypeOf, journal: Journal, progress: bool
 ) -> None:
     table, headers, index = source.table, None, None
     if (source.where / HEADERS_FILE).is_file():
@@ -222,7 +243,7 @@ def _to_quantised_hf(
     source: CheckpointSource,
     out: FilePath,
     dtype: np.dtype | None,
-    journal: _Journal,
+    journal: Journal,
     progress: bool,
 ) -> None:
     export, tensors = plan_export(source, dtype), source.table.tensors
@@ -260,7 +281,7 @@ def _run(
     dtype_of: DTypeOf,
     write: Callable[[HFTensor], None],
     sync_files: Callable[[list[HFTensor]], None],
-    journal: _Journal,
+    journal: Journal,
     progress: bool,
 ) -> None:
     """Writes every tensor that the journal does not hold yet, a few at a time."""
@@ -302,76 +323,3 @@ def _batches(tensors: list[HFTensor], sizes: Mapping[str, int]) -> Iterator[list
             batch, filled = [], 0
     if batch:
         yield batch
-
-
-class _Journal:
-    """Which tensors are safely on the disk, one a line; the first line says of what.
-
-    Attributes:
-        done: their names.
-    """
-
-    def __init__(self, work: FilePath, identity: Mapping[str, Any]):
-        """Opens the journal of a work folder, or begins one.
-
-        Raises:
-            ValueError: it is of another conversion.
-            BlockingIOError: another process is at work there.
-        """
-        path = work / "journal"
-        self._file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise BlockingIOError(f"{work}: another process converts there") from None
-        self._file.seek(0)
-        text = self._file.read()
-        complete = text[: text.rfind("\n") + 1]  # a line that a kill cut short does not count
-        self._file.truncate(len(complete.encode()))
-        head, *names = complete.splitlines() or [""]
-        expected = json.dumps(identity, sort_keys=True)
-        if head and head != expected:
-            self._file.close()
-            raise ValueError(
-                f"{work}: holds the unfinished conversion of something else, or of this source "
-                "before it changed; remove it to begin again"
-            )
-        self.done = set(names)
-        if not head:
-            self._append([expected])
-
-    def add(self, names: list[str]) -> None:
-        """Notes that tensors are finished."""
-        self.done |= set(names)
-        self._append(names)
-
-    def _append(self, lines: list[str]) -> None:
-        self._file.write("".join(line + "\n" for line in lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def __enter__(self) -> _Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def _identity(source: HFSource | CheckpointSource) -> dict[str, Any]:
-    """Returns what tells a source from another, or from itself after a change."""
-    files = [
-        source.where / name
-        for name in ("config.json", MANIFEST, f"{ITEM}/{METADATA_FILE}", f"../../{RUN_FILE}")
-    ]
-    texts = [file for file in files if file.is_file()]
-    identity: dict[str, Any] = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in texts
-    }
-    if isinstance(source, HFSource):
-        files = [source.where / name for name in source.folder.headers]
-    else:
-        files = texts
-    stats = [(file.name, file.stat()) for file in files]
-    identity["files"] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    return identity

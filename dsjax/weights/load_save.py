@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from dsjax.config import KernelConfig, ModelConfig, QuantisationConfig, RuntimeConfig
 from dsjax.config.load import load_recipe
 from dsjax.config.model import require_folder
-from dsjax.config.runtime import DType
+from dsjax.config.runtime import DType, LatentDType
 from dsjax.config.stored import model_to_json
 from dsjax.data.tokenizer import TOKENIZER_FILE
 from dsjax.data.tokenizer_files import mend_tokenizer
@@ -116,6 +116,7 @@ def load_weights(
     quantize: str | QuantisationConfig | None = None,
     device_memory: int | None = None,
     ema: bool = False,
+    latent_dtype: LatentDType | None = None,
 ) -> DeepSeekV2:
     """Loads a model, each device its own shards and no host the whole.
 
@@ -132,6 +133,7 @@ def load_weights(
         device_memory: bytes of the device that the model may take; where it does not fit, its
             routed experts stay in the host's memory (`weights.host_experts`).
         ema: of a training run: loads the moving average of its weights.
+        latent_dtype: of the cache, as `RuntimeConfig` has it, where `runtime` is None.
 
     Raises:
         ValueError: damaged, non-finite or unsuitable weights; names file and tensor. The weights
@@ -139,13 +141,15 @@ def load_weights(
         FileNotFoundError: there is nothing there.
     """
     wanted = None if dtype is None else weight_dtype(dtype)
+    usual = RuntimeConfig(latent_dtype=latent_dtype)  # checked before anything is read
     recipe = None if quantize is None else load_recipe(quantize)
     where = resolve(path_or_hub_name)
 
     def load_from(where: FilePath) -> DeepSeekV2:
         with contextlib.closing(open_source(where, allow_nonfinite, ema)) as found:
             source = found if recipe is None else QuantisingSource(found, recipe)
-            return _load(source, wanted, runtime, rules or ShardingRules(), kernels, device_memory)
+            run_as = runtime or replace(usual, dtype=wanted or _exact_dtype(source))
+            return _load(source, wanted, run_as, rules or ShardingRules(), kernels, device_memory)
 
     return first_readable(where, load_from) if is_run(where) else load_from(where)
 
@@ -153,14 +157,12 @@ def load_weights(
 def _load(
     source: WeightSource,
     wanted: DType | None,
-    runtime: RuntimeConfig | None,
+    runtime: RuntimeConfig,
     rules: ShardingRules,
     kernels: Kernels | KernelConfig | None,
     device_memory: int | None,
 ) -> DeepSeekV2:
     config = source.config
-    if runtime is None:
-        runtime = RuntimeConfig(dtype=wanted or _exact_dtype(source))
     runtime = replace(runtime, quantisation=source.recipe)
     if isinstance(kernels, KernelConfig):
         runtime, kernels = replace(runtime, kernels=kernels), None

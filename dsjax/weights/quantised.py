@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from dsjax.quantise import Sides
 from dsjax.weights.assets import Assets
 from dsjax.weights.sources import WeightSource
 from dsjax.weights.stored_params import StoredParams, stored_params
-from pallas_kernels.quantised import Format, QuantisedWeights
+from pallas_kernels.quantised import Format, QuantisedWeights, quantise
 
 _WORKERS = 4
 _PIECE_WEIGHTS = 16 << 20  # of a matrix that are quantised at once, at some 20 bytes each
@@ -164,7 +165,11 @@ def _pieces(
 
 
 def quantise_part(
-    values: np.ndarray, index: tuple[int, ...], sides: Sides, form: Format
+    values: np.ndarray,
+    index: tuple[int, ...],
+    sides: Sides,
+    form: Format,
+    rounding: Callable[[Any, Format], QuantisedWeights] = quantise,
 ) -> dict[str, np.ndarray]:
     """Quantises one matrix of a stack, a piece at a time.
 
@@ -173,6 +178,7 @@ def quantise_part(
         index: its place in the stack, of layers and experts.
         sides: dims of the stack's matrices.
         form: how to store it.
+        rounding: chooses the numbers.
 
     Returns:
         Its numbers, scales and zeros, by the names of the parameters that hold them.
@@ -186,7 +192,9 @@ def quantise_part(
     size = values.shape[axis]
     step = max(_PIECE_WEIGHTS * size // values.size // form.block_out, 1) * form.block_out
     pieces = [
-        sides.quantised(values[(slice(None),) * axis + (slice(start, start + step),)], form)
+        sides.quantised(
+            values[(slice(None),) * axis + (slice(start, start + step),)], form, rounding
+        )
         for start in range(0, size, step)
     ]
 

@@ -28,6 +28,7 @@ __all__ = [
     "LSE_NAME",
     "OUT_NAME",
     "mla_attention",
+    "mla_attention_gradients",
     "mla_attention_with_lse",
     "supported",
 ]
@@ -137,20 +138,72 @@ def mla_attention_with_lse(
     """
     inputs = Inputs(q_nope_BTHN, q_rope_BTHR, k_nope_BSHN, k_rope_BSR, v_BSHV)
     masks = Masks(q_segment_ids_BT, kv_segment_ids_BS, q_offset_B)
+    _check_call(inputs, masks, scale, implementation, causal=causal)
+    inputs, masks = vary_alike((inputs, masks))
+    out_BTHV, lse_BHT = _attend(inputs, masks, float(scale), causal, implementation)
+    return out_BTHV, jax.lax.stop_gradient(lse_BHT)
+
+
+def mla_attention_gradients(
+    inputs: tuple[Array, Array, Array, Array, Array],
+    masks: tuple[Array | None, Array | None, Array | None],
+    out_BTHV: Float[Array, "B T H V"],
+    lse_BHT: Float[Array, "B H T"],
+    d_out_BTHV: Float[Array, "B T H V"],
+    *,
+    scale: float,
+    causal: bool = True,
+    implementation: str,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Computes the gradients of attention by a part of its keys, from the output over all.
+
+    Queries' gradients summed over the parts are those of attention over all keys at once; those of
+    a part's keys and values are whole.
+
+    Args:
+        inputs: q_nope_BTHN, q_rope_BTHR, and k_nope_BSHN, k_rope_BSR and v_BSHV of the part; see
+            `mla_attention`.
+        masks: q_segment_ids_BT, kv_segment_ids_BS and q_offset_B of the part; see `mla_attention`.
+        out_BTHV: The output over all keys, in the dtype of the queries.
+        lse_BHT: float32 log-sum-exp over all keys.
+        d_out_BTHV: The output's gradient, in the dtype of the queries.
+        scale: See `mla_attention`.
+        causal: See `mla_attention`.
+        implementation: one of IMPLEMENTATIONS but "reference", which knows no parts.
+
+    Returns:
+        The gradients of `inputs`, in their dtype.
+
+    Raises:
+        ValueError: "reference"; else see `mla_attention`.
+
+    DeepSeek-V2, arXiv 2405.04434, equations 17 and 18.
+    """
+    named, named_masks = Inputs(*inputs), Masks(*masks)
+    _check_call(named, named_masks, scale, implementation, causal=causal)
+    if implementation == "reference":
+        raise ValueError("implementation: 'reference' must see all keys at once")
+    named, named_masks = vary_alike((named, named_masks))
+    backward = load(__name__, implementation).backward
+    return backward(
+        named, named_masks, out_BTHV, lse_BHT, d_out_BTHV, scale=float(scale), causal=causal
+    )
+
+
+def _check_call(
+    inputs: Inputs, masks: Masks, scale: float, implementation: str, *, causal: bool
+) -> None:
     _check_arguments(inputs, masks, causal=causal)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale: {scale} must be positive and finite")
     reason = supported(
         implementation,
-        nope_dim=q_nope_BTHN.shape[3],
-        rope_dim=q_rope_BTHR.shape[3],
-        value_dim=v_BSHV.shape[3],
-        dtype=q_nope_BTHN.dtype,
+        nope_dim=inputs.q_nope_BTHN.shape[3],
+        rope_dim=inputs.q_rope_BTHR.shape[3],
+        value_dim=inputs.v_BSHV.shape[3],
+        dtype=inputs.q_nope_BTHN.dtype,
     )
     check_supported(implementation, reason)
-    inputs, masks = vary_alike((inputs, masks))
-    out_BTHV, lse_BHT = _attend(inputs, masks, float(scale), causal, implementation)
-    return out_BTHV, jax.lax.stop_gradient(lse_BHT)
 
 
 def _check_arguments(inputs: Inputs, masks: Masks, *, causal: bool) -> None:

@@ -41,6 +41,7 @@ def lower_layer(
     from dsjax.layers.moe import MoE
     from dsjax.layers.options import LayerOptions
     from dsjax.mesh import make_mesh, train_rules
+    from dsjax.model import param_shardings
     from dsjax.plan import tpu_devices
 
     config = importlib.import_module(f"dsjax.configs.models.{model}").config
@@ -53,15 +54,9 @@ def lower_layer(
     layer = nnx.eval_shape(lambda: MoE(config.moe, config.hidden_dim, options, nnx.Rngs(0)))
     graph, state = nnx.split(layer)
     state = jax.tree.map(
-        lambda variable: variable.replace(
-            jax.ShapeDtypeStruct(
-                variable.shape,
-                jnp.bfloat16,
-                sharding=rules.sharding(*variable.get_metadata("dims")),
-            )
-        ),
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=place),
         state,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
+        param_shardings(state, rules),
     )
     x = jax.ShapeDtypeStruct(
         (rules.num_batch_shards(), tokens, config.hidden_dim),

@@ -26,9 +26,13 @@ class Sequences:
 
     def __init__(self, model: DeepSeekV2, count: int, max_length: int, page_size: int = 8) -> None:
         pages = -(-max_length // page_size)
-        dtype = model.options.dtype
+        options = model.options
         self.pool: LatentPool = allocate_pool(
-            model.config, count * pages, dtype, page_size=page_size
+            model.config,
+            count * pages,
+            options.latent_dtype,
+            page_size=page_size,
+            rope_dtype=options.dtype,
         )
         self.lengths = np.zeros(count, np.int32)
         self._split = nnx.split(model)

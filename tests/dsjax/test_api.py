@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -157,15 +156,20 @@ def test_chat_with_deepseeks_own_tokenizer(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_notebook_chats(tmp_path: Path, monkeypatch, capsys):
-    """Its cells after the first, which installs, on a small model with the tokenizer it has."""
+    """All its cells on a small model with the tokenizer it has; the checkout is this one."""
     save_chat_model(tmp_path / "chat")
     monkeypatch.setenv("DSJAX_NOTEBOOK_MODEL", str(tmp_path / "chat"))
     monkeypatch.setenv("DSJAX_NOTEBOOK_TOKENS", "4")
-    notebook = json.loads((Path(__file__).parents[2] / "notebooks" / "chat.ipynb").read_text())
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # so that it sets nothing
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("DSJAX_CHECKOUT", str(root))
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((root / "notebooks" / "chat.ipynb").read_text())
     code = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
-    names: dict[str, Any] = {"os": os}
-    for cell in code[1:]:
+    names: dict[str, Any] = {}
+    for cell in code:
         exec(cell, names)
+    assert Path.cwd() == root
     assert "loaded in" in capsys.readouterr().out
     assert names["model"].options.runtime.quantisation == RECIPES["int4"]
     assert [one["role"] for one in names["conversation"]] == ["user", "assistant", "user"]

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from typing import Any
 import pexpect
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner, Result
 
+from dsjax.cli import app
 from dsjax.cli.terminal import Terminal
 from dsjax.data.chat import ChatTemplate
 from dsjax.engine import Engine
@@ -175,6 +178,46 @@ def test_on_a_terminal(tmp_path):
     saved = json.loads((tmp_path / "talk.json").read_text("utf-8"))
     assert saved[0]["content"] == "first line\nsecond 行"
     assert saved[1]["content"]
+
+
+def test_under_a_cap_experts_stay_on_the_host(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path / "model")
+    command = ["chat", str(folder), "--dtype=float32", "--max-tokens=4", "--device-memory"]
+
+    def run(memory: str) -> Result:
+        return CliRunner().invoke(app, [*command, memory], input="Hello\n")
+
+    whole = run("7GiB")
+    assert whole.exit_code == 0, whole.stderr
+    assert "experts:" not in whole.stderr
+    # The same weights, of which all but the experts just fit.
+    refused = re.search(r"take ([\d,]+) bytes", str(run("1KiB").exception))
+    assert refused is not None
+    rest = int(refused[1].replace(",", "")) + 1
+    monkeypatch.setattr("dsjax.weights.host_experts._SHARE_OF_WEIGHTS", rest / (7 << 30))
+    capped = run("7GiB")
+    assert (capped.stdout, capped.exit_code) == (whole.stdout, 0), capped.stderr
+    assert re.search(r"experts: [\d,]+ wanted, .*% were on the device", capped.stderr)
+
+
+def test_what_stops_a_chat_is_one_line_before_weights_are_read(tmp_path, monkeypatch, capsys):
+    from dsjax.cli import main
+
+    folder = write_checkpoint(tmp_path / "model")
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    (bare / "tokenizer.json").unlink()
+    monkeypatch.setattr("dsjax.weights.to_devices.load_array", None)
+    for arguments, message in (
+        ([folder, "--device-memory=1KiB"], r"device_memory=1024: .*without routed experts take"),
+        ([folder, "--device-memory=much"], r"device_memory='much': must be a size such as 16GiB"),
+        ([bare], r"bare: holds no tokenizer\.json, so there is no chat with it"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["dsjax", "chat", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert exit_.value.code == 2
+        assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
 @pytest.mark.parametrize(

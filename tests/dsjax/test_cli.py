@@ -127,6 +127,15 @@ def test_impossible_fields_are_named(errors, override: str, message: str):
     assert message in errors(None, override)
 
 
+@pytest.mark.core
+def test_rows_that_the_mesh_does_not_divide(errors, corpus, tmp_path):
+    config = small_run(tmp_path / "run", corpus, mesh=MeshConfig(fsdp=2, context=4))
+    line = errors(config, "data.length=30")
+    assert "data.length=30: must be divisible by mesh.context=4" in line
+    line = errors(config, "runtime.kernels.mla_attention=reference")
+    assert "runtime.kernels.mla_attention='reference': must see a row's keys at once" in line
+
+
 def test_a_mesh_that_does_not_divide_the_model_names_every_parameter(errors, corpus, tmp_path):
     config = small_run(tmp_path / "run", corpus, mesh=MeshConfig(tensor=8, fsdp=1))
     line = errors(config)
@@ -184,6 +193,9 @@ def test_generate_streams_one_prompt_and_labels_several(dsjax, trained_run: Trai
     code, both, _ = dsjax("generate", run, "--prompt", "1 + 2", "--prompt", "é", *arguments)
     assert code == 0
     assert both.startswith("--- '1 + 2'\n" + alone + "--- 'é'\n")
+    code, out, _ = dsjax("generate", run, "--prompt", "1", "--latent-dtype", "int8", *arguments)
+    assert code == 0
+    assert out
     code, _, err = dsjax("generate", run, "--prompt", "1", "--chat", *arguments)
     assert code == 2
     assert "has no chat template" in err
@@ -204,6 +216,7 @@ def test_check_prints_the_config(dsjax, trained_run, tmp_path: Path):
     [
         (["generate", "x", "--prompt", "a", "--dtype", "fp32"], "fp32"),
         (["convert", "x", "y", "--dtype", "fp32"], "fp32"),
+        (["generate", "x", "--prompt", "a", "--latent-dtype", "int4"], "--latent-dtype"),
         (["generate", "x", "--prompt", "a", "--max-tokens", "2.5"], "--max-tokens"),
         (["generate", "x", "--prompt", "a", "--top-k", "3000000000"], "top_k=3000000000"),
         (["generate", "x", "--prompt", "a", "--seed", "-1"], "seed=-1"),

@@ -291,7 +291,7 @@ def test_a_part_that_has_no_defaults_cannot_be_switched_on_by_one_field():
         (SMALL.attention.yarn, {"beta_fast": 1.0}, "yarn.beta_fast=1.0: must exceed"),
         (MeshConfig(), {"data": -1}, "at most one axis may be -1"),
         (MeshConfig(), {"tensor": 0}, "mesh.tensor=0: must be positive or -1"),
-        (MeshConfig(), {"context": 2}, "mesh.context=2"),
+        (MeshConfig(), {"context": 0}, "mesh.context=0: must be positive or -1"),
         (OptimizerConfig(), {"beta2": 1.0}, "optimizer.beta2=1.0"),
         (OptimizerConfig(), {"decay_at": (0.9, 0.6)}, "optimizer.decay_at"),
         (BatchConfig(8), {"accumulate": 3}, "batch.accumulate=3: must divide batch.size=8"),

@@ -113,10 +113,11 @@ def test_a_layers_experts_may_be_read_where_they_lie(in_place):
 
 
 @pytest.mark.core
-def test_a_long_prefix_is_expanded_block_by_block():
-    """With blocks of two pages: a prefix of none, of less than one, and of several."""
+@pytest.mark.parametrize("least", [16, 8, 1])
+def test_a_long_prefix_is_expanded_block_by_block(least: int):
+    """With blocks of two pages, or one: a prefix of none, of less than one, and of several."""
     _, tokens, want = model_and_logits("v2")
-    model = random_model(CROSSING, kernels=Kernels(expanded_keys=16))
+    model = random_model(CROSSING, kernels=Kernels(expanded_keys=least))
     sequences = Sequences(model, 5, LENGTH)
     counts = [1, 7, 16, 33, 40]
     sequences.step(tokens, counts, is_first=True)
@@ -238,6 +239,16 @@ def expands(jaxpr, config):
         for tokens in (64, 640)  # of a page, and of all a table's pages in one block
         for width in widths
     )
+
+
+def test_a_longer_piece_has_longer_blocks():
+    """Each block is a turn of a loop and a merge of all queries."""
+    config = replace(SMALL, num_layers=1, moe=None)
+    attention = config.attention
+    of_keys = f",{attention.num_heads},{attention.v_head_dim}]"
+    program = program_of(config, 1024, Kernels(expanded_keys=64))
+    assert f"512{of_keys}" in program
+    assert f"64{of_keys}" not in program
 
 
 @pytest.mark.core

@@ -28,6 +28,10 @@ def test_runs_that_come_with_the_package_have_no_field_without_effect():
             "loss.router_entropy=True has no effect: the model has no layers of experts",
         ),
         (["runtime.kernels.exchange_chunks=2"], "exchange_chunks=2 has no effect: mesh.expert=1"),
+        (
+            ["runtime.kernels.latent_exchange=ring"],
+            "latent_exchange='ring' has no effect: mesh.con",
+        ),
         (["runtime.kernels.mla_decode=xla"], "mla_decode='xla' has no effect: training decodes"),
         (
             ["num_steps=9"],

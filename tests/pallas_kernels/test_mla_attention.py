@@ -1,6 +1,7 @@
 """Latent attention: meaning, gradients, transformations, errors."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from pallas_kernels.mla_attention import (
     hopper_backward,
     hopper_forward,
     mla_attention,
+    mla_attention_gradients,
     mla_attention_with_lse,
 )
 from pallas_kernels.mla_attention.arguments import Inputs, Masks
@@ -23,6 +25,8 @@ from pallas_kernels.mla_attention.reference import visible_BTS
 from tests import oracle_attention
 from tests.oracle_attention import relative_error
 from tests.pallas_kernels import hopper_simulator
+from tests.pallas_kernels.attention_parts import CASE as PARTS
+from tests.pallas_kernels.attention_parts import check_parts
 from tests.pallas_kernels.comparisons import GRADIENTS, compare_attention
 
 
@@ -72,6 +76,21 @@ def test_bfloat16(case):
 @pytest.mark.parametrize("case", LARGE_CASES, ids=lambda case: case.name)
 def test_many_blocks(case):
     check(case, "xla", jnp.float32, 1e-5, seed=2)
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_parts_of_the_keys_add_up(own):
+    options: dict[str, Any] = {"scale": PARTS.scale, "implementation": "xla"}
+
+    def forward(inputs, masks):
+        return mla_attention_with_lse(*inputs, **keywords(PARTS, masks), implementation="xla")
+
+    backward = functools.partial(mla_attention_gradients, **options)
+    check_parts(own, 6, jnp.float32, 1e-5, jax.jit(forward), jax.jit(backward))
+    arrays, masks, d_out = Case("small").draw(1)
+    kept: Any = (arrays, masks, *mla_attention_with_lse(*arrays, **options), d_out)
+    with pytest.raises(ValueError, match="'reference' must see all keys at once"):
+        mla_attention_gradients(*kept, **options | {"implementation": "reference"})
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

@@ -163,6 +163,8 @@ def test_hopper_multiplies_by_what_is_stored_in_a_stack(name, width_out, width_i
         product = grouped_matmul(lhs, gate, sizes, implementation="hopper")
         return product, grouped_swiglu(lhs, gate, up, sizes, implementation="hopper")
 
+    # With zero points numbers are rounded before these come off: twice as large ones.
+    bound = 8e-3 if HOPPER_FORMATS[name].zero_points else 6e-3
     for counts in SPREADS:
         group = np.repeat(np.arange(8), counts)
         gates, ups = np.zeros((2, 125, width_out))
@@ -172,7 +174,7 @@ def test_hopper_multiplies_by_what_is_stored_in_a_stack(name, width_out, width_i
         found = both(lhs, stacks, jnp.int32(1), jnp.asarray(counts, jnp.int32))
         for got, want in zip(found, (gates, gates / (1 + np.exp(-gates)) * ups), strict=True):
             assert not np.asarray(got, np.float64)[len(group) :].any()
-            assert relative_error(got, want) < 6e-3 if want.any() else not np.asarray(got).any()
+            assert relative_error(got, want) < bound if want.any() else not np.asarray(got).any()
 
 
 @pytest.mark.parametrize("name", ["int4_g64", "int4_g32"])

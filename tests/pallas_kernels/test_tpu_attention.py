@@ -16,6 +16,8 @@ from pallas_kernels.mla_attention.cases import CASES, Case
 from tests import oracle_attention
 from tests.conftest import require_module
 from tests.oracle_attention import relative_error
+from tests.pallas_kernels.attention_parts import CASE as PARTS
+from tests.pallas_kernels.attention_parts import check_parts
 from tests.pallas_kernels.comparisons import GRADIENTS, compare_attention
 from tests.pallas_kernels.tpu_programs import compile_programs
 from tests.pallas_kernels.tpu_simulator import without_races
@@ -56,6 +58,24 @@ def check(
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bfloat16(case):
     check(case, jnp.bfloat16, 5e-3, seed=len(case.name))
+
+
+def test_parts_of_the_keys_add_up():
+    """Of every second token's queries, as devices have them that divide a row."""
+    case = dataclasses.replace(PARTS, batch=1, heads=1, queries=70, keys=140)
+    interpret: Any = pltpu.InterpretParams()
+    options: dict[str, Any] = {"scale": case.scale, "causal": True, "interpret": interpret}
+
+    @jax.jit  # compiled once for both parts
+    def forward(inputs, masks):
+        return tpu.forward(Inputs(*inputs), Masks(*masks), tile=FORWARD, **options)
+
+    @jax.jit
+    def backward(inputs, masks, out, lse, d_out):
+        arguments = Inputs(*inputs), Masks(*masks), out, lse, d_out
+        return tpu.backward(*arguments, tile=BACKWARD, **options)
+
+    check_parts(0, 6, jnp.bfloat16, 5e-3, forward, backward, case)
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])

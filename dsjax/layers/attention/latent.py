@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,14 @@ from flax import nnx
 from dsjax.cache import LatentPool, Part, View
 from dsjax.config import AttentionConfig
 from dsjax.kernels import MAX_DECODE_TOKENS
+from dsjax.layers.attention.context import Row, Settings, attend_over_row, merge
 from dsjax.layers.attention.divided import attend_to_own_tokens
 from dsjax.layers.linear import Linear
 from dsjax.layers.norm import RMSNorm
 from dsjax.layers.options import LayerOptions
 from dsjax.layers.rope import apply_rope, rope_angles, softmax_scale
 from pallas_kernels.mla_attention import mla_attention, mla_attention_with_lse
-from pallas_kernels.mla_decode import LatentPages, merge_partial_attention, mla_decode
+from pallas_kernels.mla_decode import LatentPages, mla_decode
 from pallas_kernels.mla_decode import supported as mla_decode_supported
 
 # The released code builds the latents' norms with this epsilon whatever `rms_norm_eps` says.
@@ -82,6 +83,9 @@ class MLA(nnx.Module):
         """
         q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, positions_BT)
         latent_BTC, k_rope_BTR = self._latents(x_BTD, positions_BT)
+        if self.options.rules.dividing_axes("length"):
+            tokens = _Tokens(q_nope_BTHN, q_rope_BTHR, latent_BTC, k_rope_BTR)
+            return self._output(self._over_row(tokens, segment_ids_BT))
         k_nope_BTHN, v_BTHV = self._expand(latent_BTC)
         ids = None if segment_ids_BT is None else ("batch", "length")
 
@@ -111,6 +115,34 @@ class MLA(nnx.Module):
         )
         out_BTHV = run(q_nope_BTHN, q_rope_BTHR, k_nope_BTHN, k_rope_BTR, v_BTHV, segment_ids_BT)
         return self._output(out_BTHV)
+
+    def _over_row(self, tokens: _Tokens, segment_ids_BT: jax.Array | None) -> jax.Array:
+        """Attends where devices divide the row; its tokens are in striped order."""
+        rules, kernels = self.options.rules, self.options.kernels
+        (axis,) = rules.dividing_axes("length")
+        gathered = rules.dividing_axes("kv_latent_in")
+        settings = Settings(
+            axis, kernels.latent_exchange, softmax_scale(self.config), kernels.mla_attention
+        )
+
+        def attend(row: Row, segment_ids_BT: jax.Array | None) -> jax.Array:
+            wk_b, wv_b = row.wk_b, row.wv_b
+            for minor in reversed(gathered):  # one axis after another, as `gather_minor_axes` says
+                wk_b, wv_b = (
+                    jax.lax.all_gather(w, minor, axis=0, tiled=True) for w in (wk_b, wv_b)
+                )
+            return attend_over_row(settings, row._replace(wk_b=wk_b, wv_b=wv_b), segment_ids_BT)
+
+        heads: Any = _HEADS
+        shared: Any = ("batch", "length", "head_dim")
+        weights: Any = self.wk_b.dims
+        ids = None if segment_ids_BT is None else ("batch", "length")
+        row_dims = Row(heads, heads, shared, shared, weights, weights)
+        run = rules.shard_map(attend, in_dims=(row_dims, ids), out_dims=heads)
+        wk_b, wv_b = self.wk_b.divided(), self.wv_b.divided()
+        assert isinstance(wk_b, jax.Array)  # quantised weights have no gradient
+        assert isinstance(wv_b, jax.Array)
+        return run(Row(*tokens, wk_b, wv_b), segment_ids_BT)
 
     def extend(
         self, x_BTD: jax.Array, pool: LatentPool, view: View, layer: jax.Array
@@ -209,13 +241,18 @@ class MLA(nnx.Module):
         self, tokens: _Tokens, pool: LatentPool, part: Part, layer: jax.Array
     ) -> jax.Array:
         """Attends to the new tokens, then to blocks of the cached ones, each expanded in turn."""
+        latent_BTC = pool.as_cached(tokens.latent_BTC)
         out_BTHV, lse_BHT = self._attend_expanded(
-            tokens, tokens.latent_BTC, tokens.k_rope_BTR, visible_BS=None
+            tokens, latent_BTC, tokens.k_rope_BTR, visible_BS=None
         )
         if part.is_first:
             return out_BTHV
-        pages = max(1, self.options.kernels.expanded_keys // pool.page_size)
+        # Each block costs a merge of all queries and a turn of a loop, 0.15 ms on an H200, where
+        # the host waits for each: as many keys as queries, and many where sequences are few.
+        least = self.options.kernels.expanded_keys
+        keys = max(least, part.num_tokens, 4 * least // part.num_sequences)
         table_BP = part.page_table_BP
+        pages = min(max(1, min(keys, 8 * least) // pool.page_size), table_BP.shape[1])
         table_BP = jnp.pad(table_BP, ((0, 0), (0, -table_BP.shape[1] % pages)))
         keys = pages * pool.page_size
 
@@ -227,7 +264,7 @@ class MLA(nnx.Module):
             latent_BSC, k_rope_BSR = pool.read(layer, block_BP, rope_dim, rules)
             visible_BS = index * keys + jnp.arange(keys) < part.lengths_B[:, None]
             block = self._attend_expanded(tokens, latent_BSC, k_rope_BSR, visible_BS)
-            return _merge(sums, block)
+            return merge(sums, block)
 
         # As many blocks as the longest sequence has, not as many as there is room for.
         num_blocks = (jnp.max(part.lengths_B) + keys - 1) // keys
@@ -319,13 +356,3 @@ def _cut(row_BTX: jax.Array, part: Part, first: int) -> jax.Array:
         # XLA would hand a kernel the part where it lies in the row.
         tokens_BTX = jax.lax.optimization_barrier(tokens_BTX)
     return tokens_BTX.reshape(part.num_sequences, part.num_tokens, *row_BTX.shape[2:])
-
-
-def _merge(
-    one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Joins attention to two sets of keys: out_BTHV float32, and lse_BHT."""
-    outs = jnp.stack([one[0], other[0].astype(jnp.float32)])
-    lses = jnp.stack([jnp.swapaxes(lse_BHT, 1, 2) for lse_BHT in (one[1], other[1])])
-    out_BTHV, lse_BTH = merge_partial_attention(outs, lses)
-    return out_BTHV, jnp.swapaxes(lse_BTH, 1, 2)

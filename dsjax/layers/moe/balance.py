@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dsjax.config import MoEConfig, TokenDropping
-from dsjax.mesh import ShardingRules
+from dsjax.mesh import ShardingRules, from_stripes, to_stripes
 
 
 def balance_losses(
@@ -106,8 +106,16 @@ def keep_within_capacity(
     budget_rows = option.budget_rows or group_rows
     if group_rows % budget_rows:
         raise ValueError(misfit_of_budget(budget_rows, group_rows))
+    row_axes = rules.dividing_axes("length")
+    stripes = rules.num_shards("length")
 
     def of_device(rank_BTK: jax.Array, group_BTK: jax.Array) -> jax.Array:
+        # Devices that divide rows decide on whole rows, in the text's order, as one device does.
+        if row_axes:
+            rank_BTK, group_BTK = (
+                from_stripes(jax.lax.all_gather(array, row_axes, axis=1, tiled=True), stripes)
+                for array in (rank_BTK, group_BTK)
+            )
         # The sequences of a budget may lie on several devices, which all decide on all of it.
         rows = rank_BTK.shape[0]
         gathered = rows % budget_rows != 0
@@ -123,6 +131,11 @@ def keep_within_capacity(
         if gathered:
             first = jax.lax.axis_index("expert") * rows
             keep_BTK = jax.lax.dynamic_slice_in_dim(keep_BTK, first, rows)
+        if row_axes:
+            length = keep_BTK.shape[1] // stripes
+            first = jax.lax.axis_index(row_axes) * length
+            keep_BTK = to_stripes(keep_BTK, stripes)
+            keep_BTK = jax.lax.dynamic_slice_in_dim(keep_BTK, first, length, axis=1)
         return keep_BTK
 
     dims: Any = ("batch", "length", None)

@@ -232,19 +232,21 @@ def test_a_callback_that_raises_ends_its_requests_and_nothing_else():
     assert_greedy(requests, engine.generate(requests), the_model())
 
 
-def test_a_failed_step_ends_what_ran_and_the_engine_goes_on(monkeypatch):
+# Before a step is launched, and while a thread launches it.
+@pytest.mark.parametrize("where", ["read", "_read_rows"])
+def test_a_failed_step_ends_what_ran_and_the_engine_goes_on(where: str, monkeypatch):
     engine = an_engine()
     requests = random_requests(17, 12)
-    read, count = engine._runner.read, 0
+    read, count = getattr(engine._runner, where), 0
 
     def failing(*arguments: object) -> object:
         nonlocal count
         count += 1
         if count == 8:
             raise RuntimeError("out of luck")
-        return read(*arguments)  # type: ignore[arg-type]
+        return read(*arguments)
 
-    monkeypatch.setattr(engine._runner, "read", failing)
+    monkeypatch.setattr(engine._runner, where, failing)
     found = engine.generate(requests)
     failed = [one for one in found if one.finish == "error"]
     assert 1 <= len(failed) <= 4
@@ -252,7 +254,7 @@ def test_a_failed_step_ends_what_ran_and_the_engine_goes_on(monkeypatch):
     whole = [pair for pair in zip(requests, found, strict=True) if pair[1].finish != "error"]
     assert_greedy([a for a, _ in whole], [b for _, b in whole], the_model())
     count = -1000
-    monkeypatch.setattr(engine._runner, "read", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine._runner, where, lambda *_: 1 / 0)
     assert {one.finish for one in engine.generate(requests)} == {"error"}
     with pytest.raises(EngineError, match="division"):
         engine.generate(requests)

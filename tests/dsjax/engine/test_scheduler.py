@@ -229,6 +229,75 @@ def test_urgent_ones_go_first_and_waiting_makes_up_for_it():
     assert scheduler.waiting[-1] is late
 
 
+@pytest.mark.parametrize(("num_pages", "max_batch"), [(30, 2), (10, 3)])
+def test_an_urgent_one_takes_the_place_of_the_last_usual_one(num_pages, max_batch):
+    """Of its slot, or of its pages; those that yield go on later and say the same."""
+    scheduler = a_scheduler(num_pages, max_batch)
+    device = Device(scheduler)
+    usual = [Sequence([index] * 14, 14, 6) for index in range(2)]
+    for sequence in usual:
+        scheduler.add(sequence)
+    for _ in range(4):
+        device.turn()
+    assert scheduler.running == usual
+    equal = Sequence([1, 1], 2, 4)
+    scheduler.add(equal)
+    device.turn()
+    assert scheduler.num_preemptions == 0
+    urgent = Sequence([0] * 10, 10, 4, priority=-1)
+    scheduler.add(urgent)
+    device.turn()
+    assert urgent.slot is not None
+    assert usual[0].num_preemptions == 0
+    assert scheduler.num_preemptions >= 1
+    while device.turn():
+        pass
+    for sequence in (*usual, equal, urgent):
+        assert sequence.tokens == expected(
+            sequence.tokens[: sequence.num_prompt], sequence.max_tokens
+        )
+
+
+def test_one_that_has_run_long_is_not_preempted_by_an_urgent_one():
+    scheduler = a_scheduler(num_pages=30, max_batch=1, ageing=10)
+    usual, urgent = Sequence([1], 1, 30), Sequence([0], 1, 2, priority=-1)
+    scheduler.add(usual)
+    device = Device(scheduler)
+    for _ in range(15):
+        device.turn()
+    scheduler.add(urgent)
+    while device.turn():
+        assert usual.slot is not None or usual.is_finished
+    assert urgent.is_finished
+
+
+@pytest.mark.parametrize(
+    ("first", "usual", "urgent", "shareable"),
+    [
+        ([0] * 20, [1] * 4, [2] * 20, 0),  # others hold too few pages for themselves
+        ([0] * 12, [1] * 12, [1] * 12 + [2] * 12, 12),  # it would only share what they hold
+    ],
+)
+def test_nobody_yields_where_it_would_not_be_enough(first, usual, urgent, shareable):
+    scheduler = a_scheduler(num_pages=10, max_batch=3)
+    device = Device(scheduler)
+    kept = Sequence(list(first), len(first), 8, priority=-1)
+    less_urgent = Sequence(list(usual), len(usual), 8)
+    for sequence in (kept, less_urgent):
+        scheduler.add(sequence)
+    for _ in range(4):
+        device.turn()
+    late = Sequence(list(urgent), len(urgent), 4, priority=-1)
+    scheduler.add(late)
+    assert scheduler.num_shareable(late) == shareable
+    device.turn()
+    assert late.slot is None
+    assert less_urgent.num_preemptions == 0
+    while device.turn():
+        pass
+    assert late.is_finished
+
+
 def test_pages_that_nobody_holds_are_forgotten_the_last_of_a_prefix_first():
     pages = Pages(3, PAGE)
     taken = [page for _ in range(3) if (page := pages.take()) is not None]

@@ -11,6 +11,7 @@ from flax import nnx
 
 from dsjax.cache import LatentPool, Part, View, allocate_pool, pool_dims
 from dsjax.config import AttentionConfig, MeshConfig, RuntimeConfig
+from dsjax.config.runtime import LatentDType
 from dsjax.configs.models import deepseek_v2, deepseek_v2_lite
 from dsjax.kernels import Kernels
 from dsjax.layers.attention import MLA
@@ -45,17 +46,25 @@ def _extend(mla: MLA, x_BTD: Any, pool: LatentPool, view: View) -> tuple[jax.Arr
     return mla.extend(x_BTD, pool, view, jnp.int32(0))
 
 
-def a_pool(rules: ShardingRules, dtype: Any) -> LatentPool:
+def a_pool(rules: ShardingRules, dtype: Any, latent_dtype: Any = None) -> LatentPool:
     """Full of what no token has written, and laid out."""
-    pool = allocate_pool(CONFIG, BATCH * COLUMNS, dtype, page_size=PAGE)
+    pool = allocate_pool(
+        CONFIG, BATCH * COLUMNS, latent_dtype or dtype, page_size=PAGE, rope_dtype=dtype
+    )
     pool = jax.tree.map(lambda x: jnp.full_like(x, 50.0), pool)
     return pool if rules.mesh is None else jax.device_put(pool, rules.sharding(*pool_dims(rules)))
 
 
-def read(rules: ShardingRules, dtype: DType, sizes: tuple[int, ...]) -> list[np.ndarray]:
+def read(
+    rules: ShardingRules,
+    dtype: DType,
+    sizes: tuple[int, ...],
+    latent_dtype: LatentDType | None = None,
+) -> list[np.ndarray]:
     """Reads sequences in parts of so many tokens; returns what attention gives of each."""
-    mla = an_mla(rules, RuntimeConfig(dtype=dtype, remat="none"))
-    pool, rng = a_pool(rules, jnp.dtype(dtype)), np.random.default_rng(2)
+    runtime = RuntimeConfig(dtype=dtype, remat="none", latent_dtype=latent_dtype)
+    mla, rng = an_mla(rules, runtime), np.random.default_rng(2)
+    pool = a_pool(rules, jnp.dtype(dtype), mla.options.latent_dtype)
     table = jnp.asarray(rng.permutation(BATCH * COLUMNS).reshape(BATCH, COLUMNS), jnp.int32)
     lengths, outs = jnp.zeros(BATCH, jnp.int32), []
     for size in sizes:
@@ -163,8 +172,7 @@ def test_a_chunk_sends_latents_and_no_query():
     attention = CONFIG.attention
     numbers = attention.kv_lora_rank + attention.qk_rope_head_dim
     tokens = BATCH * COLUMNS * PAGE  # all columns of the table, one after the other
-    padded = -(-tokens // (BATCH * Kernels().expanded_keys)) * BATCH * Kernels().expanded_keys
-    assert uses["all-gather"].bytes == padded * numbers * 4 * 3 // 4
+    assert uses["all-gather"].bytes == tokens * numbers * 4 * 3 // 4
 
 
 def test_pages_are_divided_as_heads_are():

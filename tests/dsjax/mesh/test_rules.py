@@ -21,6 +21,7 @@ from dsjax.mesh import (
     check_divisible,
     inference_rules,
     make_mesh,
+    serving_rules,
     train_rules,
 )
 from dsjax.model import abstract_model, create_model, param_dims, param_shardings
@@ -266,6 +267,26 @@ def test_mesh_takes_the_devices_that_are_left():
     assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
     two = make_mesh(MeshConfig(), devices=jax.devices()[:2])
     assert two.shape["fsdp"] == 2
+
+
+@pytest.mark.core
+def test_devices_that_divide_rows_divide_parameters_too():
+    rules = train_rules(make_mesh(MeshConfig(fsdp=2, context=4)))
+    _, state = abstract_model(CONFIG)
+    shardings = dict(nnx.to_flat_state(param_shardings(state, rules)))
+    for path, variable in nnx.to_flat_state(state):
+        if variable.get_metadata("dims") == ("norm",) or path[-3:-1] == ("router", "gate"):
+            continue
+        part = shardings[path].get_value().shard_shape(variable.shape)
+        assert np.prod(variable.shape) == 8 * np.prod(part), path
+
+
+@pytest.mark.core
+def test_generation_refuses_a_mesh_that_divides_rows():
+    mesh = make_mesh(MeshConfig(fsdp=4, context=2))
+    for rules in (inference_rules, serving_rules):
+        with pytest.raises(ValueError, match=r"^mesh.context=2: must be 1 for generation"):
+            rules(mesh)
 
 
 @pytest.mark.core

@@ -117,6 +117,7 @@ def shard_of(owners: list[int], process: int, monkeypatch, **axes: int) -> HostS
     table = SimpleNamespace(
         mesh=rules.mesh,
         num_batch_shards=rules.num_batch_shards,
+        num_shards=rules.num_shards,
         sharding=lambda *dims: stand_in,
     )
     monkeypatch.setattr(jax, "process_index", lambda: process)
@@ -151,6 +152,44 @@ def test_one_process_places_rows_on_its_mesh():
     np.testing.assert_array_equal(placed["tokens"], rows.reshape(2, 8, 3))
     np.testing.assert_array_equal(placed["num_bytes"], np.arange(16).reshape(2, 8))
     assert {s.data.shape for s in placed["tokens"].addressable_shards} == {(2, 2, 3)}
+
+
+def test_rows_that_devices_divide_are_striped():
+    mesh = make_mesh(MeshConfig(fsdp=2, context=4), jax.devices()[:8])
+    rules = train_rules(mesh)
+    rows = np.arange(2 * 12).reshape(2, 12)
+    placed = HostShard(rules).place({"tokens": rows, "num_bytes": np.arange(2)}, num_slices=1)
+    for part in placed["tokens"].addressable_shards:
+        place = np.argwhere(mesh.devices.squeeze() == part.device)[0]
+        np.testing.assert_array_equal(part.data[0], rows[place[:1], place[1] :: 4])
+
+
+def test_a_process_places_the_stripes_of_its_own_devices(monkeypatch):
+    """Two processes along the axis that divides rows: both read the rows, each places a half."""
+    mesh = make_mesh(MeshConfig(fsdp=2, context=4), jax.devices()[:8])
+    rules = train_rules(mesh)
+    rows = np.arange(2 * 12).reshape(2, 12)
+    devices = mesh.devices.squeeze()
+    found = []
+
+    def place(sharding, local):
+        found.append(local)
+
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", place)
+    for process in range(2):
+        shard: Any = HostShard(rules)
+        own = set(devices[:, 2 * process : 2 * process + 2].flat)
+        of_all = shard._sharding.devices_indices_map
+        shard._sharding = SimpleNamespace(
+            num_devices=8,
+            addressable_devices_indices_map=lambda shape, own=own, of_all=of_all: {
+                device: index for device, index in of_all(shape).items() if device in own
+            },
+        )
+        shard.place({"tokens": rows}, num_slices=1)
+    for process, local in enumerate(found):
+        stripes = [rows[:, 2 * process + i :: 4] for i in range(2)]
+        np.testing.assert_array_equal(local[0], np.concatenate(stripes, axis=1))
 
 
 def test_a_slow_host_is_named_by_what_it_alone_takes():

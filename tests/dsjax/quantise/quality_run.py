@@ -2,8 +2,9 @@
 
     python -m tests.dsjax.quantise.quality_run FOLDER
 
-prints one JSON line: of each recipe the mean divergence of the next token's distribution from the
-plain model's on held-out text, in nats a token, and nats a byte of the plain model and of each.
+prints one JSON line: of each recipe, of int4 whose numbers are searched for, and of plain weights
+with a cache of 8 bits, the mean divergence of the next token's distribution from the plain model's
+on held-out text, in nats a token; and nats a byte of the plain model and of each.
 """
 
 import json
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsjax.cache import Part, View, allocate_pool
 from dsjax.config import (
     BalanceConfig,
     BatchConfig,
@@ -32,13 +34,17 @@ from dsjax.config import (
     TrainConfig,
 )
 from dsjax.config.quantisation import RECIPES
+from dsjax.config.runtime import LATENT_DTYPES
 from dsjax.configs.models import tiny
+from dsjax.kernels import PAGE_SIZE
 from dsjax.model import DeepSeekV2
 from dsjax.training.loop import fit
-from dsjax.weights import load_weights
+from dsjax.weights import calibration_text, load_weights
+from dsjax.weights.convert import convert
 
 HELD_OUT = (49, 16, 128)  # 100,352 bytes
 STEPS = 400
+SEARCHED = "int4 searched"
 
 
 def main(folder: str) -> None:
@@ -67,7 +73,14 @@ def main(folder: str) -> None:
     others = {
         name: log_probabilities(load_weights(run.directory, quantize=name)) for name in RECIPES
     }
-    divergence, nats = dict.fromkeys(RECIPES, 0.0), dict.fromkeys(("plain", *RECIPES), 0.0)
+    searched = Path(folder) / "searched"
+    calibration_text.NUM_ROWS = 24
+    convert(run.directory, searched, quantize="int4", calibrate=text, progress=False)
+    others[SEARCHED] = log_probabilities(load_weights(searched))
+    for kept in LATENT_DTYPES:
+        model = load_weights(run.directory, latent_dtype=kept)
+        others[f"{kept} latents"] = cached_log_probabilities(model)
+    divergence, nats = dict.fromkeys(others, 0.0), dict.fromkeys(("plain", *others), 0.0)
     for tokens in held_out:
         before = plain(tokens)
         nats["plain"] += nats_of(before, tokens)
@@ -85,6 +98,25 @@ def log_probabilities(model: DeepSeekV2) -> Callable[[np.ndarray], jax.Array]:
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, tokens: jax.nn.log_softmax(nnx.merge(graphdef, state)(tokens)))
     return lambda tokens: run(state, tokens)
+
+
+def cached_log_probabilities(model: DeepSeekV2) -> Callable[[np.ndarray], jax.Array]:
+    """Returns the same of a model that reads rows into the cache."""
+    graphdef, state = nnx.split(model)
+    rows, length = HELD_OUT[1:]
+    table = jnp.arange(rows * length // PAGE_SIZE, dtype=jnp.int32).reshape(rows, -1)
+    nothing, full = (jnp.full(rows, number, jnp.int32) for number in (0, length))
+    view = View((Part(table, nothing, full, length, is_first=True),))
+    latent_dtype, rope_dtype = model.options.latent_dtype, model.options.dtype
+
+    def run(state: nnx.State, tokens: jax.Array) -> jax.Array:
+        pool = allocate_pool(model.config, table.size, latent_dtype, rope_dtype=rope_dtype)
+        places = jnp.arange(tokens.size)
+        logits, _ = nnx.merge(graphdef, state).extend(tokens.reshape(-1), pool, view, places)
+        return jax.nn.log_softmax(logits.reshape(*tokens.shape, -1))
+
+    compiled = jax.jit(run)
+    return lambda tokens: compiled(state, tokens)
 
 
 def nats_of(log_probabilities: Any, tokens: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """Keys, limits, clients that misbehave, and the end of a server."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from dsjax.config import ServeConfig
+from dsjax.serving.app import make_app
+from tests.dsjax.engine.small_engine import an_engine
 from tests.dsjax.serving.served import Served, a_server
 
 ASKED = {"prompt": "Hello", "max_tokens": 4, "temperature": 0}
@@ -160,6 +164,18 @@ def test_heads_are_bounded_in_size_and_time(served):
     assert b" 408 " in raw(served, head(100) + b"{")
 
 
+def test_a_body_that_is_too_large_is_refused_as_that_however_it_comes(served):
+    chunked = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    part = b"180000\r\n" + b"a" * 0x180000 + b"\r\n"  # 1.5 MiB, and never more
+    assert b" 413 " in raw(served, chunked + part)
+    # Who asks before it sends is not told to.
+    began = time.monotonic()
+    answer = raw(served, head(2**22, more="Expect: 100-continue\r\n"))
+    assert b" 413 " in answer
+    assert b" 100 " not in answer
+    assert time.monotonic() - began < 0.9
+
+
 def test_a_full_server_says_when_to_ask_again(served, client):
     with contextlib.ExitStack() as open_ones:
         for _ in range(3):
@@ -185,6 +201,47 @@ def test_a_client_that_leaves_frees_its_pages(served, client):
             time.sleep(0.001)
     served.wait_until_idle()
     assert served.engine.figures().steps - steps < 200  # 220 tokens were asked for
+
+
+def test_a_client_that_leaves_frees_its_pages_in_the_next_turn(monkeypatch):
+    engine = an_engine()
+    monkeypatch.setattr(engine, "start", lambda: None)  # its turns are run here, one by one
+    app, service = make_app(engine, ServeConfig())
+    body = json.dumps(LONG).encode()
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+    scope |= {"headers": [(b"content-type", b"application/json")], "client": ("127.0.0.1", 1)}
+
+    async def run() -> None:
+        service.start()
+        gone, parts, asked = asyncio.Event(), 0, False
+
+        async def receive() -> dict:
+            nonlocal asked
+            if asked:
+                await gone.wait()
+                return {"type": "http.disconnect"}
+            asked = True
+            return {"type": "http.request", "body": body}
+
+        async def send(message: dict) -> None:
+            nonlocal parts
+            parts += message["type"] == "http.response.body"
+
+        task = asyncio.ensure_future(app(scope, receive, send))  # type: ignore[arg-type]
+        while parts < 3:
+            engine._run_turn()
+            assert engine.after_turn is not None
+            engine.after_turn()
+            await asyncio.sleep(0.001)
+        assert engine.figures().pages_held > 0
+        gone.set()
+        await task
+        engine._run_turn()
+        assert engine.figures().pages_held == 0
+
+    asyncio.run(run())
+    service.stop()
+    engine.close()
 
 
 def test_metrics(client):

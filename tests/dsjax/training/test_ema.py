@@ -19,7 +19,7 @@ from dsjax.training.loop import fit
 from dsjax.training.optimizer import apply_adamw, global_norm, init_moments
 from dsjax.training.step import abstract_train_state, state_shardings
 from dsjax.weights.convert import convert
-from tests.dsjax.training.small_runs import MODEL, losses, small_run
+from tests.dsjax.training.small_runs import MODEL, losses, read_metrics, small_run
 from tests.dsjax.training.test_optimizer import arrays, tree
 from tests.small_models import RUNTIME
 
@@ -104,6 +104,27 @@ def test_load_and_convert_read_it(averaged: TrainConfig, tmp_path: Path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "float32"
     with pytest.raises(ValueError, match=r"ema: .*/hf is no training run"):
         dsjax.load(tmp_path / "hf", ema=True)
+
+
+def test_an_evaluation_is_of_both_unless_it_is_to_be_of_the_parameters_alone(
+    averaged: TrainConfig, tmp_path: Path
+):
+    """The average's figure is what evaluating it as a model of its own gives."""
+    evaluated: dict[str, float] = {}
+    for line in read_metrics(Path(averaged.directory)):
+        evaluated |= {name: value for name, value in line.items() if name.startswith("eval_")}
+    assert evaluated["eval_ema_bits_per_byte"] != evaluated["eval_bits_per_byte"]
+    convert(averaged.directory, tmp_path / "hf", ema=True, progress=False)
+    quiet = replace(averaged.log, eval_ema=False)
+    config = replace(averaged, directory=str(tmp_path / "run"), init_from=str(tmp_path / "hf"))
+    # One step of no size: what was given is what is evaluated.
+    config = replace(config, num_steps=1, optimizer=replace(config.optimizer, warmup_steps=10**6))
+    result = fit(replace(config, log=quiet), devices=jax.devices()[:1])
+    expected = evaluated["eval_ema_bits_per_byte"]
+    assert result.bits_per_byte == pytest.approx(expected, rel=1e-5)
+    names = {name for line in read_metrics(tmp_path / "run") for name in line}
+    assert "eval_bits_per_byte" in names
+    assert "eval_ema_bits_per_byte" not in names
 
 
 def test_it_lies_where_the_parameters_do():

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from dsjax.config import OptimizerConfig, RuntimeConfig
-from dsjax.config.train import ROUNDINGS, Rounding
+from dsjax.config.optimizer import ROUNDINGS, Rounding
 from dsjax.training.optimizer import (
     apply_adamw,
     global_norm,

@@ -137,7 +137,7 @@ import os, signal, sys
 import dsjax.weights.convert as module
 
 module._COMMIT_BYTES = 20_000
-add = module._Journal.add
+add = module.Journal.add
 count = 0
 
 def add_and_die(self, names):
@@ -147,7 +147,7 @@ def add_and_die(self, names):
     if count == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-module._Journal.add = add_and_die
+module.Journal.add = add_and_die
 module.convert(sys.argv[1], sys.argv[2])
 """
 
@@ -207,7 +207,7 @@ def test_two_conversions_do_not_share_a_work_folder(tmp_path):
     (tmp_path / "ours.partial").mkdir()
     identity = {"of": "this"}
     with (
-        convert_module._Journal(tmp_path / "ours.partial", identity),
+        convert_module.Journal(tmp_path / "ours.partial", identity),
         pytest.raises(BlockingIOError, match=r"ours\.partial: another process converts there"),
     ):
         convert_quietly(tmp_path / "hf", tmp_path / "ours")

@@ -41,6 +41,8 @@ class Kernels:
             those of all layers, for kernels that fetch weights themselves: else they may be copied
             first.
         unroll_decode: whether a decode step has every layer by itself; see `KernelConfig`.
+        compare_few: whether few tokens' experts are chosen and sorted by comparing each with each:
+            on GPUs, where a sort is a kernel of its own and takes as long for few as for many.
         min_decode_rows: the engine pads a decode step to multiples of so many rows: for a single
             one XLA's GPU compiler transposes the vocabulary's matrices first.
         router: of the experts' affinities; see `KernelConfig`, as for the next four.
@@ -60,6 +62,7 @@ class Kernels:
     expert_permute: str = "xla"
     experts_in_place: bool = False
     unroll_decode: bool = False
+    compare_few: bool = False
     min_decode_rows: int = 1
     router: str = "float32"
     expert_exchange: str = "fixed"
@@ -204,6 +207,7 @@ def _choose(
         expert_permute="hopper" if products == "hopper" and permute_refusal is None else "xla",
         experts_in_place=products in grouped_matmul.STACKS_IN_PLACE or quantised_experts,
         unroll_decode=unroll,
+        compare_few=gpu,
         min_decode_rows=16 if gpu else 1,
         router=router,
         expert_exchange=transport,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dsjax.cache import LatentPool, View
@@ -251,10 +252,10 @@ class DeepSeekV2(nnx.Module):
         with jax.named_scope("embed"):
             carry = self.embed.rows(tokens_T.reshape(view.num_rows, -1)), pool
         for stack in self.stacks():
-            numbers = stack.first + jnp.arange(stack.num_layers, dtype=jnp.int32)
             if unrolled:
-                carry = _run_each(run, carry, stack.layers, numbers)
+                carry = _run_each(run, carry, stack)
             else:
+                numbers = stack.first + jnp.arange(stack.num_layers, dtype=jnp.int32)
                 carry, _ = jax.lax.scan(run, carry, (stack.layers, numbers))
         x_BTD, pool = carry
         return x_BTD.reshape(tokens_T.size, -1), pool
@@ -282,16 +283,18 @@ class DeepSeekV2(nnx.Module):
         return moe.stacked_weights(layer - self.config.num_dense_layers)
 
 
-def _run_each(run: Any, carry: Any, layers: Block, numbers: jax.Array) -> Any:
+def _run_each(run: Any, carry: Any, stack: Stack) -> Any:
     """Does what `scan` does, in a program that has every layer by itself."""
-    graphdef, state = nnx.split(layers)
+    graphdef, state = nnx.split(stack.layers)
 
     @jax.jit  # traced once for all layers
     def run_layer(carry: Any, state: nnx.State, number: jax.Array) -> Any:
         return run(carry, (nnx.merge(graphdef, state), number))[0]
 
-    for index in range(numbers.size):
-        carry = run_layer(carry, *jax.tree.map(operator.itemgetter(index), (state, numbers)))
+    for index in range(stack.num_layers):
+        state_now = jax.tree.map(operator.itemgetter(index), state)
+        # NumPy's, so that it is a constant of the program and takes no kernel.
+        carry = run_layer(carry, state_now, np.int32(stack.first + index))
     return carry
 
 

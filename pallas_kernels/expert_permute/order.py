@@ -46,8 +46,13 @@ def sort_by_expert(
     if compare and flat_M.size <= MOST_COMPARED:
         number_M = jnp.arange(flat_M.size, dtype=jnp.int32)
         place_M = flat_M * flat_M.size + number_M  # tells those of one expert apart
-        row_M = jnp.sum(place_M < place_M[:, None], axis=1, dtype=jnp.int32)
+        # How many places come before each of these, and before each expert's first: one kernel.
+        first_E = jnp.arange(num_experts + 1, dtype=jnp.int32) * flat_M.size
+        bound_X = jnp.concatenate([place_M, first_E])
+        before_X = jnp.sum(place_M < bound_X[:, None], axis=1, dtype=jnp.int32)
+        row_M, start_E = jnp.split(before_X, [flat_M.size])
         order_M = jnp.zeros_like(row_M).at[row_M].set(number_M, unique_indices=True)
+        group_sizes_E = start_E[1:] - start_E[:-1]
     else:
         order_M = jnp.argsort(flat_M, stable=True)
         row_M = (
@@ -55,14 +60,18 @@ def sort_by_expert(
             .at[order_M]
             .set(jnp.arange(order_M.size, dtype=order_M.dtype), unique_indices=True)
         )
+        group_sizes_E = None
     return ExpertOrder(
         token_M=(order_M // top_k)[:max_rows],
         row_NK=row_M.reshape(indices_NK.shape),
-        # By comparison: counting by a scatter makes all rows wait for a few counters.
-        group_sizes_E=jnp.sum(
-            flat_M == jnp.arange(num_experts, dtype=flat_M.dtype)[:, None], axis=1, dtype=jnp.int32
-        ),
+        group_sizes_E=_count(flat_M, num_experts) if group_sizes_E is None else group_sizes_E,
     )
+
+
+def _count(flat_M: Int[Array, " M"], num_experts: int) -> Int[Array, " E"]:
+    """Counts by comparison: a scatter makes all rows wait for a few counters."""
+    numbers_E1 = jnp.arange(num_experts, dtype=flat_M.dtype)[:, None]
+    return jnp.sum(flat_M == numbers_E1, axis=1, dtype=jnp.int32)
 
 
 def take_rows(order: ExpertOrder, first: Int[Array, ""] | int, num_rows: int) -> ExpertOrder:

@@ -206,7 +206,10 @@ class MLA(nnx.Module):
         self, tokens: _Tokens, pool: LatentPool, part: Part, layer: jax.Array
     ) -> jax.Array:
         """Attends in the latent space, which expands nothing (App. C)."""
-        q_latent_BTHC = self.wk_b("BTHN,CHN->BTHC", tokens.q_nope_BTHN)
+        # Without T (M counts all tokens): with it XLA's GPU compiler writes the result transposed.
+        q_nope_MHN = jax.lax.collapse(tokens.q_nope_BTHN, 0, 2)
+        q_latent_MHC = self.wk_b("MHN,CHN->MHC", q_nope_MHN)
+        q_latent_BTHC = q_latent_MHC.reshape(*tokens.q_nope_BTHN.shape[:3], -1)
         rules = self.options.rules
         axes = rules.dividing_axes("page_tokens")
 

@@ -73,8 +73,7 @@ def apply_experts_to_rows(
     Returns:
         out_ND in x's dtype; 0 for a token without rows in the window.
     """
-    compare = kernels.expert_permute == "hopper"
-    order = sort_by_expert(experts_NK, weights.num_experts, compare=compare)
+    order = sort_by_expert(experts_NK, weights.num_experts, compare=kernels.compare_few)
     if order.token_M.shape[0] > num_rows:
         order = take_rows(order, first_row, num_rows)
     gate, up, down = weights.matrices()

@@ -19,6 +19,11 @@ from dsjax.layers.moe.balance import (
 from dsjax.layers.options import LayerOptions
 
 
+# Comparisons of an expert's affinity with another's up to which `compare_few` does without a sort:
+# 256 tokens over V2's 160 experts.
+MOST_COMPARED = 256 * 160 * 160
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
@@ -159,6 +164,7 @@ class Router(nnx.Module):
         self.gate = Linear(shape, dims, options, rngs)
         self.config = config
         self.implementation = options.kernels.router
+        self.compare_few = options.kernels.compare_few
         self.rules = options.rules
 
     def __call__(
@@ -174,7 +180,9 @@ class Router(nnx.Module):
         """
         logits_BTE = router_logits(x_BTD, self.gate.stored(), implementation=self.implementation)
         scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-        gates_BTK, indices_BTK = choose_experts(scores_BTE, self.config)
+        gates_BTK, indices_BTK = choose_experts(
+            scores_BTE, self.config, compare=self.compare_few
+        )
         masked = mask_BT is not None
         mask_BT = mask_BT if mask_BT is not None else jnp.ones(x_BTD.shape[:2], bool)
         expert, device, communication, load_E = balance_losses(
@@ -214,12 +222,15 @@ def mean_entropy(logits_BTE: jax.Array, scores_BTE: jax.Array, mask_BT: jax.Arra
     return jnp.sum(jnp.where(mask_BT, entropy_BT, 0)) / tokens
 
 
-def choose_experts(scores_BTE: jax.Array, config: MoEConfig) -> tuple[jax.Array, jax.Array]:
+def choose_experts(
+    scores_BTE: jax.Array, config: MoEConfig, *, compare: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Chooses each token's experts by affinity (eq. 21 and 22; device-limited, §2.2.2).
 
     Args:
         scores_BTE: float32 affinities, softmax over the experts.
         config: says how many and from which groups.
+        compare: compare each expert with each instead of sorting, where tokens are few.
 
     Returns:
         gates_BTK float32 and indices_BTK int32, best first.
@@ -232,10 +243,34 @@ def choose_experts(scores_BTE: jax.Array, config: MoEConfig) -> tuple[jax.Array,
         kept_BTE = jnp.repeat(kept_BTG, config.num_experts // config.num_groups, axis=-1)
         # -inf rather than 0: a masked expert must lose to every other, whatever its affinity.
         selectable_BTE = jnp.where(kept_BTE, scores_BTE, -jnp.inf)
-    _, indices_BTK = jax.lax.top_k(selectable_BTE, config.top_k)
-    gates_BTK = jnp.take_along_axis(scores_BTE, indices_BTK, axis=-1)
+    if compare and scores_BTE.size * config.num_experts <= MOST_COMPARED:
+        gates_BTK, indices_BTK = _best_by_comparison(scores_BTE, selectable_BTE, config.top_k)
+    else:
+        _, indices_BTK = jax.lax.top_k(selectable_BTE, config.top_k)
+        gates_BTK = jnp.take_along_axis(scores_BTE, indices_BTK, axis=-1)
     if config.normalize_weights and config.top_k > 1:  # of one gate nothing but 1 would be left
         gates_BTK /= jnp.sum(gates_BTK, axis=-1, keepdims=True) + 1e-20
     else:
         gates_BTK *= config.routed_scale
     return gates_BTK, indices_BTK
+
+
+def _best_by_comparison(
+    scores_BTE: jax.Array, selectable_BTE: jax.Array, top_k: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what top_k of `selectable_BTE` and a gather of `scores_BTE` would.
+
+    Sums alone, which XLA computes in one kernel each with the softmax before them, where a sort
+    takes four. An expert's rank is how many come before it: better ones, and earlier equal ones
+    (letter X counts the others, K ranks).
+    """
+    expert_E = jnp.arange(scores_BTE.shape[-1], dtype=jnp.int32)
+    other_BTEX, own_BTEX = selectable_BTE[..., None, :], selectable_BTE[..., :, None]
+    earlier_EX = expert_E < expert_E[:, None]
+    before_BTEX = (other_BTEX > own_BTEX) | ((other_BTEX == own_BTEX) & earlier_EX)
+    rank_BTE = jnp.sum(before_BTEX, axis=-1, dtype=jnp.int32)
+    is_rank_BTKE = rank_BTE[..., None, :] == jnp.arange(top_k, dtype=jnp.int32)[:, None]
+    gates_BTK = jnp.sum(jnp.where(is_rank_BTKE, scores_BTE[..., None, :], 0), axis=-1)
+    indices_BTK = jnp.sum(jnp.where(is_rank_BTKE, expert_E, 0), axis=-1, dtype=jnp.int32)
+    # NaN comes before nothing, so that many may have one rank: what they add up to is no expert.
+    return gates_BTK, jnp.minimum(indices_BTK, scores_BTE.shape[-1] - 1)

@@ -2,9 +2,7 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chips import num_sms
+from pallas_kernels.grouped_matmul.hopper_ranges import RowRanges, running_sums, store_rows
 from pallas_kernels.grouped_matmul.hopper_schedule import (
     Tickets,
     Turns,
@@ -26,89 +25,6 @@ from pallas_kernels.grouped_matmul.tiles import HopperTile, hopper_rows_tile
 from pallas_kernels.hopper_parts import LANE_COMPILER_PARAMS, swizzled, tiled_smem
 from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.quantised import SCALE_BLOCK, BlockScaledWeights
-
-
-def running_sums(
-    group_sizes_G: Array, group_offset: Array, num_groups: int, block_m: int
-) -> tuple[Array, Array]:
-    """For each range of rows, the rows before it and the tiles of the held groups before it.
-
-    The ranges to write are the rows before the held groups, each group, and the rows after them.
-    Sums over a comparison matrix and nothing after them, so that XLA makes one small kernel.
-
-    Returns:
-        int32 rows and tiles, [num_groups + 2].
-    """
-    range_R1 = jnp.arange(num_groups + 2)[:, None]
-    group_G = jnp.arange(group_sizes_G.shape[0])
-    before_RG = (range_R1 > 0) & (group_G < range_R1 + (group_offset - 1))
-    tiles_G = (group_sizes_G + block_m - 1) // block_m
-    sizes_RG = jnp.where(before_RG, group_sizes_G, 0)
-    tiles_RG = jnp.where(before_RG & (group_G >= group_offset), tiles_G, 0)
-    return jnp.sum(sizes_RG, axis=1, dtype=jnp.int32), jnp.sum(tiles_RG, axis=1, dtype=jnp.int32)
-
-
-class RowRanges:
-    """Where the ranges of rows and their tiles begin, from their running sums."""
-
-    def __init__(self, start_ref: Any, tiles_ref: Any, num_rows: int, block_m: int):
-        self.start_ref, self.tiles_ref = start_ref, tiles_ref
-        self.num_ranges, self.num_rows = start_ref.shape[0], num_rows
-        first, last = start_ref[1], start_ref[self.num_ranges - 1]
-        self.leading = lax.div(first + block_m - 1, block_m)
-        trailing = lax.div(num_rows - last + block_m - 1, block_m)
-        self.total = self.leading + tiles_ref[self.num_ranges - 1] + trailing
-
-    def tile(self, index: Array) -> Array:
-        """First tile of a range."""
-        return jnp.where(index > 0, self.leading + self.tiles_ref[index], 0)
-
-    def find(self, tile: Array, columns: int) -> tuple[Array, Array, Array, Array, Array]:
-        """The range of a tile, when there are `columns` for each row tile.
-
-        Returns:
-            The range, its first tile and number of tiles, its first row and its end.
-        """
-        found = jnp.int32(0)
-        for bit in reversed(range(math.ceil(math.log2(self.num_ranges)))):
-            candidate = found + (1 << bit)
-            first = self.tile(jnp.minimum(candidate, self.num_ranges - 1))
-            within = (candidate < self.num_ranges) & (first * columns <= tile)
-            found = jnp.where(within, candidate, found)
-        after, is_last = found + 1, found == self.num_ranges - 1
-        after = jnp.where(is_last, found, after)
-        first, tile_end = self.tile(found), jnp.where(is_last, self.total, self.tile(after))
-        end = jnp.where(is_last, self.num_rows, self.start_ref[after])
-        return found, first, tile_end - first, self.start_ref[found], end
-
-
-def store_rows(pieces: Any, rows: Any, out_ref: Any, row: Array, valid: Array, full: int) -> None:
-    """Copies the first `valid` rows of a block from shared memory; all `full` of them in one copy.
-
-    The rows of a group's last tile go in copies of 32, 16, ... rows, as TMA's windows are static.
-    """
-    plgpu.commit_smem()
-
-    def copy(first: Array | int, size: int) -> None:
-        plgpu.copy_smem_to_gmem(
-            rows.at[pl.ds(first, size)], out_ref.at[pl.ds(row + first, size)], commit_group=False
-        )
-
-    num_rows = out_ref.shape[0]
-    if full <= num_rows:
-        pl.when(valid >= full)(functools.partial(copy, 0, full))
-
-    @pl.when((valid > 0) & (valid < full))
-    def _() -> None:
-        size = full // 2
-        while size:
-            if size <= num_rows:
-                # The larger copies came first.
-                first = valid & (full - 2 * size)
-                pl.when((valid & size) != 0)(functools.partial(copy, first, size))
-            size //= 2
-
-    plgpu.commit_smem_to_gmem_group()
 
 
 def _values(rhs: Array | BlockScaledWeights | LayerOfStack) -> Array:

@@ -18,7 +18,6 @@ from dsjax.layers.moe.balance import (
 )
 from dsjax.layers.options import LayerOptions
 
-
 # Comparisons of an expert's affinity with another's up to which `compare_few` does without a sort:
 # 256 tokens over V2's 160 experts.
 MOST_COMPARED = 256 * 160 * 160
@@ -180,9 +179,7 @@ class Router(nnx.Module):
         """
         logits_BTE = router_logits(x_BTD, self.gate.stored(), implementation=self.implementation)
         scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-        gates_BTK, indices_BTK = choose_experts(
-            scores_BTE, self.config, compare=self.compare_few
-        )
+        gates_BTK, indices_BTK = choose_experts(scores_BTE, self.config, compare=self.compare_few)
         masked = mask_BT is not None
         mask_BT = mask_BT if mask_BT is not None else jnp.ones(x_BTD.shape[:2], bool)
         expert, device, communication, load_E = balance_losses(

@@ -25,6 +25,8 @@ PAGE_SIZE = 64
 # them all.
 MAX_DECODE_TOKENS = 4
 ONE_DEVICE = ShardingRules()
+# Rows of two tiles of a Hopper kernel for few rows: both read a shared expert at one time.
+_JOIN_SHARED = 32
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Kernels:
         experts_in_place: whether generation lets `grouped_matmul` read one layer's experts within
             those of all layers, for kernels that fetch weights themselves: else they may be copied
             first.
+        join_shared: tokens up to which generation multiplies shared experts as experts that every
+            token has, in the same kernels: more tokens would read their weights more than twice.
         unroll_decode: whether a decode step has every layer by itself; see `KernelConfig`.
         compare_few: whether few tokens' experts are chosen and sorted by comparing each with each:
             on GPUs, where a sort is a kernel of its own and takes as long for few as for many.
@@ -61,6 +65,7 @@ class Kernels:
     quantised_matmul: str = "xla"
     expert_permute: str = "xla"
     experts_in_place: bool = False
+    join_shared: int = 0
     unroll_decode: bool = False
     compare_few: bool = False
     min_decode_rows: int = 1
@@ -97,15 +102,18 @@ def choose_kernels(
         ValueError: a kernel that the user names does not take the model's sizes; or latents of 8
             bits on a TPU.
     """
-    shards = _Shards(rules.num_shards("page_tokens"), rules.num_shards("mlp"))
+    shards = _Shards(
+        rules.num_shards("page_tokens"), rules.num_shards("mlp"), rules.num_shards("experts")
+    )
     return _choose(device.platform, device.device_kind, config, runtime, shards)
 
 
 class _Shards(NamedTuple):
-    """Devices that divide the tokens of a page, and the hidden width of the experts."""
+    """Devices that divide the tokens of a page, the experts' hidden width, and the experts."""
 
     page_tokens: int
     mlp: int
+    experts: int
 
 
 @functools.cache  # so that each choice is logged once
@@ -189,6 +197,7 @@ def _choose(
         "hopper", width=config.hidden_dim, dtype=dtype, chip=chip
     )
     quantised_experts = form_of(runtime.quantisation, "moe_layers.feed_forward.w_gate") is not None
+    whole = shards.mlp == shards.experts == 1 and runtime.quantisation is None
     unroll = named.unroll_decode
     if unroll is None:
         unroll = gpu and not quantised_experts
@@ -206,6 +215,7 @@ def _choose(
         grouped_matmul=products,
         expert_permute="hopper" if products == "hopper" and permute_refusal is None else "xla",
         experts_in_place=products in grouped_matmul.STACKS_IN_PLACE or quantised_experts,
+        join_shared=_JOIN_SHARED if products == "hopper" and whole else 0,
         unroll_decode=unroll,
         compare_few=gpu,
         min_decode_rows=16 if gpu else 1,

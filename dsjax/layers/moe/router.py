@@ -36,6 +36,27 @@ class Routing:
     gates_BTK: jax.Array
     indices_BTK: jax.Array
 
+    def with_shared(self, num_experts: int, num_shared: int, mask_BT: jax.Array | None) -> Routing:
+        """Sends each token to shared experts too, which come after the others, by a gate of 1.
+
+        Args:
+            num_experts: the routed ones.
+            num_shared: the shared ones.
+            mask_BT: bool, False for padding, which goes nowhere; None for none.
+        """
+        top_k, nowhere = self.indices_BTK.shape[-1], num_experts + num_shared
+        # Padded and set, not joined: joining takes a kernel of its own on GPUs.
+        room = ((0, 0), (0, 0), (0, num_shared))
+        place_K = jnp.arange(top_k + num_shared, dtype=jnp.int32)
+        shared_BTK = place_K + (num_experts - top_k)
+        if mask_BT is not None:
+            shared_BTK = jnp.where(mask_BT[..., None], shared_BTK, nowhere)
+        chosen_BTK = jnp.where(self.indices_BTK == num_experts, nowhere, self.indices_BTK)
+        return Routing(
+            jnp.where(place_K < top_k, jnp.pad(self.gates_BTK, room), 1),
+            jnp.where(place_K < top_k, jnp.pad(chosen_BTK, room), shared_BTK),
+        )
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

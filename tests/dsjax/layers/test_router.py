@@ -12,14 +12,20 @@ from flax import nnx
 from dsjax.config import MoEConfig, TokenDropping
 from dsjax.kernels import Kernels
 from dsjax.layers.moe.balance import Dropping, balance_losses, keep_within_capacity
-from dsjax.layers.moe.router import Router, choose_experts, mean_entropy, router_logits
+from dsjax.layers.moe.router import (
+    MOST_COMPARED,
+    Router,
+    choose_experts,
+    mean_entropy,
+    router_logits,
+)
 from dsjax.layers.options import LayerOptions
 from dsjax.mesh import ShardingRules
 from tests import oracle
 from tests.small_models import RUNTIME, SMALL
 
 losses_of = jax.jit(balance_losses, static_argnames="config")
-choose = jax.jit(choose_experts, static_argnames="config")
+choose = jax.jit(choose_experts, static_argnames=("config", "compare"))
 keep_of = jax.jit(keep_within_capacity, static_argnames=("config", "rules"))
 run_router = jax.jit(lambda router, *args, dropping: router(*args, dropping))
 
@@ -125,6 +131,35 @@ def test_masked_groups_lose_to_any_affinity():
     scores = jnp.array([[[0.6, 0.0, 0.0, 0.2, 0.1, 0.1]]], jnp.float32)
     _, indices = choose(scores, config)
     assert sorted(np.asarray(indices)[0, 0].tolist()) == [0, 1, 2]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", CASES)
+def test_comparing_chooses_what_sorting_chooses(name, rng):
+    """Of equal affinities the earlier expert comes first; NaN gives experts that there are."""
+    config = CASES[name]
+    scores = affinities(config, rng).astype(np.float32)
+    scores[0] = np.round(scores[0] * config.num_experts) / config.num_experts
+    scores[1, :2] = 1 / config.num_experts
+    for want, got in zip(
+        choose(jnp.asarray(scores), config),
+        choose(jnp.asarray(scores), config, compare=True),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)
+    _, indices = choose(jnp.full_like(scores, jnp.nan), config, compare=True)
+    assert np.all((np.asarray(indices) >= 0) & (np.asarray(indices) < config.num_experts))
+
+
+def test_only_few_tokens_are_compared():
+    """A sort of more: comparisons are as many as the experts' square."""
+    config = CASES["v2_lite"]
+    few = MOST_COMPARED // config.num_experts**2
+    for tokens, sorts in ((few, False), (few + 1, True)):
+        scores = jax.ShapeDtypeStruct((1, tokens, config.num_experts), jnp.float32)
+        run = functools.partial(choose_experts, config=config, compare=True)
+        text = str(jax.make_jaxpr(run)(scores))
+        assert ("top_k[" in text) == sorts
 
 
 @pytest.mark.core

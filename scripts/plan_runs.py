@@ -5,8 +5,8 @@
     python scripts/plan_runs.py --missing       # all that have no plan as they are now
     python scripts/plan_runs.py --missing --count   # counts the bytes of their state alone
 
-A plan is `dsjax plan RUN --topology POD --json`. A run that changed since shows no figures. Of runs
-on GPUs, for which there is no plan, the state is counted alone.
+A plan is `dsjax plan RUN --topology POD --json`. A run that changed since shows no figures. Plans
+of runs on GPUs have no times; they need the extra cuda, the others tpu.
 """
 
 from __future__ import annotations
@@ -96,22 +96,25 @@ def plan(name: str, count_only: bool) -> dict[str, Any]:
         RuntimeError: there is no plan; has the line that says why.
     """
     run, where = load_train_config(name, ()), RUNS[name]
-    if where.on_gpu or count_only:
+    if count_only:
         figures = _count_state(run, where)
     else:
-        command = [sys.executable, "-m", "dsjax", "plan", name, "--json"]
-        command += ["--topology", where.topology, "--slices", str(where.number)]
+        command = [sys.executable, "-m", "dsjax", "plan", name, "--json", "--topology"]
+        if where.on_gpu:
+            command += [f"{where.topology.lower()}:{where.number}"]
+        else:
+            command += [where.topology, "--slices", str(where.number)]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode != 0:
             raise RuntimeError(f"{name}: {ended.stderr.strip().splitlines()[-1]}")
         figures = json.loads(ended.stdout)
-    return record(run, figures)
+    return record(run, figures, "jax-cuda13-plugin" if where.on_gpu else "libtpu")
 
 
-def record(run: TrainConfig, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what is kept of a plan."""
+def record(run: TrainConfig, figures: Mapping[str, Any], compiler: str) -> dict[str, Any]:
+    """Returns what is kept of a plan, with the version of the compiler's package."""
     return {
-        "libtpu": importlib.metadata.version("libtpu"),
+        "compiler": f"{compiler} {importlib.metadata.version(compiler)}",
         "of": planned_by(run),
         "figures": {name: figures[name] for name in _KEPT if name in figures},
     }
@@ -151,7 +154,8 @@ def table(plans: Mapping[str, Any]) -> str:
         "is two). Times are modelled, never measured: data",
         "sheets' rates and the compiled schedule, no kernel below its peak, so a step can only be "
         "slower. A dash: not compiled as the run is now.",
-        "Of runs on GPUs only the state is counted; what was measured is in "
+        "Of runs on GPUs nothing is modelled but memory, of which a process is taken to have 0.95; "
+        "what was measured is in",
         "[BENCHMARKS.md](../BENCHMARKS.md). Compile times are wall time on two cores "
         "that other work may have shared.",
         "",
@@ -163,8 +167,8 @@ def table(plans: Mapping[str, Any]) -> str:
         kept = plans.get(name)
         figures = kept["figures"] if kept and kept["of"] == planned_by(run) else {}
         lines.append("| " + " | ".join(_row(name, run, figures)) + " |")
-    versions = sorted({kept["libtpu"] for kept in plans.values()})
-    lines += ["", f"libtpu {', '.join(versions)}." if versions else "", ""]
+    compilers = sorted({kept["compiler"] for kept in plans.values()})
+    lines += ["", f"Compiled by {', '.join(compilers)}." if compilers else "", ""]
     return "\n".join(lines)
 
 
@@ -183,19 +187,25 @@ def _row(name: str, run: TrainConfig, figures: Mapping[str, Any]) -> list[str]:
         return f"{sum(figures[name] for name in names) / 2**30:.1f}"
 
     kept = gib("parameter_bytes", "optimizer_bytes") if figures else "–"
-    if "modelled_seconds" not in figures:
+    if "peak_bytes" not in figures:
         return [row[0], row[1], row[2] or "–", row[3], "–", kept, *["–"] * 6]
-    taken, alone = figures["modelled_seconds"], figures["modelled_seconds_serial"]
-    return [
+    compiled = [
         *(row[0], row[1], row[2] or "one device", row[3]),
         f"{gib('peak_bytes')} of {gib('capacity_bytes')}",
         kept,
+    ]
+    sent, seconds = f"{figures['collective_bytes'] / 1e9:.1f}", f"{figures['compile_seconds']:.0f}"
+    if "modelled_seconds" not in figures:
+        return [*compiled, "–", sent, "–", "–", "–", seconds]
+    taken, alone = figures["modelled_seconds"], figures["modelled_seconds_serial"]
+    return [
+        *compiled,
         f"{figures['flops'] / 1e12:,.3g}, {figures['recomputed_flops'] / 1e12:,.3g}",
-        f"{figures['collective_bytes'] / 1e9:.1f}",
+        sent,
         f"{taken:.3g} ({alone:.3g})",
         f"{figures['tokens_per_second_per_chip']:,.0f}",
         f"{figures['modelled_mfu']:.1%}",
-        f"{figures['compile_seconds']:.0f}",
+        seconds,
     ]
 
 
@@ -213,10 +223,8 @@ def main() -> None:
         if arguments.missing:
             wanted += [
                 name
-                for name, where in RUNS.items()
-                if not _is_planned(
-                    plans.get(name), now[name], counted=arguments.count or where.on_gpu
-                )
+                for name in RUNS
+                if not _is_planned(plans.get(name), now[name], counted=arguments.count)
             ]
         for name in dict.fromkeys(wanted):
             if arguments.count and _is_planned(plans.get(name), now[name], counted=True):
@@ -230,7 +238,7 @@ def _is_planned(kept: Mapping[str, Any] | None, now: Mapping[str, Any], counted:
     """Whether a run has a plan as it is now; `counted`: its state, counted, is enough of one."""
     if kept is None or kept["of"] != now:
         return False
-    return counted or "modelled_seconds" in kept["figures"]
+    return counted or "peak_bytes" in kept["figures"]
 
 
 def _write(plans: Mapping[str, Any]) -> None:

@@ -23,7 +23,10 @@ def plan(
     ],
     overrides: Overrides = None,
     topology: Annotated[
-        str, typer.Option(help="One slice of the pod by libtpu's name, like v5p:4x4x4.")
+        str,
+        typer.Option(
+            help="One slice of the pod by libtpu's name, like v5p:4x4x4; or cards, like h100:8."
+        ),
     ] = "v5p:4x4x4",
     slices: Annotated[int, typer.Option(help="Slices that DCN joins.", min=1)] = 1,
     use: Annotated[Use, typer.Option("--for", help="Which step: of a run, or of the engine.")] = (
@@ -48,10 +51,10 @@ def plan(
     picture: Annotated[str | None, typer.Option(help="Also write a PNG there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compiles a step for a TPU pod that is not here: memory, time.
+    """Compiles a step for a TPU pod or for cards that are not here: memory, time.
 
-    Prints memory, FLOPs, bytes sent and a modelled time of a chip; for the engine also the tokens
-    that its cache holds. Needs the extra tpu (libtpu), no TPU.
+    Prints memory, FLOPs, bytes sent and, of TPUs, a modelled time of a chip; for the engine also
+    the tokens that its cache holds. Needs the extra tpu (libtpu) or cuda, no TPU and no card.
     """
     if picture is not None and not picture.endswith(".png"):  # said before minutes of compiling
         raise ValueError(f"picture {picture!r}: must end in .png")
@@ -61,13 +64,19 @@ def plan(
         if name is not None:
             raise ValueError(f"--{name}: is of the engine, so with --for prefill or decode")
         run = load_train_config(config, overrides or ())
+        from dsjax.plan.cards import is_cards, plan_on_cards
         from dsjax.plan.plan import plan_training
 
-        if search is not None:
+        if is_cards(topology):
+            if search is not None or slices > 1:
+                option = "--slices" if search is None else "--search"
+                raise ValueError(f"{option}: is of TPUs, so not with --topology {topology}")
+            figures = plan_on_cards(run, topology)
+        elif search is not None:
             _search(run, topology, slices, search, picture, as_json)
             return
-
-        figures = plan_training(run, topology, slices)
+        else:
+            figures = plan_training(run, topology, slices)
     else:
         if search is not None:
             raise ValueError(f"--search: is of a run's step, so not with --for {use}")
@@ -137,9 +146,10 @@ def _print(figures: dict[str, Any]) -> None:
             print(f"{name:28} {value / 2**30:.2f} GiB")
         elif name == "collectives":
             for kind, use in value.items():
+                seconds = f", {use['seconds']:.4f} s" if "seconds" in use else ""
                 print(
                     f"  {kind:40} {use['executions']:6} times, "
-                    f"{use['expected_bytes'] / 2**30:9.3f} GiB, {use['seconds']:.4f} s"
+                    f"{use['expected_bytes'] / 2**30:9.3f} GiB{seconds}"
                 )
         elif name == "assumptions":
             print("assumptions")

@@ -111,10 +111,15 @@ def _sizes(tree: Any) -> list[tuple[int, str]]:
 def _no_room(topology: str, message: str, kinds: Mapping[str, Any]) -> str:
     needs = re.search(r"\(([\d.]+[KMG])\) exceeds available HBM \(([\d.]+[KMG])\)", message)
     much = f"needs {needs[1]} of {needs[2]} HBM" if needs is not None else "has too little HBM"
+    return (
+        f"the step does not fit a chip of {topology}: it {much}; the largest of its state: "
+        f"{largest_arrays(kinds)}"
+    )
+
+
+def largest_arrays(kinds: Mapping[str, Any]) -> str:
+    """Names the three largest arrays of one device among trees of them, by what they are."""
     largest = sorted(
         ((s, f"{k} {n}") for k, t in kinds.items() for s, n in _sizes(t)), reverse=True
     )
-    named = ", ".join(f"{name} {size / 2**30:.2f} GiB" for size, name in largest[:3])
-    return (
-        f"the step does not fit a chip of {topology}: it {much}; the largest of its state: {named}"
-    )
+    return ", ".join(f"{name} {size / 2**30:.2f} GiB" for size, name in largest[:3])

@@ -26,17 +26,20 @@ def draw_plan(figures: dict[str, Any], path: str | Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("a picture needs matplotlib: pip install 'dsjax[plots]'") from None
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
-    memory, time = figure.subplots(2, 1)
+    timed = "modelled_seconds" in figures  # on cards nothing is
+    figure = Figure(figsize=(8, 4.4 if timed else 2.4), layout="constrained")
+    memory, *rest = figure.subplots(1 + timed, 1, squeeze=False)[:, 0]
     held = {kind: figures.get(f"{kind}_bytes", 0) / 2**30 for kind in _MEMORY}
     _bar(memory, {kind: size for kind, size in held.items() if size})
     memory.axvline(figures["capacity_bytes"] / 2**30, color="black", linestyle="--")
     memory.set_xlabel("GiB a chip; dashed: capacity")
-    _bar(time, {kind: figures[f"{kind}_seconds"] for kind in _TIME})
-    time.axvline(figures["modelled_seconds"], color="black", linestyle="--")
-    time.set_xlabel("seconds a step, nothing hidden; dashed: with what the schedule hides")
+    for time in rest:
+        _bar(time, {kind: figures[f"{kind}_seconds"] for kind in _TIME})
+        time.axvline(figures["modelled_seconds"], color="black", linestyle="--")
+        time.set_xlabel("seconds a step, nothing hidden; dashed: with what the schedule hides")
     slices = f" × {figures['slices']}" if figures["slices"] > 1 else ""
-    figure.suptitle(f"{figures['topology']}{slices}, modelled MFU {figures['modelled_mfu']:.1%}")
+    utilisation = f", modelled MFU {figures['modelled_mfu']:.1%}" if timed else ""
+    figure.suptitle(f"{figures['topology']}{slices}{utilisation}")
     figure.savefig(path, dpi=120)
 
 

@@ -234,6 +234,9 @@ def test_check_prints_the_config(dsjax, trained_run, tmp_path: Path):
         ),
         (["nonsense"], "nonsense"),
         (["plan", "quickstart", "--topology", "v5e:2x2", "--for", "x"], "'--for': 'x' is not one"),
+        (["plan", "quickstart", "--topology", "h100:1", "--slices", "2"], "--slices: is of TPUs"),
+        (["plan", "quickstart", "--topology", "h200:2", "--search", "2"], "--search: is of TPUs"),
+        (["plan", "quickstart", "--topology", "h100:x"], "topology 'h100:x': must be one of"),
         (["serve", "x", "--api-key-file", "no/keys"], "no/keys: no such file or directory"),
     ],
 )

@@ -45,6 +45,7 @@ class Kernels:
         join_shared: tokens up to which generation multiplies shared experts as experts that every
             token has, in the same kernels: more tokens would read their weights more than twice.
         unroll_decode: whether a decode step has every layer by itself; see `KernelConfig`.
+        unroll_layers: whether a training step has; see `KernelConfig`.
         compare_few: whether few tokens' experts are chosen and sorted by comparing each with each:
             on GPUs, where a sort is a kernel of its own and takes as long for few as for many.
         min_decode_rows: the engine pads a decode step to multiples of so many rows: for a single
@@ -67,6 +68,7 @@ class Kernels:
     experts_in_place: bool = False
     join_shared: int = 0
     unroll_decode: bool = False
+    unroll_layers: bool = False
     compare_few: bool = False
     min_decode_rows: int = 1
     router: str = "float32"
@@ -217,6 +219,7 @@ def _choose(
         experts_in_place=products in grouped_matmul.STACKS_IN_PLACE or quantised_experts,
         join_shared=_JOIN_SHARED if products == "hopper" and whole else 0,
         unroll_decode=unroll,
+        unroll_layers=gpu if named.unroll_layers is None else named.unroll_layers,
         compare_few=gpu,
         min_decode_rows=16 if gpu else 1,
         router=router,

@@ -202,7 +202,8 @@ class DeepSeekV2(nnx.Module):
         with jax.named_scope("embed"):
             x_BTD, stats = self.embed.rows(tokens_BT), None
         for stack in self.stacks():
-            x_BTD, stats = jax.lax.scan(run_block, x_BTD, stack.layers)
+            unroll = self.options.kernels.unroll_layers
+            x_BTD, stats = jax.lax.scan(run_block, x_BTD, stack.layers, unroll=unroll)
         return self.norm(x_BTD), stats
 
     def extend(

@@ -79,6 +79,19 @@ def test_the_layers_of_a_decode_step_stand_by_themselves_on_gpus():
         assert unrolled(H200, runtime) is unrolled(V5P, runtime) is asked
 
 
+def test_the_layers_of_training_stand_by_themselves_on_gpus():
+    def unrolled(device, runtime=BF16):
+        return choose_kernels(device, deepseek_v2.config, runtime).unroll_layers
+
+    assert unrolled(H200)
+    assert unrolled(A100)
+    assert not unrolled(V5P)
+    assert not unrolled(CPU)
+    for asked in (True, False):
+        runtime = replace(BF16, kernels=KernelConfig(unroll_layers=asked))
+        assert unrolled(H200, runtime) is unrolled(V5P, runtime) is asked
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "router"),
     [

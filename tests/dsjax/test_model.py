@@ -177,6 +177,30 @@ def test_recomputation_changes_nothing(policy):
         np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("policy", ["none", "save_attention"])
+def test_layers_by_themselves_compute_what_a_loop_does(policy):
+    """Forward and backward, without a loop over the layers in the program."""
+    batch, runtime = make_batch(), replace(RUNTIME, remat=policy)
+    loop, unrolled = (
+        random_model(SMALL, runtime=runtime, kernels=Kernels(unroll_layers=unroll))
+        for unroll in (False, True)
+    )
+    loss, gradients = loss_and_gradients(loop, *batch)
+    again, by_layer = loss_and_gradients(unrolled, *batch)
+    assert float(again) == pytest.approx(float(loss), rel=1e-6)
+    for got, want in zip(jax.tree.leaves(by_layer), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
+
+    def loops_over_layers(model):
+        text = loss_and_gradients.lower(model, *batch).as_text()
+        weights = "x".join(map(str, model.moe_layers.attention.wo.weight.shape))
+        return sum(weights in line for line in text.splitlines() if "stablehlo.while" in line)
+
+    assert loops_over_layers(loop) == 2
+    assert loops_over_layers(unrolled) == 0
+
+
 def test_bfloat16_is_close_to_float32():
     tokens, positions, segments, _ = make_batch()
     exact, _ = forward(random_model(SMALL_LITE), tokens, positions, segments)

@@ -73,5 +73,7 @@ def test_a_step_compiles_for_cards_that_are_not_here():
 def test_a_step_that_does_not_fit_names_the_largest_arrays(monkeypatch):
     monkeypatch.setattr(cards, "_OF_CARD", 1e-3)
     run = quickstart.config
-    with pytest.raises(ValueError, match=r"does not fit a card of h100:1: it needs .*: parameters moe_layers"):
+    with pytest.raises(
+        ValueError, match=r"does not fit a card of h100:1: it needs .*: parameters moe_layers"
+    ):
         plan_on_cards(replace(run, mesh=replace(run.mesh, fsdp=1)), "h100:1")

@@ -21,8 +21,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chips import num_sms
-from pallas_kernels.grouped_matmul.hopper_ranges import RowRanges, running_sums, store_rows
-from pallas_kernels.grouped_matmul.hopper_schedule import Turns, for_tiles, raster
 from pallas_kernels.grouped_matmul.limits import HOPPER_LANES as LANE
 from pallas_kernels.hopper_parts import (
     LANE_COMPILER_PARAMS,
@@ -31,6 +29,8 @@ from pallas_kernels.hopper_parts import (
     swizzled,
     tiled_smem,
 )
+from pallas_kernels.hopper_row_ranges import RowRanges, running_sums, store_rows
+from pallas_kernels.hopper_schedule import Turns, for_tiles, raster
 from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.quantised import Format, QuantisedWeights
 

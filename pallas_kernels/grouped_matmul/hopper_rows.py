@@ -11,18 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chips import num_sms
-from pallas_kernels.grouped_matmul.hopper_ranges import RowRanges, running_sums, store_rows
-from pallas_kernels.grouped_matmul.hopper_schedule import (
-    Tickets,
-    Turns,
-    for_tiles,
-    give_registers,
-    raster,
-)
 from pallas_kernels.grouped_matmul.limits import HOPPER_LANES as LANE
 from pallas_kernels.grouped_matmul.stacks import LayerOfStack
 from pallas_kernels.grouped_matmul.tiles import HopperTile, hopper_rows_tile
 from pallas_kernels.hopper_parts import LANE_COMPILER_PARAMS, swizzled, tiled_smem
+from pallas_kernels.hopper_row_ranges import RowRanges, running_sums, store_rows
+from pallas_kernels.hopper_schedule import Tickets, Turns, for_tiles, give_registers, raster
 from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.quantised import SCALE_BLOCK, BlockScaledWeights
 

@@ -11,16 +11,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chips import num_sms
 from pallas_kernels.grouped_matmul.groups import local_groups
-from pallas_kernels.grouped_matmul.hopper_schedule import (
+from pallas_kernels.grouped_matmul.limits import HOPPER_LANES as LANE
+from pallas_kernels.grouped_matmul.tiles import HopperTile, hopper_weight_gradient_tile
+from pallas_kernels.hopper_parts import LANE_COMPILER_PARAMS, tiled_smem
+from pallas_kernels.hopper_schedule import (
     Tickets,
     for_tiles,
     give_registers,
     largest_first,
     raster,
 )
-from pallas_kernels.grouped_matmul.limits import HOPPER_LANES as LANE
-from pallas_kernels.grouped_matmul.tiles import HopperTile, hopper_weight_gradient_tile
-from pallas_kernels.hopper_parts import LANE_COMPILER_PARAMS, tiled_smem
 from pallas_kernels.manual_axes import vary_like
 
 COMPUTE_WARPGROUPS = 2

@@ -1,7 +1,10 @@
-"""Rows times a matrix that is stored in a byte or half of one a weight; rows keep their type.
+"""Rows times a matrix that is stored in a byte or half of one a weight.
 
-Two implementations have one meaning: "reference" (plain jax.numpy) and "xla" (portable). Shape
-letters: M rows, K contracted, N columns.
+Products are "widen", where rows keep their type and the matrix is widened to it, or "fp8", where
+rows too are rounded to float8 and what is multiplied has 8 bits (DeepSeek-V3, arXiv 2412.19437,
+3.3; see `fp8_rows`). Two implementations have both meanings: "reference" (plain jax.numpy) and
+"xla" (portable); "hopper" (Pallas, Mosaic GPU, sm_90) multiplies in float8. Shape letters: M rows,
+K contracted, N columns.
 """
 
 import jax.numpy as jnp
@@ -9,12 +12,14 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from pallas_kernels.fp8_rows import PRODUCTS, rounded
 from pallas_kernels.implementations import check_supported, load
 from pallas_kernels.quantised import Format, QuantisedWeights, quantise
 from pallas_kernels.quantised_matmul.limits import IMPLEMENTATIONS, supported
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "PRODUCTS",
     "Format",
     "QuantisedWeights",
     "quantise",
@@ -28,6 +33,7 @@ def quantised_matmul(
     rhs: QuantisedWeights,
     *,
     out_dtype: DTypeLike | None = None,
+    products: str = "widen",
     implementation: str,
 ) -> Float[Array, "*rows N"]:
     """Multiplies rows by a quantised matrix; products are summed in float32. No gradient.
@@ -36,6 +42,7 @@ def quantised_matmul(
         lhs: bfloat16 or float32.
         rhs: one matrix, [K, N].
         out_dtype: dtype of the result; None for that of lhs.
+        products: one of PRODUCTS.
         implementation: one of IMPLEMENTATIONS.
 
     Returns:
@@ -54,7 +61,11 @@ def quantised_matmul(
         width_out=rhs.shape[1],
         dtype=lhs.dtype,
         form=rhs.format,
+        products=products,
     )
     check_supported(implementation, reason)
-    out: Array = load(__name__, implementation).products(lhs, rhs)
-    return out.astype(jnp.dtype(out_dtype or lhs.dtype))
+    if products == "fp8" and implementation != "hopper":
+        lhs = rounded(lhs)
+    dtype = jnp.dtype(out_dtype or lhs.dtype)
+    out: Array = load(__name__, implementation).products(lhs, rhs, dtype)
+    return out

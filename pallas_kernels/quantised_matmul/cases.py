@@ -42,3 +42,19 @@ MODELS = (
     Case("output", 1, 2048, 2048),
     Case("head", 1, 2048, 102400),
 )
+# Of many rows, timed in float8 beside bfloat16: V2-Lite's and V2's prefill.
+PREFILL = tuple(
+    Case(f"{rows}x{width_in}x{width_out}", rows, width_in, width_out)
+    for rows in (4096, 16384)
+    for width_in, width_out in ((2048, 2048), (2048, 3072), (2048, 5120), (5120, 5120))
+)
+# What the Hopper kernel of float8 products is held to: more rows than are few, the last tiles of
+# rows, of columns and of the contraction partial, and a second piece of columns that is not there.
+FP8_CASES = (
+    Case("one_tile", 128, 128, 256),
+    Case("last_rows", 321, 384, 512),
+    Case("last_columns", 130, 256, 320),
+    Case("last_of_contraction", 200, 272, 192),
+    Case("one_lane", 65, 128, 64),
+    Case("many_tiles", 1500, 640, 1408),
+)

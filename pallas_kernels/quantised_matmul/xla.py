@@ -1,5 +1,11 @@
 """Products with a quantised matrix in plain XLA: it is widened within the product."""
 
-from pallas_kernels.quantised import widened_products as products
+from jax import Array
+from jax.typing import DTypeLike
 
-__all__ = ["products"]
+from pallas_kernels.quantised import QuantisedWeights, widened_products
+
+
+def products(lhs: Array, rhs: QuantisedWeights, out_dtype: DTypeLike) -> Array:
+    """Rows [..., K] times a matrix, [..., N]."""
+    return widened_products(lhs, rhs).astype(out_dtype)

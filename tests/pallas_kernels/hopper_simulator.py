@@ -37,7 +37,8 @@ class Ref:
             return self.array.copy()
         view = self.array[index]
         if view.ndim == 0:
-            return Scalar(self.array, index)
+            whole = np.issubdtype(view.dtype, np.integer)
+            return Scalar(self.array, index) if whole else view[()]
         return Ref(view)
 
     def __setitem__(self, index: Any, value: np.ndarray) -> None:
@@ -155,6 +156,8 @@ class _Spec(SimpleNamespace):
             return Barriers(self.num_arrivals, self.num_barriers)
         if self.kind == "acc":
             return Accumulator(self.shape)
+        if self.kind == "union":  # views in which the same places have the same numbers
+            return (self.specs[0].make(),) * len(self.specs)
         array = np.empty(self.shape, self.dtype)
         array.fill(-7 if np.issubdtype(array.dtype, np.integer) else np.nan)
         return Ref(array)
@@ -194,8 +197,21 @@ def _wgmma(acc: Accumulator, a: Ref | np.ndarray, b: Ref | np.ndarray) -> None:
     acc.value = acc.value + product
 
 
-def _copy_in(source: Ref, target: Ref, barrier: Barriers | tuple[Barriers, int]) -> None:
-    _copy(source, target)
+def _fill(source: Ref, target: Ref) -> None:
+    """Copies a window as TMA does: what lies beyond the array's end is 0."""
+    assert all(np.less_equal(source.shape, target.shape)), (source.shape, target.shape)
+    assert source.array.dtype == target.array.dtype
+    target.array[...] = 0
+    target.array[tuple(map(slice, source.shape))] = source.array
+
+
+def _copy_in(
+    source: Ref,
+    target: Ref,
+    barrier: Barriers | tuple[Barriers, int],
+    copy: Callable[[Ref, Ref], None] = _copy,
+) -> None:
+    copy(source, target)
     barriers, index = _barrier(barrier)
     barriers.arrive(index)
 
@@ -222,8 +238,27 @@ def _arrive(barrier: Barriers | tuple[Barriers, int]) -> None:
     barriers.arrive(index)
 
 
-def simulate(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces what a kernel's module uses of jax by the simulation."""
+def _while_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any) -> Any:
+    while condition(carry):
+        carry = body(carry)
+    return carry
+
+
+def _load(ref: Ref, layout: object, optimized: bool = True) -> np.ndarray:
+    del layout, optimized
+    return ref.array.copy()
+
+
+def simulate(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, *, windows_end_beyond: bool = False
+) -> None:
+    """Replaces what a kernel's module uses of jax by the simulation.
+
+    Args:
+        module: the kernel's, or one of those that its parts come from.
+        monkeypatch: which undoes it.
+        windows_end_beyond: whether the kernel copies windows that end beyond an array.
+    """
 
     def run_scoped(
         function: Callable[..., Any], *specs: Any, collective_axes: object = None
@@ -241,16 +276,25 @@ def simulate(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         out_type: Any,
         grid: tuple[int, ...],
         num_threads: int,
+        grid_names: tuple[str, ...] = ("tile",),
+        thread_name: str | None = None,
+        scratch_types: Any = (),
         **_: object,
-    ) -> Callable[..., list[jax.Array]]:
-        def run(*inputs: jax.Array) -> list[jax.Array]:
-            outs = [np.full(out.shape, np.nan, out.dtype) for out in out_type]
+    ) -> Callable[..., Any]:
+        def run(*inputs: jax.Array) -> Any:
+            outs = [np.full(out.shape, np.nan, out.dtype) for out in jax.tree.leaves(out_type)]
             refs = [Ref(np.array(array)) for array in inputs] + [Ref(out) for out in outs]
             _thread.semaphores, _thread.num_threads = {}, num_threads
             for tile in range(grid[0]):
-                _thread.tile = np.int32(tile)
-                body(*refs)
-            return [jax.numpy.asarray(out) for out in outs]
+                setattr(_thread, grid_names[0], np.int32(tile))
+                if thread_name is None:
+                    body(*refs)
+                    continue
+                scratch = [spec.make() for spec in scratch_types]
+                threads = [{thread_name: np.int32(wg)} for wg in range(num_threads)]
+                _spawn([(axes, functools.partial(body, *refs, *scratch)) for axes in threads])
+            results = [jax.numpy.asarray(out) for out in outs]
+            return results if isinstance(out_type, list | tuple) else results[0]
 
         return run
 
@@ -270,6 +314,7 @@ def simulate(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     plgpu = SimpleNamespace(
         ACC=lambda shape, dtype: _Spec(kind="acc", shape=shape),
         SMEM=_smem,
+        RefUnion=lambda *specs: _Spec(kind="union", specs=specs),
         Barrier=lambda num_arrivals=1, num_barriers=1: _Spec(
             kind="barrier", num_arrivals=int(num_arrivals), num_barriers=num_barriers
         ),
@@ -280,13 +325,13 @@ def simulate(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         broadcasted_iota=_iota,
         commit_smem=nothing,
         commit_smem_to_gmem_group=nothing,
-        copy_gmem_to_smem=_copy_in,
+        copy_gmem_to_smem=functools.partial(_copy_in, copy=_fill if windows_end_beyond else _copy),
         copy_smem_to_gmem=lambda source, target, commit_group=True, **how: _copy(
             source, target, **how
         ),
         kernel=kernel,
         layout_cast=lambda array, layout: array,
-        load=lambda ref, layout: ref.array.copy(),
+        load=_load,
         semaphore_signal=_signal_semaphore,
         semaphore_wait=_wait_semaphore,
         set_max_registers=nothing,
@@ -304,17 +349,19 @@ def simulate(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         fori_loop=_fori_loop,
         optimization_barrier=lambda value: value,
         rem=lambda a, b: a % b,
+        while_loop=_while_loop,
     )
     pl = SimpleNamespace(
+        cdiv=lambda a, b: -(-a // b),
         ds=lambda start, size: slice(int(start), int(start) + size),
         get_global=get_global,
         loop=_loop,
         run_scoped=run_scoped,
         when=_when,
     )
-    monkeypatch.setattr(module, "pl", pl)
-    monkeypatch.setattr(module, "plgpu", plgpu)
-    monkeypatch.setattr(module, "lax", lax)
-    monkeypatch.setattr(module, "jnp", np)
-    monkeypatch.setattr(module, "tiled_smem", _smem)
-    monkeypatch.setattr(module, "finish", lambda acc, in_flight: acc.value.copy())
+    replaced: dict[str, Any] = {"pl": pl, "plgpu": plgpu, "lax": lax, "jnp": np}
+    replaced |= {"tiled_smem": _smem, "finish": lambda acc, in_flight: acc.value.copy()}
+    replaced["swizzled"] = nothing
+    for name, value in replaced.items():
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, value)

@@ -11,7 +11,6 @@ from dsjax.xla_options import inference_options
 from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
 from pallas_kernels.quantised import pack_halves, unpack_halves
 from pallas_kernels.quantised_matmul import (
-    IMPLEMENTATIONS,
     Format,
     QuantisedWeights,
     quantise,
@@ -77,7 +76,7 @@ def test_storing_loses_what_the_form_says(name, case, rng):
 
 @pytest.mark.core
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_products_are_those_of_what_is_stored(name, implementation, rng):
     for case in CASES:
         stored = quantise(jnp.asarray(draw(rng, case.width_out, case.width_in)), FORMATS[name])

@@ -1,4 +1,4 @@
-"""Ranges of rows on Hopper: where groups and their tiles begin, and storing a part of a tile."""
+"""Rows by group on Hopper: where tiles of a group's rows lie, and how such a tile is stored."""
 
 import functools
 import math

@@ -1,0 +1,191 @@
+"""Products of rows rounded to float8 with stored float8 weights, against NumPy in float64."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels import hopper_fp8, hopper_row_ranges, hopper_schedule
+from pallas_kernels.fp8_rows import quantised_blocks, rounded
+from pallas_kernels.quantised_matmul import QuantisedWeights, quantise, quantised_matmul, supported
+from pallas_kernels.quantised_matmul.cases import CASES, FORMATS, FP8_CASES
+from tests.oracle_attention import relative_error
+from tests.pallas_kernels.hopper_simulator import simulate
+from tests.pallas_kernels.test_quantised_matmul import draw, lower_for_cuda, stands_for
+
+FP8_FORMATS = ("fp8", "fp8_block128")
+ON_HOPPER = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+
+
+def rounded_by_hand(rows: Any) -> np.ndarray:
+    """Rows as float8 keeps them, in float64: block by block, the scale found by trying."""
+    rows = np.asarray(rows, np.float64)
+    out = np.zeros_like(rows)
+    for index in np.ndindex(rows.shape[:-1]):
+        for first in range(0, rows.shape[-1], 128):
+            block = rows[index][first : first + 128]
+            scale = 2.0**-100
+            while np.abs(block).max() > 448 * scale:
+                scale *= 2
+            kept = (block / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
+            out[index][first : first + 128] = kept
+    return out
+
+
+def products_by_group(
+    lhs: Any, matrices: np.ndarray, sizes: Sequence[int], first: int
+) -> np.ndarray:
+    """Rounded rows times their group's matrix [N, K], those of the first groups and of none 0."""
+    rows = rounded_by_hand(lhs)
+    out = np.zeros((len(rows), matrices.shape[1]))
+    for row, group in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
+        if first <= group < first + len(matrices):
+            out[row] = matrices[group - first] @ rows[row]
+    return out
+
+
+def stored_float8(rng: np.random.Generator, name: str, *shape: int) -> QuantisedWeights:
+    """Random weights of a form, of order K^-0.5."""
+    return quantise(jnp.asarray(draw(rng, *shape) * shape[-1] ** -0.5), FORMATS[name])
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_rows_round_to_float8_at_powers_of_two(dtype, rng):
+    magnitudes = np.exp2(rng.integers(-30, 30, (6, 300)).astype(np.float32) // 4)
+    rows = jnp.asarray(draw(rng, 6, 300) * magnitudes, dtype)
+    values, scales = quantised_blocks(rows)
+    assert values.dtype == jnp.float8_e4m3fn
+    assert (values.shape, scales.shape) == ((6, 3, 128), (6, 3))
+    assert (np.frexp(np.asarray(scales))[0] == 0.5).all()
+    assert not np.asarray(values, np.float32)[:, 2, 44:].any()
+    kept = rounded(rows)
+    assert kept.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(kept, np.float64), rounded_by_hand(rows))
+    np.testing.assert_array_equal(rounded(kept), kept)
+
+
+@pytest.mark.core
+def test_the_ends_of_the_range_and_what_is_no_number():
+    ends = [0.0, 1e-37, 448.0, 448.5, 3.3e38, np.nan, np.inf]
+    stored, scales = quantised_blocks(jnp.repeat(jnp.asarray(ends, jnp.float32), 128)[None])
+    values = np.asarray(stored, np.float64)[0, :, 0]
+    np.testing.assert_array_equal(values[:4], [0, 0, 448, 224])
+    assert 224 < values[4] <= 448
+    np.testing.assert_array_equal(np.asarray(scales)[0, :4], [2.0**-100, 2.0**-100, 1, 2])
+    assert np.isnan(values[5] * float(scales[0, 5]))
+    assert np.isnan(scales[0, 6])
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", FP8_FORMATS)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_products_are_those_of_rounded_rows(name, implementation, rng):
+    for case in CASES:
+        stored = stored_float8(rng, name, case.width_out, case.width_in)
+        for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 6e-3)):
+            lhs = jnp.asarray(draw(rng, 2, case.rows, case.width_in), dtype)
+            want = rounded_by_hand(lhs) @ stands_for(stored).T
+            got = quantised_matmul(lhs, stored, products="fp8", implementation=implementation)
+            assert got.dtype == dtype
+            assert relative_error(got, want) < tolerance
+            # And rounding is there to be seen.
+            wide = quantised_matmul(lhs, stored, implementation=implementation)
+            assert 0.01 < relative_error(wide, want) < 0.06
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize("name", FP8_FORMATS)
+def test_hopper_kernel_in_the_simulator(name, rng, monkeypatch):
+    """Its indices, masks, barriers and sums, of a layer of a stack, with a warpgroup a thread."""
+    for module in (hopper_fp8, hopper_row_ranges, hopper_schedule):
+        simulate(module, monkeypatch, windows_end_beyond=True)
+    tile = hopper_fp8.Tile(stages=3, band=2)
+    for num_rows, width_in, width_out, sizes, first in (
+        (300, 384, 320, (100, 0, 129, 60), 0),
+        (400, 272, 192, (50, 70, 200, 30), 1),
+    ):
+        held = len(sizes) - first
+        rhs = [stored_float8(rng, name, 2, held, width_out, width_in) for _ in range(2)]
+        lhs = jnp.asarray(draw(rng, num_rows, width_in), jnp.bfloat16)
+        layers = [stands_for(jax.tree.map(lambda leaf: leaf[1], weights)) for weights in rhs]
+        gates, ups = (products_by_group(lhs, layer, sizes, first) for layer in layers)
+        places = (1, jnp.asarray(sizes, jnp.int32), jnp.int32(first))
+        for dtype, tolerance in ((jnp.bfloat16, 4e-3), (jnp.float32, 1e-5)):
+            how: dict[str, Any] = {"out_dtype": dtype, "tile": tile, "num_ctas": 3}
+            got = hopper_fp8.row_products(lhs, rhs[:1], *places, **how)
+            assert got.dtype == dtype
+            assert relative_error(got, gates) < tolerance
+            hidden = hopper_fp8.row_products(lhs, rhs, *places, activation=True, **how)
+            assert relative_error(hidden, gates / (1 + np.exp(-gates)) * ups) < tolerance
+
+
+@pytest.mark.parametrize("name", FP8_FORMATS)
+@pytest.mark.parametrize("case", [*FP8_CASES[:5], None], ids=str)
+def test_hopper_lowers(name, case):
+    """For CUDA: shapes, shared memory and layouts have been checked then."""
+    rows, width_in, width_out = (
+        (16384, 10944, 2048) if case is None else (case.rows, case.width_in, case.width_out)
+    )
+    stored = jax.eval_shape(lambda: quantise(jnp.zeros((width_out, width_in)), FORMATS[name]))
+    lhs = jax.ShapeDtypeStruct((rows, width_in), jnp.bfloat16)
+    for dtype in (jnp.bfloat16, jnp.float32):
+
+        def run(lhs, stored, dtype=dtype):
+            how: dict[str, Any] = {"products": "fp8", "implementation": "hopper"}
+            return quantised_matmul(lhs, stored, out_dtype=dtype, **how)
+
+        assert lower_for_cuda(run, lhs, stored).count("mosaic_gpu_v2") == 1
+    few = jax.ShapeDtypeStruct((64, width_in), jnp.bfloat16)
+    assert "mosaic_gpu_v2" not in lower_for_cuda(run, few, stored)
+
+
+@pytest.mark.gpu
+@ON_HOPPER
+@pytest.mark.parametrize("name", FP8_FORMATS)
+@pytest.mark.parametrize("case", FP8_CASES, ids=str)
+def test_hopper_multiplies_rounded_rows(name, case, rng):
+    stored = stored_float8(rng, name, case.width_out, case.width_in)
+    spread = np.exp2(rng.integers(-6, 6, (case.rows, 1))).astype(np.float32)
+    lhs = jnp.asarray(draw(rng, case.rows, case.width_in) * spread, jnp.bfloat16)
+    want = rounded_by_hand(lhs) @ stands_for(stored).T
+    for dtype, tolerance in ((jnp.bfloat16, 6e-3), (jnp.float32, 2e-3)):
+        got = quantised_matmul(
+            lhs, stored, out_dtype=dtype, products="fp8", implementation="hopper"
+        )
+        assert got.dtype == dtype
+        # Each row by its own size: a wrong scale shows, however small the row.
+        sizes = np.linalg.norm(want, axis=1, keepdims=True)
+        assert relative_error(np.asarray(got, np.float64) / sizes, want / sizes) < tolerance
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_what_is_not_multiplied_in_float8_is_named(rng):
+    sizes: dict[str, Any] = {"width_in": 128, "width_out": 128, "dtype": jnp.bfloat16}
+    fp8: dict[str, Any] = sizes | {"form": FORMATS["fp8"], "products": "fp8"}
+    for implementation in ("reference", "xla", "hopper"):
+        assert supported(implementation, **fp8) is None
+        for name, reason in (
+            ("int8", "products 'fp8': weights dtype int8 must be float8_e4m3fn"),
+            ("fp8_row128", "blocks of 128 x 1 weights must be 128 x 128 or whole columns"),
+        ):
+            found = supported(implementation, **fp8 | {"form": FORMATS[name]})
+            assert found is not None
+            assert found.endswith(reason)
+    for changed, reason in (
+        ({"products": "widen"}, "products 'widen' must be 'fp8'"),
+        ({"dtype": jnp.float32}, "dtype float32 must be bfloat16"),
+        ({"width_in": 200}, "input width 200 must be a multiple of 16"),
+        ({"width_out": 96}, "output width 96 must be a multiple of 64"),
+        ({"chip": "gpu"}, "chip 'gpu' must be 'hopper'"),
+    ):
+        assert supported("hopper", **fp8 | changed) == reason
+    with pytest.raises(ValueError, match="products: 'fp4' must be one of"):
+        supported("xla", **fp8 | {"products": "fp4"})
+    stored = stored_float8(rng, "fp8", 128, 128)
+    with pytest.raises(ValueError, match="'hopper' does not take this: dtype float32 must be"):
+        quantised_matmul(jnp.ones((2, 128)), stored, products="fp8", implementation="hopper")

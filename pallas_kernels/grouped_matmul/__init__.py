@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from pallas_kernels.fp8_rows import PRODUCTS, rounded
 from pallas_kernels.grouped_matmul import quantised_rows
 from pallas_kernels.grouped_matmul.limits import STACKS_IN_PLACE, supported
 from pallas_kernels.grouped_matmul.stacks import LayerOfStack
@@ -32,6 +33,7 @@ from pallas_kernels.quantised import (
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "PRODUCTS",
     "PRODUCT_NAME",
     "STACKS_IN_PLACE",
     "BlockScaledWeights",
@@ -48,6 +50,8 @@ Weights = Array | BlockScaledWeights | QuantisedWeights | LayerOfStack
 
 # For policies of jax.checkpoint: saving what is named so spares the backward pass a second product.
 PRODUCT_NAME = "grouped_matmul_product"
+# The module of "hopper" for many rows in float8, which rounds them itself.
+_FLOAT8 = "hopper_fp8"
 
 
 def grouped_matmul(
@@ -57,6 +61,7 @@ def grouped_matmul(
     *,
     transpose_rhs: bool = False,
     group_offset: Int[Array, ""] | int | None = None,
+    products: str = "widen",
     implementation: str,
 ) -> Float[Array, "M N"]:
     """Multiplies each row by the matrix of its group (DeepSeek-V2, arXiv 2405.04434, equation 20).
@@ -74,6 +79,8 @@ def grouped_matmul(
             at most M.
         transpose_rhs: whether to multiply by the transposes, which are not materialised.
         group_offset: int32, the first group that rhs_GKN holds; None when it holds all.
+        products: how rows multiply quantised matrices: "widen", as they are, by widened weights, or
+            "fp8", rounded to float8 (see `fp8_rows`), by weights stored in float8.
         implementation: one of IMPLEMENTATIONS.
 
     Returns:
@@ -84,13 +91,14 @@ def grouped_matmul(
             take (see `supported`).
     """
     weights = {"rhs_GKN": rhs_GKN}
-    _check(lhs_MK, weights, group_sizes_G, group_offset, transpose_rhs, implementation)
+    _check(lhs_MK, weights, group_sizes_G, group_offset, transpose_rhs, products, implementation)
     offset = jnp.asarray(0 if group_offset is None else group_offset, jnp.int32)
     arrays = vary_alike((lhs_MK, rhs_GKN, group_sizes_G.astype(jnp.int32), offset))
     if lhs_MK.shape[0] == 0:
         num_columns = rhs_GKN.shape[1 if transpose_rhs else 2]
         return lax.full_like(arrays[0], 0, shape=(0, num_columns))
-    return _matmul(implementation, transpose_rhs, *arrays)
+    module, rows = _multiplied(products, implementation, *arrays[:2])
+    return _matmul(module, transpose_rhs, rows, *arrays[1:])
 
 
 def grouped_swiglu(
@@ -100,6 +108,7 @@ def grouped_swiglu(
     group_sizes_G: Int[Array, " groups"],
     *,
     group_offset: Int[Array, ""] | int | None = None,
+    products: str = "widen",
     implementation: str,
 ) -> Float[Array, "M N"]:
     """Gives silu(lhs gate) * (lhs up) by group, in one pass (arXiv 2405.04434, equation 20).
@@ -114,6 +123,7 @@ def grouped_swiglu(
         up_GKN: up matrices, as gate_GKN; of a stack, with the very `layer` object of gate_GKN.
         group_sizes_G: int32 rows of every group. Their sum is at most M.
         group_offset: int32, the first group that gate_GKN and up_GKN hold; None when they hold all.
+        products: as in grouped_matmul.
         implementation: one of IMPLEMENTATIONS.
 
     Returns:
@@ -124,7 +134,7 @@ def grouped_swiglu(
             take (see `supported`).
     """
     weights = {"gate_GKN": gate_GKN, "up_GKN": up_GKN}
-    _check(lhs_MK, weights, group_sizes_G, group_offset, False, implementation)
+    _check(lhs_MK, weights, group_sizes_G, group_offset, False, products, implementation)
     plain = _form(gate_GKN) is None and _form(up_GKN) is None
     if gate_GKN.shape != up_GKN.shape or (plain and gate_GKN.dtype != up_GKN.dtype):
         raise ValueError(
@@ -140,7 +150,8 @@ def grouped_swiglu(
     arrays = vary_alike((lhs_MK, gate_GKN, up_GKN, group_sizes_G.astype(jnp.int32), offset))
     if lhs_MK.shape[0] == 0:
         return lax.full_like(arrays[0], 0, shape=(0, gate_GKN.shape[2]))
-    return _swiglu(implementation, *arrays)
+    module, rows = _multiplied(products, implementation, *arrays[:2])
+    return _swiglu(module, rows, *arrays[1:])
 
 
 def _check(
@@ -149,6 +160,7 @@ def _check(
     group_sizes_G: Array,
     group_offset: Array | int | None,
     transpose_rhs: bool,
+    products: str,
     implementation: str,
 ) -> None:
     if lhs_MK.ndim != 2:
@@ -167,6 +179,7 @@ def _check(
             dtype=lhs_MK.dtype,
             weights_dtype=rhs.dtype if _form(rhs) is None else None,
             form=_form(rhs),
+            products=products,
             transpose_rhs=transpose_rhs,
         )
         check_supported(implementation, reason)
@@ -209,9 +222,21 @@ def _check_rhs(
         )
 
 
+def _multiplied(
+    products: str, implementation: str, lhs_MK: Array, rhs: Weights
+) -> tuple[str, Array]:
+    """The module that multiplies, and what it does to rows: many go to Hopper as they are."""
+    if products == "widen":
+        return implementation, lhs_MK
+    many = lhs_MK.shape[0] > quantised_rows.MOST_MEAN_ROWS * rhs.shape[0]
+    if implementation == "hopper" and many:
+        return _FLOAT8, lhs_MK
+    return implementation, rounded(lhs_MK)
+
+
 def _placed(implementation: str, rhs: Weights) -> Weights:
     """The weights as the implementation takes them."""
-    if not isinstance(rhs, LayerOfStack):
+    if implementation == _FLOAT8 or not isinstance(rhs, LayerOfStack):
         return rhs
     in_place = implementation in STACKS_IN_PLACE and _form(rhs) is None
     if implementation == "tpu" and rhs.more is not None:
@@ -253,7 +278,7 @@ def _row_products(
         )
         return found
 
-    if implementation == "reference" or len(quantised) < len(rhs):
+    if implementation in ("reference", _FLOAT8) or len(quantised) < len(rhs):
         return own()
     return quantised_rows.row_products(
         own,

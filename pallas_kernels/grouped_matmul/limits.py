@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.chips import TPU_LANES
+from pallas_kernels.fp8_rows import refusal
 from pallas_kernels.implementations import (
     IMPLEMENTATIONS,
     check_choice,
@@ -44,6 +45,7 @@ def supported(
     dtype: DTypeLike,
     weights_dtype: DTypeLike | None = None,
     form: Format | None = None,
+    products: str = "widen",
     transpose_rhs: bool = False,
     chip: str | None = None,
 ) -> str | None:
@@ -57,6 +59,7 @@ def supported(
         weights_dtype: dtype of the weights, int8 or float8_e4m3fn for quantised ones; None for that
             of the rows.
         form: how `QuantisedWeights` are stored; None for others.
+        products: one of `fp8_rows.PRODUCTS`.
         transpose_rhs: as of grouped_matmul.
         chip: the chip to run on, as `chips.chip_of` names it; None for one that fits.
 
@@ -64,7 +67,7 @@ def supported(
         None, or one line that names what is to blame.
 
     Raises:
-        ValueError: an unknown implementation.
+        ValueError: an unknown implementation, or unknown products.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     weights_dtype = dtype if weights_dtype is None else weights_dtype
@@ -74,6 +77,7 @@ def supported(
         wrong_dtype("dtype", dtype, DTYPES),
         wrong_dtype("weights dtype", weights_dtype, (dtype, *QUANTISED_DTYPES)),
         wrong_chip(implementation, chip),
+        refusal(products, form),
     )
     if general is not None or implementation in ("reference", "xla"):
         return general
@@ -82,7 +86,7 @@ def supported(
         not_multiple("input width", width_in, step), not_multiple("output width", width_out, step)
     )
     if implementation == "tpu":
-        return widths
+        return widths or ("products 'fp8' must be 'widen'" if products == "fp8" else None)
     transposed = transpose_rhs and is_quantised(weights_dtype)
     return first_reason(
         wrong_dtype("dtype", dtype, (jnp.bfloat16,)),

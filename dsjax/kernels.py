@@ -10,12 +10,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from dsjax.config import ModelConfig, RuntimeConfig
+from dsjax.config import ModelConfig, QuantisationConfig, RuntimeConfig
 from dsjax.mesh import ShardingRules
-from dsjax.quantise import form_of
-from pallas_kernels import expert_permute, grouped_matmul, mla_attention, mla_decode
+from dsjax.quantise import form_of, format_of
+from pallas_kernels import (
+    expert_permute,
+    fp8_rows,
+    grouped_matmul,
+    mla_attention,
+    mla_decode,
+    quantised_matmul,
+)
 from pallas_kernels.chips import TPU_LANES, chip_of
+from pallas_kernels.quantised import Format, QuantisedWeights
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,7 +46,9 @@ class Kernels:
         mla_attention: of attention in training and prefill.
         mla_decode: of absorbed decode.
         grouped_matmul: of the experts' products.
-        quantised_matmul: of products with quantised matrices, those of experts apart.
+        quantised_matmul: of products with quantised matrices, those of experts apart: where it
+            does not take one, "xla" does.
+        quantised_products: "widen" or "fp8"; see `KernelConfig`.
         expert_permute: of copying tokens to their experts' rows.
         experts_in_place: whether generation lets `grouped_matmul` read one layer's experts within
             those of all layers, for kernels that fetch weights themselves: else they may be copied
@@ -64,6 +75,7 @@ class Kernels:
     mla_decode: str = "xla"
     grouped_matmul: str = "xla"
     quantised_matmul: str = "xla"
+    quantised_products: str = "widen"
     expert_permute: str = "xla"
     experts_in_place: bool = False
     join_shared: int = 0
@@ -78,6 +90,36 @@ class Kernels:
     exchange_room: float = 1.25
     pass_step: int = 128
     expanded_keys: int = 1024
+
+    def products_of(self, *forms: Format | None) -> str:
+        """Returns how rows multiply matrices of these forms, None for one that is not quantised.
+
+        In float8 only where all are stored in it.
+        """
+        products = self.quantised_products
+        refused = any(fp8_rows.refusal(products, form) is not None for form in forms)
+        return "widen" if refused else products
+
+    def of_matrix(self, matrix: QuantisedWeights, dtype: DTypeLike) -> dict[str, str]:
+        """Returns `products` and `implementation` of rows of a dtype times a matrix [K, N]."""
+        products = self.products_of(matrix.format)
+        reason = quantised_matmul.supported(
+            self.quantised_matmul,
+            width_in=matrix.shape[-2],
+            width_out=matrix.shape[-1],
+            dtype=dtype,
+            form=matrix.format,
+            products=products,
+        )
+        if reason is not None and products != "widen":
+            _say_once(f"products in float8: the portable implementation runs, as {reason}")
+        name = self.quantised_matmul if reason is None else "xla"
+        return {"products": products, "implementation": name}
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _LOG.warning(message)
 
 
 def choose_kernels(
@@ -101,21 +143,20 @@ def choose_kernels(
             each device attends with all heads, and with one token of a sequence at a time.
 
     Raises:
-        ValueError: a kernel that the user names does not take the model's sizes; or latents of 8
-            bits on a TPU.
+        ValueError: a kernel that the user names does not take the model's sizes; latents of 8 bits
+            or products in float8 on a TPU; or such products of a model without weights in float8.
     """
-    shards = _Shards(
-        rules.num_shards("page_tokens"), rules.num_shards("mlp"), rules.num_shards("experts")
-    )
+    num_devices = 1 if rules.mesh is None else rules.mesh.size
+    shards = _Shards(rules.num_shards("page_tokens"), rules.num_shards("mlp"), num_devices)
     return _choose(device.platform, device.device_kind, config, runtime, shards)
 
 
 class _Shards(NamedTuple):
-    """Devices that divide the tokens of a page, the experts' hidden width, and the experts."""
+    """Devices that divide the tokens of a page, and experts' hidden width; and all of the mesh."""
 
     page_tokens: int
     mlp: int
-    experts: int
+    devices: int
 
 
 @functools.cache  # so that each choice is logged once
@@ -134,6 +175,10 @@ def _choose(
             f"runtime.latent_dtype={runtime.latent_dtype!r}: not on TPUs, where a step would copy "
             "the whole cache in every layer"
         )
+
+    in_float8 = named.quantised_products == "fp8"
+    if in_float8:
+        _check_products(runtime.quantisation, tpu)
 
     def choose(op: str, name: str, refusal: Callable[[str], str | None]) -> str:
         """Returns the implementation named, or else the chip's own where it takes the sizes."""
@@ -181,6 +226,7 @@ def _choose(
             return None
         wide, narrow = config.hidden_dim, config.moe.intermediate_dim // shards.mlp
         matrices = {"w_gate": (wide, narrow), "w_up": (wide, narrow), "w_down": (narrow, wide)}
+        # Products in float8 are of no other sizes.
         reasons = (
             grouped_matmul.supported(
                 name,
@@ -198,8 +244,9 @@ def _choose(
     permute_refusal = expert_permute.supported(
         "hopper", width=config.hidden_dim, dtype=dtype, chip=chip
     )
+    one_device = shards.devices == 1
     quantised_experts = form_of(runtime.quantisation, "moe_layers.feed_forward.w_gate") is not None
-    whole = shards.mlp == shards.experts == 1 and runtime.quantisation is None
+    alone = shards.devices == 1 and runtime.quantisation is None
     unroll = named.unroll_decode
     if unroll is None:
         unroll = gpu and not quantised_experts
@@ -215,9 +262,12 @@ def _choose(
         mla_attention=choose("mla_attention", named.mla_attention, attention_refusal),
         mla_decode=choose("mla_decode", named.mla_decode, decode_refusal),
         grouped_matmul=products,
+        # XLA divides a product among devices, and no kernel.
+        quantised_matmul="hopper" if in_float8 and native == "hopper" and one_device else "xla",
+        quantised_products=named.quantised_products,
         expert_permute="hopper" if products == "hopper" and permute_refusal is None else "xla",
         experts_in_place=products in grouped_matmul.STACKS_IN_PLACE or quantised_experts,
-        join_shared=_JOIN_SHARED if products == "hopper" and whole else 0,
+        join_shared=_JOIN_SHARED if products == "hopper" and alone else 0,
         unroll_decode=unroll,
         unroll_layers=gpu if named.unroll_layers is None else named.unroll_layers,
         compare_few=gpu,
@@ -230,6 +280,20 @@ def _choose(
     )
     _LOG.info("kernels on %s: %s", kind, chosen)
     return chosen
+
+
+def _check_products(recipe: QuantisationConfig | None, tpu: bool) -> None:
+    """Checks that products in float8 have something to multiply.
+
+    Raises:
+        ValueError: they have not, or run on a TPU.
+    """
+    name = "runtime.kernels.quantised_products='fp8'"
+    if tpu:
+        raise ValueError(f"{name}: not on TPUs, where it would cost accuracy and spare nothing")
+    forms = [] if recipe is None else [format_of(rule.format) for rule in recipe.rules]
+    if all(form is None or fp8_rows.refusal("fp8", form) is not None for form in forms):
+        raise ValueError(f"{name}: runtime.quantisation stores no weights in fp8 or fp8_block128")
 
 
 def pool_rope_dim(rope_dim: int, decode_kernel: str) -> int:

@@ -28,6 +28,10 @@ class KernelConfig:
         mla_attention: of attention in training and prefill.
         mla_decode: of absorbed decode.
         grouped_matmul: of the experts' products.
+        quantised_products: how rows multiply weights that `quantisation` stores in float8. "widen"
+            keeps rows in `dtype` and widens the weights. "fp8" rounds rows to float8 too, each 128
+            columns by a scale of their own, and on Hopper multiplies many rows in float8: another
+            result, which is to be asked for. Other weights are widened. Not on TPUs.
         router: of the experts' affinities. "float32" multiplies in full precision. For bfloat16
             tokens "bfloat16_terms" comes to as much by products that matrix units take.
         expert_exchange: how tokens move between devices that divide the experts. "ragged" (TPUs)
@@ -52,6 +56,7 @@ class KernelConfig:
     mla_attention: Implementation = "auto"
     mla_decode: Implementation = "auto"
     grouped_matmul: Implementation = "auto"
+    quantised_products: Literal["widen", "fp8"] = "widen"
     router: Literal["auto", "float32", "bfloat16_terms"] = "auto"
     expert_exchange: Literal["auto", "fixed", "ragged", "ragged_parts"] = "auto"
     latent_exchange: Literal["gather", "ring"] = "gather"

@@ -64,9 +64,9 @@ class Linear(nnx.Module):
         """
         if self.form is None:
             return jnp.einsum(subscripts, x, self.gathered())
-        return self.sides.contract(
-            subscripts, x, self.quantised_matrix(), self.options.kernels.quantised_matmul
-        )
+        matrix = self.quantised_matrix()
+        how = self.options.kernels.of_matrix(matrix, x.dtype)
+        return self.sides.contract(subscripts, x, matrix, how)
 
     def gathered(self) -> jax.Array:
         """Returns the matrix in the compute type, its gathering begun where fsdp divides it."""
@@ -136,8 +136,8 @@ def multiply(
         out_dtype: of the result of a quantised matrix; None for the compute type.
     """
     if isinstance(matrix, QuantisedWeights):
-        name = kernels.quantised_matmul
-        return quantised_matmul(x, matrix, out_dtype=out_dtype, implementation=name)
+        how = kernels.of_matrix(matrix, x.dtype)
+        return quantised_matmul(x, matrix, out_dtype=out_dtype, **how)
     return x @ matrix
 
 

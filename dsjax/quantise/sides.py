@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,9 +116,16 @@ class Sides:
         return array.transpose([order.index(dim) for dim in range(len(order))])
 
     def contract(
-        self, subscripts: str, x: jax.Array, matrix: QuantisedWeights, implementation: str
+        self, subscripts: str, x: jax.Array, matrix: QuantisedWeights, how: Mapping[str, str]
     ) -> jax.Array:
-        """Contracts x with the matrix as `einsum` would, in x's dtype."""
+        """Contracts x with the matrix as `einsum` would, in x's dtype.
+
+        Args:
+            subscripts: of `einsum`; the second operand is the matrix.
+            x: compute type.
+            matrix: the matrix.
+            how: `products` and `implementation` of `quantised_matmul`.
+        """
         left, result = subscripts.split("->")
         letters, of_matrix = left.split(",")
         _, ins, outs = self._split(tuple(of_matrix))
@@ -127,7 +134,7 @@ class Sides:
             # Keys and values in the absorbed form: a matrix for each head, one of them transposed.
             return jnp.einsum(subscripts, x, self.whole(matrix.dequantised(x.dtype)))
         rows = x.shape[: x.ndim - len(ins)]
-        out = quantised_matmul(x.reshape(*rows, -1), matrix, implementation=implementation)
+        out = quantised_matmul(x.reshape(*rows, -1), matrix, **how)
         return out.reshape(*rows, *self._split(self.shape)[2])
 
     def leaf_dims(self, form: Format, rules: ShardingRules) -> Any:

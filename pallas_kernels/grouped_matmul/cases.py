@@ -51,6 +51,16 @@ ODD_CASES = (
     Case("tiny_experts", 500, 64, 96, (100, 3, 0, 150, 47, 60, 70, 70)),
 )
 
+# What Hopper's kernel of float8 products is held to besides: more rows than are few, and the last
+# tiles of rows, columns and contraction partial.
+FP8_CASES = (
+    Case("fp8_ragged", 1000, 320, 448, (1, 330, 0, 177, 63, 229, 137, 63)),
+    Case("fp8_one_has_all", 600, 128, 128, (0, 600, 0, 0)),
+    Case("fp8_tail_of_none", 700, 256, 192, (130, 0, 295, 128)),
+    Case("fp8_offset", 620, 384, 256, (40, 233, 0, 90, 65, 120, 50, 22), offset=2, num_held=4),
+    Case("fp8_even", 2048, 512, 640, (512,) * 4),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:

@@ -5,13 +5,18 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from dsjax.config import RECIPES, KernelConfig, RuntimeConfig
 from dsjax.configs.models import deepseek_v2, deepseek_v2_5, deepseek_v2_lite, tiny
-from dsjax.kernels import MAX_DECODE_TOKENS, PAGE_SIZE, choose_kernels, pool_rope_dim
+from dsjax.kernels import MAX_DECODE_TOKENS, PAGE_SIZE, Kernels, choose_kernels, pool_rope_dim
 from dsjax.mesh import MESH_AXES, ShardingRules, inference_rules
+from dsjax.model import abstract_model
+from dsjax.quantise import format_of
 from pallas_kernels import expert_permute, grouped_matmul, mla_attention, mla_decode
+from pallas_kernels.quantised import quantise
 
 H200 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
 A100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100-SXM4-40GB")
@@ -245,3 +250,75 @@ def test_a_named_kernel_never_falls_back():
         choose_kernels(H200, deepseek_v2_lite.config, named, tensor(4))
     with pytest.raises(ValueError, match=r"runtime.kernels.grouped_matmul='hopper': .*chip"):
         choose_kernels(CPU, deepseek_v2_lite.config, named)
+
+
+IN_FLOAT8 = KernelConfig(quantised_products="fp8")
+
+
+def in_float8(recipe):
+    return RuntimeConfig(kernels=IN_FLOAT8, quantisation=recipe)
+
+
+def test_products_in_float8_are_asked_for_and_divide_among_no_devices():
+    lite, fp8 = deepseek_v2_lite.config, in_float8(RECIPES["fp8"])
+
+    def chosen(device, runtime, ways=1):
+        kernels = choose_kernels(device, lite, runtime, tensor(ways))
+        return kernels.quantised_products, kernels.quantised_matmul
+
+    assert chosen(H200, replace(BF16, quantisation=RECIPES["fp8"])) == ("widen", "xla")
+    assert chosen(H200, fp8) == ("fp8", "hopper")
+    assert chosen(H200, fp8, 2) == chosen(A100, fp8) == chosen(CPU, fp8) == ("fp8", "xla")
+    with pytest.raises(ValueError, match=r"runtime.kernels.quantised_products='fp8': not on TPUs"):
+        chosen(V5P, fp8)
+    for recipe in (None, RECIPES["int8"]):
+        with pytest.raises(ValueError, match=r"products='fp8': runtime.* stores no weights in"):
+            chosen(H200, in_float8(recipe))
+    with pytest.raises(ValueError, match=r"KernelConfig.quantised_products='fp4'"):
+        KernelConfig(quantised_products=cast(Any, "fp4"))
+
+
+def test_each_matrix_is_multiplied_as_its_form_and_sizes_allow(caplog):
+    kernels = choose_kernels(H200, deepseek_v2_lite.config, in_float8(RECIPES["fp8"]))
+
+    def how(name, width_out, width_in, kernels=kernels):
+        form = format_of(name)
+        assert form is not None
+        stored = jax.eval_shape(lambda: quantise(jnp.zeros((width_out, width_in)), form))
+        return tuple(kernels.of_matrix(stored, jnp.bfloat16).values())
+
+    with caplog.at_level("WARNING", logger="dsjax.kernels"):
+        for name in ("fp8", "fp8_block128"):
+            assert how(name, 2048, 10944) == ("fp8", "hopper")
+        assert how("int8", 2048, 10944) == ("widen", "xla")
+        assert how("fp8_row128", 2048, 10944) == ("widen", "xla")
+        assert how("fp8", 2048, 10944, Kernels()) == ("widen", "xla")
+        assert not caplog.records
+        for _ in range(2):
+            assert how("fp8", 2080, 10944) == ("fp8", "xla")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.endswith("as output width 2080 must be a multiple of 64")
+    blocks = format_of("fp8_block128")
+    assert kernels.products_of(blocks, blocks) == "fp8"
+    assert kernels.products_of(blocks, None) == "widen"
+    assert kernels.products_of(format_of("int4_g64")) == "widen"
+
+
+@pytest.mark.slow
+def test_a_whole_prefill_in_float8_lowers_for_hopper():
+    """Two layers of V2-Lite: every stored matrix but the absorbed ones is multiplied in float8."""
+    lite = replace(deepseek_v2_lite.config, num_layers=2, vocab_size=1024)
+    runtime = replace(in_float8(RECIPES["fp8"]), param_dtype="bfloat16")
+
+    def kernels_of(runtime):
+        kernels = choose_kernels(H200, lite, runtime)
+        graphdef, state = abstract_model(lite, runtime, None, kernels)
+        tokens = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+        run = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
+        text = run.trace(state, tokens).lower(lowering_platforms=("cuda",)).as_text()
+        return text.count("mosaic_gpu_v2")
+
+    plain = replace(runtime, kernels=KernelConfig())
+    # Of each layer wq_nope, wq_rope, wkv_a, wk_b, wv_b and wo; three of the dense layer; three of
+    # the shared experts. The routed experts have as many kernels either way.
+    assert kernels_of(runtime) - kernels_of(plain) == 2 * 6 + 3 + 3

@@ -9,8 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pallas_kernels import grouped_matmul as grouped
 from pallas_kernels import hopper_fp8, hopper_row_ranges, hopper_schedule
 from pallas_kernels.fp8_rows import quantised_blocks, rounded
+from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul.cases import FP8_CASES as GROUPED_CASES
 from pallas_kernels.quantised_matmul import QuantisedWeights, quantise, quantised_matmul, supported
 from pallas_kernels.quantised_matmul.cases import CASES, FORMATS, FP8_CASES
 from tests.oracle_attention import relative_error
@@ -189,3 +192,106 @@ def test_what_is_not_multiplied_in_float8_is_named(rng):
     stored = stored_float8(rng, "fp8", 128, 128)
     with pytest.raises(ValueError, match="'hopper' does not take this: dtype float32 must be"):
         quantised_matmul(jnp.ones((2, 128)), stored, products="fp8", implementation="hopper")
+
+
+# Few rows, of which each reads its own matrix; some; and so many that all is in float8 on Hopper.
+COUNTS = ([3, 0, 5, 1, 4], [2, 0, 81, 1, 4], [60, 0, 9, 90, 7])
+
+
+@pytest.mark.parametrize("name", FP8_FORMATS)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_groups_multiply_rounded_rows(name, implementation, rng):
+    stacks = [stored_float8(rng, name, 2, 5, 40, 202) for _ in range(2)]
+    matrices = [stands_for(stack)[1] for stack in stacks]
+    layer = jnp.int32(1)
+    gate, up = (LayerOfStack(stack, layer) for stack in stacks)
+    how: dict[str, Any] = {"products": "fp8", "implementation": implementation}
+    for counts in COUNTS:
+        lhs = jnp.asarray(draw(rng, sum(counts) + 3, 202))
+        sizes = jnp.asarray(counts, jnp.int32)
+        gates, ups = (products_by_group(lhs, matrix, counts, 0) for matrix in matrices)
+        assert relative_error(grouped_matmul(lhs, gate, sizes, **how), gates) < 1e-5
+        hidden = grouped_swiglu(lhs, gate, up, sizes, **how)
+        assert relative_error(hidden, gates / (1 + np.exp(-gates)) * ups) < 1e-5
+        held = jax.tree.map(lambda leaf: leaf[2:4], gate.take())
+        got = grouped_matmul(lhs, held, sizes, group_offset=2, **how)
+        assert relative_error(got, products_by_group(lhs, matrices[0][2:4], counts, 2)) < 1e-5
+
+
+@pytest.mark.parametrize("name", FP8_FORMATS)
+def test_hopper_lowers_groups_and_copies_no_stack(name):
+    """V2-Lite's experts in prefill; decode, whose rows are rounded, has the kernel for few."""
+    how: dict[str, Any] = {"products": "fp8", "implementation": "hopper"}
+
+    def run(lhs, gate, up, down, layer, sizes):
+        gate, up, down = (LayerOfStack(stack, layer) for stack in (gate, up, down))
+        hidden = grouped_swiglu(lhs, gate, up, sizes, **how)
+        return grouped_matmul(hidden, down, sizes, **how)
+
+    wide, high = (
+        jax.eval_shape(lambda s=shape: quantise(jnp.zeros((3, 64, *s)), FORMATS[name]))
+        for shape in ((1408, 2048), (2048, 1408))
+    )
+    whole = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((64,), jnp.int32)
+    for num_rows in (49152, 768):
+        lhs = jax.ShapeDtypeStruct((num_rows, 2048), jnp.bfloat16)
+        text = lower_for_cuda(run, lhs, wide, wide, high, *whole)
+        assert text.count("mosaic_gpu_v2") == 2
+        copied = [line for line in text.splitlines() if "stablehlo.dynamic_slice" in line]
+        # Of columns' scales one layer's are taken, a byte in some thousand.
+        assert not any("f8E4M3FN" in line for line in copied)
+        assert len(copied) == (3 if name == "fp8" and num_rows == 49152 else 0)
+
+
+@pytest.mark.gpu
+@ON_HOPPER
+@pytest.mark.parametrize("name", FP8_FORMATS)
+@pytest.mark.parametrize("case", GROUPED_CASES, ids=str)
+def test_hopper_multiplies_rounded_rows_by_group(name, case, rng):
+    shape = (3, case.held, case.width_out, case.width_in)
+    stacks = [stored_float8(rng, name, *shape) for _ in range(2)]
+    lhs = jnp.asarray(draw(rng, case.num_rows, case.width_in), jnp.bfloat16)
+    sizes = jnp.asarray(case.group_sizes, jnp.int32)
+    assert case.num_rows > 32 * case.held  # else it is the kernel for few rows
+    wholes = [stands_for(stack) for stack in stacks]
+
+    @jax.jit
+    def both(lhs, stacks, layer, sizes):
+        gate, up = (LayerOfStack(stack, layer) for stack in stacks)
+        how: dict[str, Any] = {"products": "fp8", "implementation": "hopper"}
+        how["group_offset"] = case.offset
+        return grouped_matmul(lhs, gate, sizes, **how), grouped_swiglu(lhs, gate, up, sizes, **how)
+
+    for layer in range(2):
+        matrices = [whole[layer] for whole in wholes]
+        first = case.offset or 0
+        gates, ups = (products_by_group(lhs, m, case.group_sizes, first) for m in matrices)
+        found = both(lhs, stacks, jnp.int32(layer), sizes)
+        for got, want in zip(found, (gates, gates / (1 + np.exp(-gates)) * ups), strict=True):
+            assert relative_error(got, want) < 6e-3
+            assert not np.asarray(got, np.float64)[~want.any(axis=1)].any()
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_groups_not_multiplied_in_float8_are_named(rng):
+    sizes: dict[str, Any] = {"width_in": 128, "width_out": 128, "dtype": jnp.bfloat16}
+    fp8: dict[str, Any] = sizes | {"form": FORMATS["fp8_block128"], "products": "fp8"}
+    for implementation in ("reference", "xla", "hopper"):
+        assert grouped.supported(implementation, **fp8) is None
+    for implementation, changed, reason in (
+        ("tpu", {}, "products 'fp8' must be 'widen'"),
+        ("xla", {"form": None}, "products 'fp8' must be of weights that are stored in float8"),
+        ("hopper", {"form": FORMATS["int8"]}, "products 'fp8': weights dtype int8 must be float8"),
+        ("hopper", {"dtype": jnp.float32}, "dtype float32 must be bfloat16"),
+        ("hopper", {"width_in": 96}, "input width 96 must be a multiple of 64"),
+    ):
+        found = grouped.supported(implementation, **fp8 | changed)
+        assert found is not None
+        assert found.startswith(reason)
+    lhs, counts = jnp.ones((4, 128)), jnp.asarray([4], jnp.int32)
+    plain, stored = jnp.ones((1, 128, 128)), stored_float8(rng, "fp8", 1, 128, 128)
+    how: dict[str, Any] = {"products": "fp8", "implementation": "xla"}
+    with pytest.raises(ValueError, match="'xla' does not take this: products 'fp8' must be of"):
+        grouped_matmul(lhs, plain, counts, **how)
+    with pytest.raises(ValueError, match="have no gradient"):
+        jax.grad(lambda lhs: jnp.sum(grouped_matmul(lhs, stored, counts, **how)))(lhs)

@@ -10,7 +10,7 @@ import jax
 from dsjax.kernels import Kernels
 from pallas_kernels.expert_permute import combine_rows, gather_rows, sort_by_expert, take_rows
 from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
-from pallas_kernels.quantised import QuantisedWeights
+from pallas_kernels.quantised import Format, QuantisedWeights
 
 
 @jax.tree_util.register_dataclass
@@ -91,8 +91,18 @@ def apply_experts_to_rows(
     if order.token_M.shape[0] > num_rows:
         order = take_rows(order, first_row, num_rows)
     gate, up, down = weights.matrices()
-    permute, products = kernels.expert_permute, kernels.grouped_matmul
+    permute, name = kernels.expert_permute, kernels.grouped_matmul
+    products = kernels.products_of(_form(weights.gate), _form(weights.up))
     rows_MD = gather_rows(x_ND, order, implementation=permute)
-    hidden_MF = grouped_swiglu(rows_MD, gate, up, order.group_sizes_E, implementation=products)
-    rows_MD = grouped_matmul(hidden_MF, down, order.group_sizes_E, implementation=products)
+    hidden_MF = grouped_swiglu(
+        rows_MD, gate, up, order.group_sizes_E, products=products, implementation=name
+    )
+    products = kernels.products_of(_form(weights.down))
+    rows_MD = grouped_matmul(
+        hidden_MF, down, order.group_sizes_E, products=products, implementation=name
+    )
     return combine_rows(rows_MD, gates_NK, order, implementation=permute)
+
+
+def _form(weights: jax.Array | QuantisedWeights) -> Format | None:
+    return weights.format if isinstance(weights, QuantisedWeights) else None

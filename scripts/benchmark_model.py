@@ -2,6 +2,7 @@
 
     python scripts/benchmark_model.py train configs/models/deepseek_v2_lite.py num_layers=8
     python scripts/benchmark_model.py generate configs/models/deepseek_v2_lite.py --batch 128
+    python scripts/benchmark_model.py generate deepseek_v2_lite --quantize fp8 --products fp8
 
 Prints one JSON line a measurement: median seconds, tokens per second, and for training the share
 of the chip's peak where it is known. Every call is waited for.
@@ -26,6 +27,7 @@ from flax import nnx
 from dsjax.cache import LatentPool, Part, View, allocate_pool
 from dsjax.chips import peak_flops
 from dsjax.config import (
+    RECIPES,
     BalanceConfig,
     GuardConfig,
     KernelConfig,
@@ -56,10 +58,16 @@ def main() -> None:
         choices=("auto", *IMPLEMENTATIONS),
         help="auto, or one implementation for all",
     )
+    parser.add_argument("--quantize", choices=tuple(RECIPES), help="weights in fewer bits")
+    parser.add_argument("--products", choices=("widen", "fp8"), default="widen")
     arguments = parser.parse_args()
     config, runtime = load_model_and_runtime(arguments.config, arguments.overrides)
     if arguments.kernels != "auto":
         runtime = dataclasses.replace(runtime, kernels=KernelConfig.all_of(arguments.kernels))
+    if arguments.quantize is not None:
+        kernels = dataclasses.replace(runtime.kernels, quantised_products=arguments.products)
+        recipe = RECIPES[arguments.quantize]
+        runtime = dataclasses.replace(runtime, kernels=kernels, quantisation=recipe)
     run = {"train": measure_training, "generate": measure_generation}[arguments.what]
     run(config, runtime, arguments)
 

@@ -1,12 +1,16 @@
 """Weights in fewer bits beside bfloat16 and a plain read of the same bytes, in one run.
 
     python scripts/benchmark_quantised.py products experts decode --batch 1 128
+    python scripts/benchmark_quantised.py float8
 
 `products` are V2-Lite's matrices outside the experts, `experts` one layer of its routed experts
 (SwiGLU and down), `decode` whole steps of a model with random weights and 1,024 cached tokens a
 sequence. Every copy of a matrix is read once in turn, more of them than caches hold, in one program
 of many products. Prints a JSON line a measurement: microseconds, bytes of the weights as stored,
 their rate, and its ratio to the plain read's. Of experts the bytes are those of the experts chosen.
+
+`float8` are products of many rows, dense and by group, on Hopper: rows rounded to float8 and the
+rounding alone beside the same product in bfloat16, in microseconds and TFLOP/s.
 """
 
 from __future__ import annotations
@@ -32,10 +36,12 @@ from dsjax.kernels import choose_kernels
 from dsjax.model import DeepSeekV2, abstract_model
 from dsjax.quantise import format_of
 from dsjax.xla_options import inference_options
+from pallas_kernels.fp8_rows import quantised_blocks
 from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul.cases import SWIGLU, TRAINING
 from pallas_kernels.quantised import Format, QuantisedWeights, quantise
 from pallas_kernels.quantised_matmul import quantised_matmul
-from pallas_kernels.quantised_matmul.cases import MODELS
+from pallas_kernels.quantised_matmul.cases import MODELS, PREFILL
 
 # What a matrix of each kind is stored in; "int4" is int4_g64.
 FORMATS: dict[str, Format | None] = {
@@ -51,12 +57,16 @@ CACHED = 1024
 def main() -> None:
     """Measures what the command line asks for."""
     parser = command_line(__doc__)
-    parser.add_argument("what", nargs="+", choices=("products", "experts", "decode"))
+    parser.add_argument("what", nargs="+", choices=("products", "experts", "decode", "float8"))
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 128])
     parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=list(FORMATS))
     parser.add_argument("--config", default="deepseek_v2_lite", help="the model of experts, decode")
     parser.add_argument("--copies-bytes", type=num_bytes, default=COPIES_BYTES)
     arguments = parser.parse_args()
+    if "float8" in arguments.what:
+        float8()
+    if arguments.what == ["float8"]:
+        return
     read = plain_read(arguments.copies_bytes)
     config = load_model_config(arguments.config)
     for batch in arguments.batch:
@@ -196,6 +206,87 @@ def experts(config: ModelConfig, batch: int, names: Sequence[str], read: float) 
         seconds = seconds_of(functools.partial(program, rows, stacks)) / layers
         num_bytes = share * stored_bytes(stacks) / layers
         report(f"experts {config.moe.num_experts}", batch, name, seconds, num_bytes, read)
+
+
+# How often a product of many rows is in one program, with other rows and weights each time.
+TURNS = 8
+MANY_ROWS = "hopper"  # what multiplies them
+
+
+def float8() -> None:
+    """Times products of many rows in float8 beside bfloat16, each stored form in turn."""
+    forms = {"fp8_block128": format_of("fp8_block128"), "fp8": format_of("fp8")}
+
+    def dense(rows: jax.Array, matrix: Any) -> jax.Array:
+        if isinstance(matrix, QuantisedWeights):
+            return quantised_matmul(rows, matrix, products="fp8", implementation=MANY_ROWS)
+        return rows @ matrix
+
+    for case in PREFILL:
+        shape = (case.width_out, case.width_in)
+        flops = 2 * case.rows * case.width_in * case.width_out
+        beside_bfloat16(f"product {case}", dense, case.rows, (shape,), forms, flops)
+
+    uneven = np.random.default_rng(0).dirichlet(np.full(64, 2.0))
+    for kind in ("even", "uneven"):
+
+        def sizes_of(rows: int, groups: int, kind: str = kind) -> jax.Array:
+            share = np.full(groups, 1 / groups) if kind == "even" else uneven
+            sizes = np.floor(share * rows).astype(np.int32)
+            sizes[-1] += rows - sizes.sum()
+            return jnp.asarray(sizes)
+
+        def by_group(rows: jax.Array, *matrices: Any, sizes_of: Any = sizes_of) -> jax.Array:
+            stored = isinstance(matrices[0], QuantisedWeights)
+            how = {"products": "fp8" if stored else "widen", "implementation": MANY_ROWS}
+            sizes = sizes_of(rows.shape[0], matrices[0].shape[0])
+            run: Any = grouped_swiglu if len(matrices) == 2 else grouped_matmul
+            out: jax.Array = run(rows, *matrices, sizes, **how)
+            return out
+
+        grouped = [(each, 1) for each in TRAINING if each.num_rows == 49152]
+        for (groups, width_in, width_out, rows), count in [*grouped, (SWIGLU[0], 2)]:
+            shapes = ((groups, width_out, width_in),) * count
+            flops = 2 * rows * width_in * width_out * count
+            name = f"{'swiglu' if count == 2 else 'grouped'} {kind} {rows}x{width_in}x{width_out}"
+            beside_bfloat16(name, by_group, rows, shapes, forms, flops)
+
+
+def beside_bfloat16(
+    name: str,
+    product: Callable[..., jax.Array],
+    num_rows: int,
+    shapes: Sequence[tuple[int, ...]],
+    forms: dict[str, Format | None],
+    flops: float,
+) -> None:
+    """Prints the times of a product in bfloat16, of its rows' rounding, and in float8."""
+    draw = functools.partial(jax.random.normal, shape=(num_rows, shapes[0][-1]))
+    rows = [draw(jax.random.key(turn), dtype=jnp.bfloat16) for turn in range(TURNS)]
+
+    def time_of(run: Callable[..., Any], form: Format | None, matrices: bool = True) -> float:
+        sets: list[Any] = [()] * TURNS
+        if matrices:
+            keys = iter(jax.random.split(jax.random.key(TURNS), TURNS * len(shapes)))
+            sets = [tuple(random_matrix(next(keys), s, form) for s in shapes) for _ in sets]
+
+        def every(rows: list[jax.Array], sets: list[Any]) -> list[Any]:
+            return [run(each, *matrices) for each, matrices in zip(rows, sets, strict=True)]
+
+        program = compiled(every, rows, sets)
+        return seconds_of(functools.partial(program, rows, sets)) / TURNS
+
+    seconds = {"bf16": time_of(product, None), "rounding": time_of(quantised_blocks, None, False)}
+    seconds |= {name: time_of(product, form) for name, form in forms.items()}
+    figures: dict[str, Any] = {"measurement": name, "chip": jax.devices()[0].device_kind}
+    figures |= {f"{what} us": round(each * 1e6, 1) for what, each in seconds.items()}
+    for what in ("bf16", *forms):
+        figures[f"{what} TFLOP/s"] = round(flops / seconds[what] / 1e12, 1)
+    for what in forms:
+        alone = seconds[what] - seconds["rounding"]
+        figures[f"{what} of bf16"] = round(seconds["bf16"] / seconds[what], 3)
+        figures[f"{what} of bf16, rows rounded before"] = round(seconds["bf16"] / alone, 3)
+    print(json.dumps(figures), flush=True)
 
 
 def random_state(abstract: nnx.State) -> nnx.State:

@@ -60,14 +60,22 @@ def quantised_blocks(rows: Float[Array, "*rows K"]) -> tuple[Array, Array]:
     if num_k % BLOCK:
         padded = jnp.pad(padded, [(0, 0)] * len(lead) + [(0, -num_k % BLOCK)])
     blocks = padded.reshape(*lead, -1, BLOCK)
-    largest = jnp.max(jnp.abs(blocks), axis=-1)
+    scales, inverses = scales_of(jnp.max(jnp.abs(blocks), axis=-1))
+    return (blocks * inverses[..., None]).astype(DTYPE), scales
+
+
+def scales_of(largest: Array) -> tuple[Array, Array]:
+    """The scales of blocks by their largest magnitudes, float32, and one over them.
+
+    NaN and infinity have scale NaN.
+    """
     # 448, float8's largest number, is 1.75 * 2^8: of 1.m * 2^e the exponent is e - 8, and one more
     # where 1.m exceeds 1.75. The sum carries then.
     bits = lax.bitcast_convert_type(largest, jnp.int32) + 0x1FFFFF
     exponent = jnp.maximum((bits >> 23) - 127, _LEAST_EXPONENT) - 8
-    scales = lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
-    scales = jnp.where(jnp.isfinite(largest), scales, jnp.nan)
-    return (blocks / scales[..., None]).astype(DTYPE), scales
+    scales = lax.bitcast_convert_type((127 + exponent) << 23, jnp.float32)
+    inverses = lax.bitcast_convert_type((127 - exponent) << 23, jnp.float32)
+    return jnp.where(largest < jnp.inf, scales, jnp.nan), inverses
 
 
 def rounded(rows: Float[Array, "*rows K"]) -> Array:

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.chips import num_sms
 from pallas_kernels.fp8_rows import BLOCK, DTYPE, quantised_blocks
+from pallas_kernels.hopper_fp8_rows import round_rows
 from pallas_kernels.hopper_parts import (
     LANE_COMPILER_PARAMS,
     MATRIX,
@@ -317,13 +318,23 @@ def row_products(
         ],
         compiler_params=LANE_COMPILER_PARAMS,
     )
-    lhs, lhs_scales = quantised_blocks(lhs_MK)
-    # By step of the contraction, as a tile reads them; a tile's last rows may be none.
-    lhs_scales = jnp.pad(lhs_scales.T, ((0, 0), (0, BLOCK_M)))
+    lhs, lhs_scales = _rounded_for_tiles(lhs_MK)
     sums = running_sums(group_sizes_G, group_offset, num_groups, BLOCK_M)
     first = (layer * num_groups).reshape(1)
     out = kernel(*sums, first, lhs, lhs_scales, *values, *scales)
     return vary_like(out.reshape(num_rows, num_n), lhs_MK)
+
+
+def _rounded_for_tiles(lhs_MK: Array) -> tuple[Array, Array]:
+    """Rows in float8, and their scales by step of the contraction, as a tile reads them.
+
+    A tile's last rows may be none: it reads scales beyond those of the rows.
+    """
+    num_rows, num_k = lhs_MK.shape
+    if num_k % BLOCK == 0:
+        return round_rows(lhs_MK, pl.cdiv(num_rows, BLOCK_M) * BLOCK_M + BLOCK_M)
+    lhs, scales = quantised_blocks(lhs_MK)
+    return lhs, jnp.pad(scales.T, ((0, 0), (0, BLOCK_M)))
 
 
 def _column_scales(weights: QuantisedWeights, layer: Array, width: int) -> Array:

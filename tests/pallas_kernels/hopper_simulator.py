@@ -275,7 +275,7 @@ def simulate(
         *,
         out_type: Any,
         grid: tuple[int, ...],
-        num_threads: int,
+        num_threads: int = 1,
         grid_names: tuple[str, ...] = ("tile",),
         thread_name: str | None = None,
         scratch_types: Any = (),
@@ -287,10 +287,10 @@ def simulate(
             _thread.semaphores, _thread.num_threads = {}, num_threads
             for tile in range(grid[0]):
                 setattr(_thread, grid_names[0], np.int32(tile))
-                if thread_name is None:
-                    body(*refs)
-                    continue
                 scratch = [spec.make() for spec in scratch_types]
+                if thread_name is None:
+                    body(*refs, *scratch)
+                    continue
                 threads = [{thread_name: np.int32(wg)} for wg in range(num_threads)]
                 _spawn([(axes, functools.partial(body, *refs, *scratch)) for axes in threads])
             results = [jax.numpy.asarray(out) for out in outs]
@@ -362,6 +362,7 @@ def simulate(
     replaced: dict[str, Any] = {"pl": pl, "plgpu": plgpu, "lax": lax, "jnp": np}
     replaced |= {"tiled_smem": _smem, "finish": lambda acc, in_flight: acc.value.copy()}
     replaced["swizzled"] = nothing
+    replaced["store_global"] = lambda ref, array: ref.__setitem__(Ellipsis, np.asarray(array))
     for name, value in replaced.items():
         if hasattr(module, name):
             monkeypatch.setattr(module, name, value)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import grouped_matmul as grouped
-from pallas_kernels import hopper_fp8, hopper_row_ranges, hopper_schedule
+from pallas_kernels import hopper_fp8, hopper_fp8_rows, hopper_row_ranges, hopper_schedule
 from pallas_kernels.fp8_rows import quantised_blocks, rounded
 from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul.cases import FP8_CASES as GROUPED_CASES
@@ -101,11 +101,12 @@ def test_products_are_those_of_rounded_rows(name, implementation, rng):
             assert 0.01 < relative_error(wide, want) < 0.06
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", FP8_FORMATS)
 def test_hopper_kernel_in_the_simulator(name, rng, monkeypatch):
     """Its indices, masks, barriers and sums, of a layer of a stack, with a warpgroup a thread."""
-    for module in (hopper_fp8, hopper_row_ranges, hopper_schedule):
+    for module in (hopper_fp8, hopper_fp8_rows, hopper_row_ranges, hopper_schedule):
         simulate(module, monkeypatch, windows_end_beyond=True)
     tile = hopper_fp8.Tile(stages=3, band=2)
     for num_rows, width_in, width_out, sizes, first in (
@@ -142,9 +143,43 @@ def test_hopper_lowers(name, case):
             how: dict[str, Any] = {"products": "fp8", "implementation": "hopper"}
             return quantised_matmul(lhs, stored, out_dtype=dtype, **how)
 
-        assert lower_for_cuda(run, lhs, stored).count("mosaic_gpu_v2") == 1
+        # Rows are rounded by a kernel where blocks of 128 columns are whole.
+        num_kernels = 2 if width_in % 128 == 0 else 1
+        assert lower_for_cuda(run, lhs, stored).count("mosaic_gpu_v2") == num_kernels
     few = jax.ShapeDtypeStruct((64, width_in), jnp.bfloat16)
     assert "mosaic_gpu_v2" not in lower_for_cuda(run, few, stored)
+
+
+def check_rounding(rng: np.random.Generator) -> None:
+    """Holds Hopper's rounding to XLA's, bit by bit."""
+    for num_rows, width in ((64, 128), (200, 384), (1, 256)):
+        spread = np.exp2(rng.integers(-30, 30, (num_rows, 1))).astype(np.float32)
+        rows = np.asarray(draw(rng, num_rows, width) * spread)
+        rows[-1, :128] = 0
+        place = 130 % width
+        rows[0, place] = np.nan
+        array = jnp.asarray(rows, jnp.bfloat16)
+        values, scales = hopper_fp8_rows.round_rows(array, 256)
+        wanted, wanted_scales = quantised_blocks(array)
+        kept = np.asarray(values, np.float32) * np.asarray(scales)[:, :num_rows].T[..., None]
+        by_xla = np.asarray(wanted, np.float32) * np.asarray(wanted_scales)[..., None]
+        for found in (kept, by_xla):
+            assert np.isnan(found[0, place // 128, place % 128])
+            found[0, place // 128] = 0  # what else a block with NaN has, nobody says
+        np.testing.assert_array_equal(kept, by_xla)
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_hopper_rounds_rows_in_the_simulator(rng, monkeypatch):
+    for module in (hopper_fp8_rows, hopper_row_ranges):
+        simulate(module, monkeypatch, windows_end_beyond=True)
+    check_rounding(rng)
+
+
+@pytest.mark.gpu
+@ON_HOPPER
+def test_hopper_rounds_rows(rng):
+    check_rounding(rng)
 
 
 @pytest.mark.gpu
@@ -236,11 +271,30 @@ def test_hopper_lowers_groups_and_copies_no_stack(name):
     for num_rows in (49152, 768):
         lhs = jax.ShapeDtypeStruct((num_rows, 2048), jnp.bfloat16)
         text = lower_for_cuda(run, lhs, wide, wide, high, *whole)
-        assert text.count("mosaic_gpu_v2") == 2
+        # SwiGLU and down, and of many rows the rounding before each.
+        assert text.count("mosaic_gpu_v2") == (4 if num_rows == 49152 else 2)
         copied = [line for line in text.splitlines() if "stablehlo.dynamic_slice" in line]
         # Of columns' scales one layer's are taken, a byte in some thousand.
         assert not any("f8E4M3FN" in line for line in copied)
         assert len(copied) == (3 if name == "fp8" and num_rows == 49152 else 0)
+
+
+def test_hopper_lowers_inside_shard_map():
+    """Experts sharded: each shard has its own offset, and rows that all shards hold."""
+    mesh = jax.make_mesh((1,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    stored = jax.eval_shape(lambda: quantise(jnp.zeros((4, 128, 256)), FORMATS["fp8_block128"]))
+
+    def run(lhs, gate, up, sizes):
+        offset = jax.lax.axis_index("expert") * 4
+        how: dict[str, Any] = {"group_offset": offset, "implementation": "hopper"}
+        out = grouped_swiglu(lhs, gate, up, sizes, products="fp8", **how)
+        return jax.lax.psum(out.astype(jnp.float32), "expert")
+
+    own, whole = jax.P("expert"), jax.P()
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(whole, own, own, whole), out_specs=whole)
+    lhs = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    assert lower_for_cuda(sharded, lhs, stored, stored, sizes).count("mosaic_gpu_v2") == 2
 
 
 @pytest.mark.gpu

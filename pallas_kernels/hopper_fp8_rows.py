@@ -19,7 +19,7 @@ from pallas_kernels.hopper_row_ranges import store_rows
 from pallas_kernels.manual_axes import vary_like
 
 ROWS = 64  # of a block of threads, which has 128 columns of them
-LAYOUT = plgpu.Layout.WGMMA_UPCAST_2X  # a thread has four numbers beside one another
+LAYOUT = plgpu.Layout.WGMMA_8BIT  # a thread has four numbers beside one another
 
 
 def round_rows(rows_MK: Array, num_scales: int) -> tuple[Array, Array]:

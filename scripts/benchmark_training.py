@@ -332,22 +332,11 @@ def measure_peer(
 ) -> dict[str, Any]:
     """Times a step of transformers' DeepSeek-V2: grouped_mm, sdpa, torch's own fused AdamW."""
     import torch
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
-
-    from dsjax.families import to_hf_config
+    from transformers_peer import peer_model
 
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    hf = to_hf_config(model_config, dtype="bfloat16", bos_id=0, eos_id=1)
-    config = DeepseekV2Config.from_dict(hf)
-    config._attn_implementation = "sdpa"
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with device:
-        model = DeepseekV2ForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.set_experts_implementation("grouped_mm")
-    model.bfloat16().train()
+    model = peer_model(model_config).train()
+    device = model.device
     tokens = torch.randint(0, model_config.vocab_size, (row.batch, row.length), device=device)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(

@@ -37,6 +37,7 @@ class Figures:
         between_tokens_p50: median time between two tokens of a request.
         between_tokens_p99: the time that one in a hundred exceeds.
         waited_share: share of the time since the first step that the host waited for the device.
+        waited_seconds: the time itself.
     """
 
     num_waiting: int
@@ -55,6 +56,7 @@ class Figures:
     between_tokens_p50: float
     between_tokens_p99: float
     waited_share: float
+    waited_seconds: float
 
 
 class Meter:
@@ -113,6 +115,7 @@ class Meter:
             _percentile(self._between, 50),
             _percentile(self._between, 99),
             self._waited / whole if whole else 0.0,
+            self._waited,
         )
 
 

@@ -74,7 +74,7 @@ def grouped_matmul(
         lhs_MK: bfloat16 or float32 rows.
         rhs_GKN: matrices of lhs_MK's dtype, [G, K, N], or [G, N, K] when transpose_rhs; or their
             quantised form; or a layer of a stack, which "tpu" and "hopper" use where it lies
-            ("hopper" a quantised one where rows are few), and others copy.
+            (quantised ones in most formats, "hopper" where rows are few), and others copy.
         group_sizes_G: int32 rows of every group, those not held by rhs_GKN included; their sum is
             at most M.
         transpose_rhs: whether to multiply by the transposes, which are not materialised.

@@ -22,6 +22,8 @@ STACKS_IN_PLACE = ("tpu", "hopper")
 DTYPES = (jnp.bfloat16, jnp.float32)
 # Columns in a swizzled row of 128 bytes; also the contraction step of the Hopper kernels.
 HOPPER_LANES = 64
+# Numbers along K with one scale that the TPU's kernel for stored numbers takes.
+_TPU_BLOCKS = (32, 64, 128)
 
 
 def hopper_reads(weights: Sequence[QuantisedWeights]) -> bool:
@@ -34,6 +36,20 @@ def hopper_reads(weights: Sequence[QuantisedWeights]) -> bool:
     block = form.block_in in (HOPPER_LANES, 2 * HOPPER_LANES) and form.block_out in (1, 128)
     return all(array.format == form for array in weights) and (
         whole or (block and not form.zero_points)
+    )
+
+
+def tpu_reads(weights: Sequence[QuantisedWeights], dtype: DTypeLike) -> bool:
+    """Whether the TPU's kernel reads such stored numbers for rows of this dtype; XLA does others.
+
+    It scales sums of a whole column, or of blocks of 32, 64 or 128 numbers, and has no zero points.
+    """
+    form = weights[0].format
+    block = form.block_in in _TPU_BLOCKS and form.block_out in (1, TPU_LANES)
+    return (
+        jnp.dtype(dtype) == jnp.bfloat16
+        and all(array.format == form for array in weights)
+        and (form.per_column or (block and not form.zero_points))
     )
 
 

@@ -1,22 +1,23 @@
 """Rows times the quantised weights of their group, by how many rows there are.
 
-From two tokens' up to some tens a group, Hopper has a kernel of its own for most formats. Else: few
-rows, as one request decodes: each row reads its own matrix, in one kernel of XLA's that widens what
-it reads. Up to some tens a group: all groups at once, each with room for so many rows, in as many
-passes as the largest needs. More: the implementation's own product, with the weights of a group
-widened before it, which so many rows pay for.
+TPUs have a kernel of their own for most formats and any number of rows, Hopper one from two tokens'
+up to some tens of rows a group. Else: few rows, as one request decodes: each row reads its own
+matrix, in one kernel of XLA's that widens what it reads. Up to some tens a group: all groups at
+once, each with room for so many rows, in as many passes as the largest needs. More: the
+implementation's own product, with the weights of a group widened before it, which so many rows pay
+for.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.grouped_matmul.groups import local_groups
-from pallas_kernels.grouped_matmul.limits import hopper_reads
+from pallas_kernels.grouped_matmul.limits import hopper_reads, tpu_reads
 from pallas_kernels.grouped_matmul.stacks import LayerOfStack
 from pallas_kernels.quantised import QuantisedWeights, widened_products
 
@@ -56,18 +57,19 @@ def row_products(
     num_rows, num_groups = lhs_MK.shape[0], rhs[0].shape[0]
     matrices = [_stored(array) for array in rhs]
     few = num_rows <= MOST_MEAN_ROWS * num_groups
+    layers = [array.layer for array in rhs if isinstance(array, LayerOfStack)]
+    arguments: tuple[Any, ...] = (lhs_MK, matrices, layers[0] if layers else 0)
+    arguments += (group_sizes_G, group_offset)
+    # Imported here, so that a host needs no other chip's compiler.
+    if implementation == "tpu" and tpu_reads(matrices, lhs_MK.dtype):
+        from pallas_kernels.grouped_matmul import tpu_quantised
+
+        return (tpu_quantised.row_products(*arguments, activation=activation),)
     in_kernel = implementation == "hopper" and hopper_reads(matrices)
     if in_kernel and few and num_rows > MOST_SINGLE_ROWS_HOPPER:
-        # Here, so that a host needs no other chip's compiler.
         from pallas_kernels.grouped_matmul import hopper_quantised
 
-        layers = [array.layer for array in rhs if isinstance(array, LayerOfStack)]
-        layer = layers[0] if layers else 0
-        return (
-            hopper_quantised.row_products(
-                lhs_MK, matrices, layer, group_sizes_G, group_offset, activation=activation
-            ),
-        )
+        return (hopper_quantised.row_products(*arguments, activation=activation),)
     places = _Places(num_rows, *local_groups(group_sizes_G, group_offset, num_groups))
     if num_rows <= min(MOST_SINGLE_ROWS, max(num_groups, _LEAST_ROOM)):
         multiply, products = _single_rows, [_at(array) for array in rhs]

@@ -20,7 +20,6 @@ How it is laid out, and why:
 
 import dataclasses
 import functools
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +36,9 @@ from pallas_kernels.grouped_matmul.tpu_windows import ALIGN, pad_rows
 from pallas_kernels.manual_axes import output_like
 from pallas_kernels.quantised import Format, QuantisedWeights
 from pallas_kernels.tpu_parts import dot
+
+# Blocks of K come in as many without room being lost.
+_WHOLE_BLOCKS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,17 +141,14 @@ def row_products(
     form = rhs[0].format
     lhs = pad_rows(lhs_MK)
     padded, dtype = lhs.shape[0], lhs.dtype
-    tile = tile or choose_tile(
-        padded, group_sizes_G.shape[0], (depth, num_columns), form, len(rhs)
-    )
+    tile = tile or choose_tile(padded, group_sizes_G.shape[0], (depth, num_columns), form, len(rhs))
     first_group = jnp.asarray(layer, jnp.int32) * num_groups
-    visits, *scalars = _visits(
-        group_sizes_G, group_offset, num_groups, first_group, padded, tile
-    )
+    visits, *scalars = _visits(group_sizes_G, group_offset, num_groups, first_group, padded, tile)
     values = [array.values.reshape(-1, num_columns, depth) for array in rhs]
     scales = [_scales(array, layer) for array in rhs]
-    first_scales = first_group if form.block_out == 1 else jnp.int32(0)
-    scalars.append((first_scales - first_group).reshape(1))
+    # Those of one layer begin with its first group's.
+    skipped = first_group if scales[0].shape[0] == num_groups else jnp.int32(0)
+    scalars.append(skipped.reshape(1))
     lhs_parts = _split(lhs, form)
     column_tiles = -(-num_columns // tile.columns)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -194,15 +193,18 @@ def row_products(
 
 
 def _scales(rhs: QuantisedWeights, layer: Array | int) -> Array:
-    """Scales [matrices, blocks of K, columns].
+    """Scales [matrices, blocks of K, columns], of all layers or of the one.
 
-    Where columns share them they are spread, those of the one layer: few of them are stored.
+    Of one layer where XLA makes them anew: where columns share scales, which are spread, and where
+    the blocks fill no registers, so that a TPU's memory has them in another order.
     """
     scales, block_out = rhs.scales, rhs.format.block_out
+    blocks = scales.shape[-1]
+    if scales.ndim == 4 and (block_out > 1 or (blocks % _WHOLE_BLOCKS and blocks > 1)):
+        scales = jax.lax.dynamic_index_in_dim(scales, jnp.asarray(layer), keepdims=False)
     if block_out > 1:
-        scales = scales[layer] if scales.ndim == 4 else scales
         scales = jnp.repeat(scales, block_out, axis=-2)[..., : rhs.values.shape[-2], :]
-    return scales.swapaxes(-1, -2).reshape(-1, scales.shape[-1], scales.shape[-2])
+    return scales.swapaxes(-1, -2).reshape(-1, blocks, scales.shape[-2])
 
 
 def _split(lhs_MK: Array, form: Format) -> list[Array]:
@@ -263,7 +265,7 @@ def _kernel(
     used_ref: Any,
     place_ref: Any,
     num_used_ref: Any,
-    scales_place_ref: Any,
+    skipped_ref: Any,
     *refs: Any,
 ) -> None:
     *arrays, out_ref, values_refs, scales_refs, wide_refs, semaphores = refs
@@ -291,7 +293,7 @@ def _kernel(
             for hbm, ref in zip(values_hbm, values_refs, strict=True):
                 copy(hbm.at[place, part], ref.at[slot, pl.ds(0, width)])
             for hbm, ref in zip(scales_hbm, scales_refs, strict=True):
-                source = hbm.at[place + scales_place_ref[0], :, part]
+                source = hbm.at[place - skipped_ref[0], :, part]
                 copy(source, ref.at[slot, :, pl.ds(0, width)])
 
         whole, rest = divmod(num_columns, tile.columns)

@@ -33,6 +33,7 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         grouped_matmul,
         grouped_swiglu,
     )
+    from pallas_kernels.quantised import Format, quantise
 
     bf16 = jnp.bfloat16
 
@@ -65,6 +66,16 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         sizes, offset = array(groups, dtype=jnp.int32), array(dtype=jnp.int32)
         return array(rows, width), (gate, gate, down), sizes, offset
 
+    def stored_decoding(
+        rows: int, width: int, hidden: int, groups: int, layers: int, form: Format
+    ) -> tuple[Any, ...]:
+        def stack(*dims: int) -> Any:
+            return jax.eval_shape(lambda: quantise(jnp.zeros((layers, groups, *dims)), form))
+
+        gate, down = stack(hidden, width), stack(width, hidden)
+        sizes, offset = array(groups, dtype=jnp.int32), array(dtype=jnp.int32)
+        return array(rows, width), (gate, gate, down), sizes, offset
+
     def training(rows: int, width: int, hidden: int, held: int, groups: int) -> tuple[Any, ...]:
         gate, down = array(held, width, hidden), array(held, hidden, width)
         sizes, offset = array(groups, dtype=jnp.int32), array(dtype=jnp.int32)
@@ -87,6 +98,19 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "v2_int8_decoding": (experts, decoding(768, 5120, 1536, 160, jnp.int8)),
         "v2_lite_float8_decoding": (experts, decoding(6, 2048, 1408, 64, jnp.float8_e4m3fn)),
         "v2_lite_stack_decoding": (layers, stack_decoding(96, 2048, 1408, 64, 4)),
+        # Numbers with scales of columns and of groups, and of blocks with the rows of a prefill.
+        "v2_lite_stored_int8_decoding": (
+            layers,
+            stored_decoding(96, 2048, 1408, 64, 4, Format("int8")),
+        ),
+        "v2_lite_stored_int4_g64_decoding": (
+            layers,
+            stored_decoding(768, 2048, 1408, 64, 4, Format("int4", 64)),
+        ),
+        "v2_stored_float8_prefill": (
+            layers,
+            stored_decoding(24576, 5120, 1536, 20, 2, Format("float8_e4m3fn", 128, 128, "float32")),
+        ),
     }
 
 

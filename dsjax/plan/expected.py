@@ -83,7 +83,6 @@ def attention_flops(each: Instruction, named: Mapping[str, Instruction]) -> floa
 
 _DECODE_QUERIES = 2  # after the table of pages and the lengths; then their rotary part, and pages
 _GROUPED = ("grouped_swiglu", "grouped_matmul")
-_GROUPED_SCALARS = 10
 
 
 def decode_work(
@@ -112,11 +111,9 @@ def grouped_bytes(
     """Bytes of a grouped product of the TPU's, which names those of all experts that it has."""
     if experts_read == 1 or not any(name in each.name for name in _GROUPED):
         return estimate
-    rows = (
-        named.get(each.operands[_GROUPED_SCALARS])
-        if len(each.operands) > _GROUPED_SCALARS
-        else None
+    # Numbers of groups have one dim, weights and scales three.
+    operands = (named[name].arrays[0] for name in each.operands if named[name].arrays)
+    moved = sum(
+        array.num_bytes for array in (*each.arrays, *(x for x in operands if len(x.shape) == 2))
     )
-    moved = sum(array.num_bytes for array in each.arrays)
-    moved += rows.arrays[0].num_bytes if rows is not None and rows.arrays else 0
     return moved + experts_read * max(0.0, estimate - moved)

@@ -277,7 +277,8 @@ def _kernel(
     column_tile, visit = pl.program_id(0), pl.program_id(1)
     used = used_ref[visit]
     before = jnp.maximum(visit - 1, 0)
-    slot = jnp.maximum(used, 0) % tile.buffers
+    # lax's division, as Python's asks for the sign of what is never negative.
+    slot = jax.lax.rem(jnp.maximum(used, 0), tile.buffers)
 
     def copy_weights(used: Any, slot: Any, *, wait: bool) -> None:
         """A group's columns of this tile, and their scales."""
@@ -323,7 +324,7 @@ def _kernel(
 
         @pl.when(ahead < num_used_ref[0])
         def _ahead() -> None:
-            copy_weights(ahead, ahead % tile.buffers, wait=False)
+            copy_weights(ahead, jax.lax.rem(ahead, tile.buffers), wait=False)
 
     low, high = low_ref[visit], high_ref[visit]
     first_row = low & -ALIGN
@@ -356,7 +357,7 @@ def _kernel(
 
         multiply(0, widen=True)
 
-        @pl.loop(1, (high - first_row + tile.chunk - 1) // tile.chunk)
+        @pl.loop(1, jax.lax.div(high - first_row + tile.chunk - 1, tile.chunk))
         def _chunk(chunk: Any) -> None:
             multiply(chunk, widen=False)
 

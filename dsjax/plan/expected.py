@@ -112,8 +112,7 @@ def grouped_bytes(
     if experts_read == 1 or not any(name in each.name for name in _GROUPED):
         return estimate
     # Numbers of groups have one dim, weights and scales three.
-    operands = (named[name].arrays[0] for name in each.operands if named[name].arrays)
-    moved = sum(
-        array.num_bytes for array in (*each.arrays, *(x for x in operands if len(x.shape) == 2))
-    )
+    operands = (array for name in each.operands if name in named for array in named[name].arrays)
+    rows = (array for array in operands if len(array.shape) == 2)
+    moved = sum(array.num_bytes for array in (*each.arrays, *rows))
     return moved + experts_read * max(0.0, estimate - moved)

@@ -73,7 +73,8 @@ def test_without_it_nothing_is_kept_and_with_it_the_run_is_the_same(
 ):
     assert init_moments(OptimizerConfig(), tree(0)).ema is None
     plain = Path(trained_run.directory)
-    assert losses(plain) == losses(Path(averaged.directory))
+    # To rounding: they are two programs, which a CPU's compiler may fuse in two ways.
+    assert losses(plain) == pytest.approx(losses(Path(averaged.directory)), rel=1e-6)
     with pytest.raises(ValueError, match=r"checkpoints/6/optimizer: holds no ema: this run"):
         dsjax.load(plain, ema=True)
     other = replace(averaged, directory=str(plain), num_steps=8)

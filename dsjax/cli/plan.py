@@ -51,7 +51,7 @@ def plan(
     picture: Annotated[str | None, typer.Option(help="Also write a PNG there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compiles a step for a TPU pod or for cards that are not here: memory, time.
+    """Compiles a step for a TPU pod or cards that are not here.
 
     Prints memory, FLOPs, bytes sent and, of TPUs, a modelled time of a chip; for the engine also
     the tokens that its cache holds. Needs the extra tpu (libtpu) or cuda, no TPU and no card.

@@ -250,7 +250,11 @@ def _load(ref: Ref, layout: object, optimized: bool = True) -> np.ndarray:
 
 
 def simulate(
-    module: ModuleType, monkeypatch: pytest.MonkeyPatch, *, windows_end_beyond: bool = False
+    module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    windows_end_beyond: bool = False,
+    allocates: bool = False,
 ) -> None:
     """Replaces what a kernel's module uses of jax by the simulation.
 
@@ -258,6 +262,7 @@ def simulate(
         module: the kernel's, or one of those that its parts come from.
         monkeypatch: which undoes it.
         windows_end_beyond: whether the kernel copies windows that end beyond an array.
+        allocates: whether it allocates for all its threads by `run_scoped`: they begin there.
     """
 
     def run_scoped(
@@ -288,7 +293,7 @@ def simulate(
             for tile in range(grid[0]):
                 setattr(_thread, grid_names[0], np.int32(tile))
                 scratch = [spec.make() for spec in scratch_types]
-                if thread_name is None:
+                if thread_name is None or allocates:
                     body(*refs, *scratch)
                     continue
                 threads = [{thread_name: np.int32(wg)} for wg in range(num_threads)]

@@ -237,7 +237,7 @@ def test_hopper_simulated(case, monkeypatch):
         jaxtyping.config, "jaxtyping_disable", True
     )  # NumPy's arrays, and stand-ins.
     for module in (hopper_forward, hopper_backward):
-        hopper_simulator.simulate(module, monkeypatch)
+        hopper_simulator.simulate(module, monkeypatch, allocates=True)
     arrays, masks, d_out = case.draw(12, jnp.bfloat16)
     options = {"scale": case.scale, "causal": case.causal}
     inputs, masks = Inputs(*arrays), Masks(*masks)

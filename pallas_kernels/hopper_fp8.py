@@ -30,11 +30,10 @@ from pallas_kernels.hopper_parts import (
     MATRIX,
     PER_COLUMN,
     PER_ROW,
-    swizzled,
-    tiled_smem,
+    row_views_smem,
 )
 from pallas_kernels.hopper_row_ranges import RowRanges, running_sums, store_rows
-from pallas_kernels.hopper_schedule import Tickets, Turns, for_tiles, give_registers, raster
+from pallas_kernels.hopper_schedule import Tickets, Turns, for_tiles, give_registers, load_tiles
 from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.quantised import QuantisedWeights
 
@@ -143,8 +142,8 @@ def row_products(
         (lhs_pieces, lhs_plain), (rhs_pieces, rhs_plain), (out_pieces, out_plain) = scratch[:3]
         loaded, free, *of_tickets = scratch[3:]
         wg = lax.axis_index("wg")
-        ranges = RowRanges(start_ref, tiles_ref, num_rows, BLOCK_M)
-        total = ranges.total * tile_columns
+        ranges = RowRanges(start_ref, tiles_ref, num_rows, BLOCK_M, tile_columns)
+        total = ranges.num_tiles
         numbers = Tickets(*of_tickets) if tile.tickets else Turns(num_ctas)
         # By piece: SwiGLU's are of two matrices, one product's follow one another in its own.
         of_piece = [piece if activation else 0 for piece in range(PIECES)]
@@ -153,15 +152,9 @@ def row_products(
             return [n * block_n + (0 if activation else piece * BLOCK) for piece in range(PIECES)]
 
         def locate(number):
-            """Where a tile lies; a number beyond the last gets the last one's place."""
-            linear = jnp.minimum(number, total - 1)
-            found, first, height, start, end = ranges.find(linear, tile_columns)
-            m, n = raster(linear - first * tile_columns, height, tile_columns, tile.band)
-            row = start + m * BLOCK_M
-            # The first and the last range hold rows that get zeros.
-            has_group = (found > 0) & (found < ranges.num_ranges - 1)
-            group = jnp.clip(found - 1, 0, num_groups - 1)
-            return number, group, row, end - row, n, jnp.where(has_group, k_steps, 0)
+            """The place of a tile; of rows that get zeros, scales are read of a group that is."""
+            number, group, *rest = ranges.locate(number, tile.band, k_steps)
+            return number, jnp.clip(group, 0, num_groups - 1), *rest
 
         @pl.when(wg == COMPUTE_WGS)
         def _load() -> None:
@@ -186,15 +179,10 @@ def row_products(
                     )
                 return step + 1
 
-            def load_tile(index, place, step, number):
-                # Two tiles ahead, so that no load waits for a number.
-                numbers.hand_out(index + 1, number)
-                number = numbers.draw()
-                step = lax.fori_loop(0, place[-1], lambda k, step: load_step(k, step, place), step)
-                return locate(numbers.read(index + 1)), step, number
+            def load(place, step):
+                return lax.fori_loop(0, place[-1], lambda k, step: load_step(k, step, place), step)
 
-            numbers.hand_out(jnp.int32(0), numbers.draw())
-            for_tiles(numbers, total, locate, load_tile, jnp.int32(0), numbers.draw())
+            load_tiles(numbers, total, locate, load)
 
         @pl.when(wg < COMPUTE_WGS)
         def _compute() -> None:
@@ -292,15 +280,6 @@ def row_products(
             for_tiles(numbers, total, locate, compute_tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    def two_views(shape, dtype):
-        """Memory that TMA fills by whole rows from any row on, and that wgmma reads in pieces.
-
-        Rows of 128 bytes: the two orders are the same bytes.
-        """
-        return plgpu.RefUnion(
-            tiled_smem(shape, dtype), plgpu.SMEM(shape, dtype, transforms=swizzled())
-        )
-
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((num_rows, out_lanes, lane), out_dtype),
@@ -309,9 +288,9 @@ def row_products(
         num_threads=COMPUTE_WGS + 1,
         thread_name="wg",
         scratch_types=[
-            two_views((stages * BLOCK_M, BLOCK), DTYPE),
-            two_views((PIECES, stages, BLOCK, BLOCK), DTYPE),
-            two_views((COMPUTE_WGS, _SLOTS, WG_ROWS, lane), out_dtype),
+            row_views_smem((stages * BLOCK_M, BLOCK), DTYPE),
+            row_views_smem((PIECES, stages, BLOCK, BLOCK), DTYPE),
+            row_views_smem((COMPUTE_WGS, _SLOTS, WG_ROWS, lane), out_dtype),
             plgpu.Barrier(num_arrivals=1 + PIECES, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WGS, num_barriers=stages),
             *(Tickets if tile.tickets else Turns).scratch(COMPUTE_WGS + 1),

@@ -9,12 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.fp8_rows import BLOCK, DTYPE, scales_of
-from pallas_kernels.hopper_parts import (
-    LANE_COMPILER_PARAMS,
-    store_global,
-    swizzled,
-    tiled_smem,
-)
+from pallas_kernels.hopper_parts import LANE_COMPILER_PARAMS, row_views_smem, store_global
 from pallas_kernels.hopper_row_ranges import store_rows
 from pallas_kernels.manual_axes import vary_like
 
@@ -63,10 +58,7 @@ def round_rows(rows_MK: Array, num_scales: int) -> tuple[Array, Array]:
         grid_names=("tile",),
         scratch_types=[
             plgpu.SMEM((ROWS, BLOCK), rows_MK.dtype),
-            plgpu.RefUnion(
-                tiled_smem((ROWS, BLOCK), DTYPE),
-                plgpu.SMEM((ROWS, BLOCK), DTYPE, transforms=swizzled()),
-            ),
+            row_views_smem((ROWS, BLOCK), DTYPE),
             plgpu.Barrier(num_arrivals=1),
         ],
         compiler_params=LANE_COMPILER_PARAMS,

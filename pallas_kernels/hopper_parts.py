@@ -53,6 +53,16 @@ def tiled_smem(shape: Sequence[int], dtype: DTypeLike, swizzle: int = 128) -> An
     return plgpu.SMEM(tuple(shape), dtype, transforms=tiled(dtype, swizzle))
 
 
+def row_views_smem(shape: Sequence[int], dtype: DTypeLike) -> Any:
+    """Memory of rows of 128 bytes in two views: what wgmma reads, and whole rows as TMA takes them.
+
+    TMA begins at any row only in the second; the two orders are the same bytes.
+    """
+    return plgpu.RefUnion(
+        tiled_smem(shape, dtype), plgpu.SMEM(tuple(shape), dtype, transforms=swizzled())
+    )
+
+
 def finish(acc_ref: Any, in_flight: int) -> Array:
     """An accumulator's value, once no more than so many products are in flight."""
     value = plgpu.wgmma_accumulator_load(acc_ref, wait_n=in_flight)

@@ -9,6 +9,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper_schedule import raster
+
 
 def running_sums(
     group_sizes_G: Array, group_offset: Array, num_groups: int, block_m: int
@@ -31,22 +33,50 @@ def running_sums(
 
 
 class RowRanges:
-    """Where the ranges of rows and their tiles begin, from their running sums."""
+    """Where the ranges of rows and their tiles begin, from their running sums.
 
-    def __init__(self, start_ref: Any, tiles_ref: Any, num_rows: int, block_m: int):
+    Attributes:
+        num_tiles: of all ranges, `columns` for each tile of rows.
+    """
+
+    def __init__(self, start_ref: Any, tiles_ref: Any, num_rows: int, block_m: int, columns: int):
         self.start_ref, self.tiles_ref = start_ref, tiles_ref
         self.num_ranges, self.num_rows = start_ref.shape[0], num_rows
+        self.block_m, self.columns = block_m, columns
         first, last = start_ref[1], start_ref[self.num_ranges - 1]
         self.leading = lax.div(first + block_m - 1, block_m)
         trailing = lax.div(num_rows - last + block_m - 1, block_m)
         self.total = self.leading + tiles_ref[self.num_ranges - 1] + trailing
+        self.num_tiles = self.total * columns
 
     def tile(self, index: Array) -> Array:
         """First tile of a range."""
         return jnp.where(index > 0, self.leading + self.tiles_ref[index], 0)
 
-    def find(self, tile: Array, columns: int) -> tuple[Array, Array, Array, Array, Array]:
-        """The range of a tile, when there are `columns` for each row tile.
+    def locate(self, number: Array, band: int, steps: int) -> tuple[Array, ...]:
+        """Where a tile lies; a number beyond the last gets the last one's place.
+
+        Args:
+            number: of the tile.
+            band: rows of tiles taken together before going on to the next column.
+            steps: of a tile whose rows have a group.
+
+        Returns:
+            The number, the group among those held (of rows that have none, one that is not), the
+            tile's first row and the rows from there to the group's end, its column of tiles, and
+            its steps: none where rows get zeros.
+        """
+        linear = jnp.minimum(number, self.num_tiles - 1)
+        found, first, height, start, end = self.find(linear)
+        m, n = raster(linear - first * self.columns, height, self.columns, band)
+        row = start + m * self.block_m
+        # The first and the last range hold rows that get zeros.
+        has_group = (found > 0) & (found < self.num_ranges - 1)
+        steps_here = jnp.where(has_group, steps, 0)
+        return number, found - 1, row, end - row, n, steps_here
+
+    def find(self, tile: Array) -> tuple[Array, Array, Array, Array, Array]:
+        """The range of a tile.
 
         Returns:
             The range, its first tile and number of tiles, its first row and its end.
@@ -55,7 +85,7 @@ class RowRanges:
         for bit in reversed(range(math.ceil(math.log2(self.num_ranges)))):
             candidate = found + (1 << bit)
             first = self.tile(jnp.minimum(candidate, self.num_ranges - 1))
-            within = (candidate < self.num_ranges) & (first * columns <= tile)
+            within = (candidate < self.num_ranges) & (first * self.columns <= tile)
             found = jnp.where(within, candidate, found)
         after, is_last = found + 1, found == self.num_ranges - 1
         after = jnp.where(is_last, found, after)

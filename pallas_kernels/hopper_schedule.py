@@ -163,3 +163,32 @@ def for_tiles(
 
     first = (jnp.int32(0), locate(numbers.read(jnp.int32(0))), *carry)
     return lax.while_loop(lambda state: state[1][0] < total, tile, first)[2:]
+
+
+def load_tiles(
+    numbers: Turns | Tickets,
+    total: Array | int,
+    locate: Callable[[Array], tuple[Array, ...]],
+    load: Callable[[tuple[Array, ...], Array], Array],
+) -> None:
+    """Loads each of the block's tiles, and hands their numbers out to its other warpgroups.
+
+    Numbers are drawn two tiles ahead, so that no load waits for one.
+
+    Args:
+        numbers: where the tiles' numbers come from.
+        total: number of all tiles.
+        locate: the place of a tile from its number, the number first.
+        load: loads a tile from its place and the steps before it, and returns those after it.
+    """
+
+    def load_tile(
+        index: Array, place: tuple[Array, ...], step: Array, number: Array
+    ) -> tuple[tuple[Array, ...], Array, Array]:
+        numbers.hand_out(index + 1, number)
+        number = numbers.draw()
+        step = load(place, step)
+        return locate(numbers.read(index + 1)), step, number
+
+    numbers.hand_out(jnp.int32(0), numbers.draw())
+    for_tiles(numbers, total, locate, load_tile, jnp.int32(0), numbers.draw())

@@ -26,11 +26,11 @@ from pallas_kernels.hopper_parts import (
     LANE_COMPILER_PARAMS,
     MATRIX,
     PER_ROW,
+    row_views_smem,
     swizzled,
-    tiled_smem,
 )
 from pallas_kernels.hopper_row_ranges import RowRanges, running_sums, store_rows
-from pallas_kernels.hopper_schedule import Turns, for_tiles, raster
+from pallas_kernels.hopper_schedule import Turns, for_tiles
 from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.quantised import Format, QuantisedWeights
 
@@ -154,20 +154,14 @@ def row_products(
         out_ref, (lhs_pieces, lhs_plain), numbers_smem, partial, out_smem, *rest = refs
         loaded, free, partial_ready, partial_free = rest
         wg = lax.axis_index("wg")
-        ranges = RowRanges(start_ref, tiles_ref, num_rows, block_m)
-        total = ranges.total * columns
+        ranges = RowRanges(start_ref, tiles_ref, num_rows, block_m, columns)
+        total = ranges.num_tiles
         numbers = Turns(num_ctas)
 
         def locate(number):
-            """Where a tile lies; a number beyond the last gets the last one's place."""
-            linear = jnp.minimum(number, total - 1)
-            found, first, height, start, end = ranges.find(linear, columns)
-            m, n = raster(linear - first * columns, height, columns, 16)
-            row = start + m * block_m
-            # The first and the last range hold rows that get zeros.
-            has_group = (found > 0) & (found < ranges.num_ranges - 1)
-            steps = jnp.where(has_group, k_steps * num_products, 0)
-            return number, first_ref[0] + found - 1, row, end - row, n, steps
+            """The place of a tile, with its matrix among those of all layers."""
+            number, group, *rest = ranges.locate(number, 16, k_steps * num_products)
+            return number, first_ref[0] + group, *rest
 
         @pl.when(wg == workers)
         def _load() -> None:
@@ -303,10 +297,7 @@ def row_products(
         num_threads=workers + 1,
         thread_name="wg",
         scratch_types=[
-            plgpu.RefUnion(
-                tiled_smem(rows_shape, dtype),
-                plgpu.SMEM(rows_shape, dtype, transforms=swizzled()),
-            ),
+            row_views_smem(rows_shape, dtype),
             _stored_smem((stages, COLUMNS, step_k), narrow, swizzle),
             plgpu.SMEM((workers - 1, COLUMNS, block_m), jnp.float32),
             plgpu.SMEM((block_m, COLUMNS), dtype),

@@ -14,9 +14,9 @@ from pallas_kernels.chips import num_sms
 from pallas_kernels.grouped_matmul.limits import HOPPER_LANES as LANE
 from pallas_kernels.grouped_matmul.stacks import LayerOfStack
 from pallas_kernels.grouped_matmul.tiles import HopperTile, hopper_rows_tile
-from pallas_kernels.hopper_parts import LANE_COMPILER_PARAMS, swizzled, tiled_smem
+from pallas_kernels.hopper_parts import LANE_COMPILER_PARAMS, row_views_smem, tiled_smem
 from pallas_kernels.hopper_row_ranges import RowRanges, running_sums, store_rows
-from pallas_kernels.hopper_schedule import Tickets, Turns, for_tiles, give_registers, raster
+from pallas_kernels.hopper_schedule import Tickets, Turns, for_tiles, give_registers, load_tiles
 from pallas_kernels.manual_axes import vary_like
 from pallas_kernels.quantised import SCALE_BLOCK, BlockScaledWeights
 
@@ -94,20 +94,12 @@ def row_products(
         (lhs_pieces, lhs_plain), rhs_smem, (out_pieces, out_plain), loaded, free, *rest = refs
         wide, of_tickets = rest[: bool(scales)], rest[bool(scales) :]
         wg = lax.axis_index("wg")
-        ranges = RowRanges(start_ref, tiles_ref, num_rows, block_m)
-        total = ranges.total * columns
+        ranges = RowRanges(start_ref, tiles_ref, num_rows, block_m, columns)
+        total = ranges.num_tiles
         numbers = Tickets(*of_tickets) if tile.tickets else Turns(num_ctas)
 
         def locate(number):
-            """Where a tile lies; a number beyond the last gets the last one's place."""
-            linear = jnp.minimum(number, total - 1)
-            found, first, height, start, end = ranges.find(linear, columns)
-            m, n = raster(linear - first * columns, height, columns, tile.band)
-            row = start + m * block_m
-            # The first and the last range hold rows that get zeros.
-            has_group = (found > 0) & (found < ranges.num_ranges - 1)
-            steps = jnp.where(has_group, k_steps * len(lhs), 0)
-            return number, found - 1, row, end - row, n, steps
+            return ranges.locate(number, tile.band, k_steps * len(lhs))
 
         @pl.when(wg == compute_wgs)
         def _load() -> None:
@@ -156,10 +148,7 @@ def row_products(
                     load_weights(pair + product, group, k, n, to, loaded.at[slot])
                 return step + 1
 
-            def load_tile(index, place, step, number):
-                # Two tiles ahead, so that no load waits for a number.
-                numbers.hand_out(index + 1, number)
-                number = numbers.draw()
+            def load(place, step):
                 for pair in range(len(lhs)):
                     step = lax.fori_loop(
                         0,
@@ -167,10 +156,9 @@ def row_products(
                         lambda k, step, pair=pair: load_step(k, step, place, pair),
                         step,
                     )
-                return locate(numbers.read(index + 1)), step, number
+                return step
 
-            numbers.hand_out(jnp.int32(0), numbers.draw())
-            for_tiles(numbers, total, locate, load_tile, jnp.int32(0), numbers.draw())
+            load_tiles(numbers, total, locate, load)
 
         @pl.when(wg < compute_wgs)
         def _compute() -> None:
@@ -311,17 +299,11 @@ def row_products(
         num_threads=compute_wgs + 1,
         thread_name="wg",
         scratch_types=[
-            plgpu.RefUnion(
-                tiled_smem((lhs_rows, LANE), dtype),
-                plgpu.SMEM((lhs_rows, LANE), dtype, transforms=swizzled()),
-            ),
+            row_views_smem((lhs_rows, LANE), dtype),
             tiled_smem(
                 (num_products, stages, *rhs_block), values[0].dtype, swizzle=64 if scales else 128
             ),
-            plgpu.RefUnion(
-                tiled_smem((compute_wgs, slots, 64, LANE), dtype),
-                plgpu.SMEM((compute_wgs, slots, 64, LANE), dtype, transforms=swizzled()),
-            ),
+            row_views_smem((compute_wgs, slots, 64, LANE), dtype),
             plgpu.Barrier(num_arrivals=1 + num_products, num_barriers=stages),
             plgpu.Barrier(num_arrivals=compute_wgs, num_barriers=stages),
             *[tiled_smem((num_products, 3, *rhs_block), dtype)] * bool(scales),

@@ -19,6 +19,7 @@ from pallas_kernels.hopper_schedule import (
     for_tiles,
     give_registers,
     largest_first,
+    load_tiles,
     raster,
 )
 from pallas_kernels.manual_axes import vary_like
@@ -96,11 +97,8 @@ def weight_gradient(
         def _load() -> None:
             give_registers(40, "decrease", COMPUTE_WARPGROUPS)
 
-            def load_tile(index, place, step, number):
+            def load(place, step):
                 _, _, m, n, base, _, _, steps = place
-                # Two tiles ahead, so that no load waits for a number.
-                numbers.hand_out(index + 1, number)
-                number = numbers.draw()
 
                 def load_step(k, step):
                     slot = lax.rem(step, stages)
@@ -113,11 +111,9 @@ def weight_gradient(
                         plgpu.copy_gmem_to_smem(ref.at[row, column], smem.at[slot], loaded.at[slot])
                     return step + 1
 
-                step = lax.fori_loop(0, steps, load_step, step)
-                return locate(numbers.read(index + 1)), step, number
+                return lax.fori_loop(0, steps, load_step, step)
 
-            numbers.hand_out(jnp.int32(0), numbers.draw())
-            for_tiles(numbers, total, locate, load_tile, jnp.int32(0), numbers.draw())
+            load_tiles(numbers, total, locate, load)
 
         @pl.when(wg < COMPUTE_WARPGROUPS)
         def _compute() -> None:

@@ -367,6 +367,7 @@ def simulate(
     replaced: dict[str, Any] = {"pl": pl, "plgpu": plgpu, "lax": lax, "jnp": np}
     replaced |= {"tiled_smem": _smem, "finish": lambda acc, in_flight: acc.value.copy()}
     replaced["swizzled"] = nothing
+    replaced["row_views_smem"] = lambda shape, dtype: plgpu.RefUnion(*[_smem(shape, dtype)] * 2)
     replaced["store_global"] = lambda ref, array: ref.__setitem__(Ellipsis, np.asarray(array))
     for name, value in replaced.items():
         if hasattr(module, name):

@@ -246,7 +246,7 @@ def _choose(
     )
     one_device = shards.devices == 1
     quantised_experts = form_of(runtime.quantisation, "moe_layers.feed_forward.w_gate") is not None
-    alone = shards.devices == 1 and runtime.quantisation is None
+    alone = one_device and runtime.quantisation is None
     unroll = named.unroll_decode
     if unroll is None:
         unroll = gpu and not quantised_experts

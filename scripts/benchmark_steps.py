@@ -27,14 +27,13 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from arguments import command_line, num_bytes, numbers, one_line_errors, positive, real
-from benchmark_engine import NumberTokenizer, random_model, report
+from benchmark_engine import NumberTokenizer, random_model, report, time_of
 from benchmark_mla_decode import time_matmul, time_read
 from recorded_steps import Recorder, decode_figures, seconds_a_step, spread_tokens
 from transformers_peer import PeerSteps, missing
@@ -42,8 +41,7 @@ from transformers_peer import PeerSteps, missing
 from dsjax.config import EngineConfig
 from dsjax.config.load import load_model_and_runtime
 from dsjax.counts import serving_flops
-from dsjax.engine import Engine, Request, TextPiece
-from dsjax.engine.request import Event
+from dsjax.engine import Engine, Request
 from dsjax.inference.sampling import Sampling
 from dsjax.model import DeepSeekV2
 
@@ -256,7 +254,7 @@ def long_prompt(
                 seconds = []
                 for seed in range(repeats):
                     (request,) = random_requests(model, seed, 1, length, text)
-                    seconds.append(time_to_first_token(engine, request))
+                    seconds.append(time_of(engine, request)[0])
                 figures = decode_figures(recorder, model, 1, read, most=steps)
         except (ValueError, RuntimeError) as error:  # of memory
             yield "long", about | {"failed": str(error).splitlines()[0]}
@@ -266,18 +264,6 @@ def long_prompt(
         first = {"first_token": firsts[-1], "repeats": repeats, "peak_bytes": peak}
         yield "long", about | first | {"decode": figures}
     yield "long ratio", {"chunk": pieces[0], "of_one_piece": firsts[0] / firsts[-1]}
-
-
-def time_to_first_token(engine: Engine, request: Request) -> float:
-    """Answers a request to its end; returns the seconds to its first token."""
-    times = [time.perf_counter()]
-
-    def note(_: int, event: Event) -> None:
-        if isinstance(event, TextPiece) and event.tokens:
-            times.append(time.perf_counter())
-
-    engine.generate([request], note)
-    return times[1] - times[0]
 
 
 def measure_peer(arguments: argparse.Namespace) -> None:

@@ -121,26 +121,17 @@ def record(run: TrainConfig, figures: Mapping[str, Any], compiler: str) -> dict[
 
 
 def _count_state(run: TrainConfig, where: Where) -> dict[str, Any]:
-    from dsjax.mesh import make_mesh, train_rules
-    from dsjax.model import abstract_model
+    from dsjax.mesh import make_mesh
     from dsjax.plan import tpu_devices
-    from dsjax.plan.figures import device_bytes
-    from dsjax.training.step import abstract_train_state
+    from dsjax.plan.state import state_figures, state_kinds
 
     if where.on_gpu:
         devices = tpu_devices(_LIKE[where.number])
     else:
         devices = tpu_devices(where.topology, where.number)
     mesh = make_mesh(run.mesh, devices)
-    rules = train_rules(mesh)
-    _, params = abstract_model(run.model, run.runtime, rules)
-    state = abstract_train_state(run.optimizer, params, rules, mesh.devices.flat[0])
-    return {
-        "chips": len(devices),
-        "mesh": dict(mesh.shape),
-        "parameter_bytes": device_bytes(state.params),
-        "optimizer_bytes": device_bytes(state.moments),
-    }
+    held = state_figures(state_kinds(run, mesh))
+    return {"chips": len(devices), "mesh": dict(mesh.shape), **held}
 
 
 def table(plans: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from dsjax.engine.programs import ModelKey, RowShape, rows_of
 from dsjax.engine.state import Sequence, Step
 from dsjax.layers.moe import MoE
 from dsjax.model import Block, DeepSeekV2
+from dsjax.plan.expected import share_of_experts
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,9 @@ def count_experts(
     ) -> tuple[tuple[jax.Array, LatentPool], jax.Array]:
         (x_BTD, pool), (block, layer) = carry, xs
         out_BTD, pool = block.attention.extend(block.attention_norm(x_BTD), pool, view, layer)
-        x_BTD += out_BTD
-        normed_BTD = block.feed_forward_norm(x_BTD)
-        if not isinstance(block.feed_forward, MoE):
-            return (x_BTD + block.feed_forward(normed_BTD), pool), jnp.int32(0)
-        out_BTD, stats = block.feed_forward(normed_BTD, view.mask(), None, None)
-        return (x_BTD + out_BTD, pool), jnp.sum(stats.load_E > 0, dtype=jnp.int32)
+        x_BTD, stats = block._feed_forward(x_BTD + out_BTD, view.mask(), None, None)
+        used = 0 if stats is None else jnp.sum(stats.load_E > 0, dtype=jnp.int32)
+        return (x_BTD, pool), jnp.int32(used)
 
     carry = (model.embed.rows(rows.tokens_RT), pool)
     for stack in model.stacks():
@@ -221,7 +219,7 @@ def decode_figures(
         "of_bound": bound / seconds,
     }
     if (moe := model.config.moe) is not None:
-        even = moe.num_experts * (1 - (1 - moe.top_k / moe.num_experts) ** batch)
+        even = moe.num_experts * share_of_experts(moe, batch)
         figures["distinct_experts"] = float(used.mean())
         figures["distinct_by_layer"] = [round(float(x), 2) for x in used.mean(axis=0)]
         figures["distinct_if_even"] = even

@@ -53,6 +53,23 @@ def run_compiler(module: str, *arguments: object) -> list[dict]:
     return found
 
 
+def abstract_layer(create: Callable[[], Any], rules: Any) -> tuple[Any, Any]:
+    """Returns a layer's graph and its parameters' shapes in bfloat16, divided as the rules say."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from dsjax.model import param_shardings
+
+    graph, state = nnx.split(nnx.eval_shape(create))
+    places = param_shardings(state, rules)
+    return graph, jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=place),
+        state,
+        places,
+    )
+
+
 def take_compiled() -> list[str]:
     """Returns the programs compiled since the last call because their record did not hold."""
     names = list(_compiled)

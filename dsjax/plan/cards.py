@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +15,13 @@ import jax
 from jax.experimental import topologies
 
 from dsjax.config import TrainConfig
-from dsjax.counts import train_flops_per_token
-from dsjax.kernels import choose_kernels
-from dsjax.mesh import make_mesh, train_rules
-from dsjax.model import abstract_model
+from dsjax.mesh import make_mesh
 from dsjax.plan.collectives import count_collectives
-from dsjax.plan.context import row_bytes
 from dsjax.plan.expected import without_further_passes
-from dsjax.plan.figures import device_bytes, largest_arrays
+from dsjax.plan.figures import does_not_fit
 from dsjax.plan.lower import lower_run
 from dsjax.plan.program import Program
-from dsjax.training.step import abstract_train_state
+from dsjax.plan.state import state_kinds, step_figures
 from dsjax.xla_options import compiler_options
 
 
@@ -146,35 +141,28 @@ def plan_on_cards(run: TrainConfig, topology: str) -> dict[str, Any]:
     devices = list(mesh.devices.flat)
     began = time.perf_counter()
     lowered = lower_run(run, devices)
-    rules = train_rules(mesh)
-    kernels = choose_kernels(devices[0], run.model, run.runtime, rules)
-    _, params = abstract_model(run.model, run.runtime, rules, kernels)
-    state = abstract_train_state(run.optimizer, params, rules, devices[0])
-    kinds = {"parameters": state.params, "optimizer": state.moments}
+    kinds = state_kinds(run, mesh)
     compiled = lowered.compile(compiler_options={**compiler_options("gpu"), **_OPTIONS})
     seconds = time.perf_counter() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
     capacity = int(_OF_CARD * CARDS[topology.partition(":")[0]].memory)
-    _check_room(topology, memory.peak_memory_in_bytes, capacity, kinds)
+    peak = memory.peak_memory_in_bytes
+    if peak > capacity:
+        much = f"needs {peak / 2**30:.1f} GiB of {capacity / 2**30:.1f}"
+        raise ValueError(does_not_fit(f"a card of {topology}", much, kinds))
     axes = dict(mesh.shape)
     program = without_further_passes(Program.of(text))
     uses = count_collectives(program, axes, run.runtime.kernels.exchange_room)
-    parameters, moments = (device_bytes(tree) for tree in kinds.values())
-    flops = train_flops_per_token(run.model, run.data.length, run.optimizer.frozen)
     return {
         "topology": topology,
         "slices": 1,
         "chips": len(devices),
         "mesh": axes,
-        "peak_bytes": memory.peak_memory_in_bytes,
+        "peak_bytes": peak,
         "capacity_bytes": capacity,
-        "parameter_bytes": parameters,
-        "optimizer_bytes": moments,
-        "activation_bytes": memory.peak_memory_in_bytes - parameters - moments,
-        **row_bytes(run, rules),
-        "model_flops": flops * run.batch.size * run.data.length / len(devices),
+        **step_figures(run, mesh, kinds, peak),
         "collective_bytes": sum(use.expected_bytes for use in uses.values()),
         "collectives": {
             name: {"executions": use.executions, "expected_bytes": use.expected_bytes}
@@ -182,11 +170,3 @@ def plan_on_cards(run: TrainConfig, topology: str) -> dict[str, Any]:
         },
         "compile_seconds": seconds,
     }
-
-
-def _check_room(topology: str, peak: int, capacity: int, kinds: Mapping[str, Any]) -> None:
-    if peak > capacity:
-        raise ValueError(
-            f"the step does not fit a card of {topology}: it needs {peak / 2**30:.1f} GiB of "
-            f"{capacity / 2**30:.1f}; the largest of its state: {largest_arrays(kinds)}"
-        )

@@ -111,10 +111,19 @@ def _sizes(tree: Any) -> list[tuple[int, str]]:
 def _no_room(topology: str, message: str, kinds: Mapping[str, Any]) -> str:
     needs = re.search(r"\(([\d.]+[KMG])\) exceeds available HBM \(([\d.]+[KMG])\)", message)
     much = f"needs {needs[1]} of {needs[2]} HBM" if needs is not None else "has too little HBM"
-    return (
-        f"the step does not fit a chip of {topology}: it {much}; the largest of its state: "
-        f"{largest_arrays(kinds)}"
-    )
+    return does_not_fit(f"a chip of {topology}", much, kinds)
+
+
+def does_not_fit(where: str, much: str, kinds: Mapping[str, Any]) -> str:
+    """Says that a step does not fit, how much it needs, and which arrays of one device are largest.
+
+    Args:
+        where: "a chip of v5p:4x4x4", say.
+        much: "needs 9 GiB of 8", say.
+        kinds: trees of the arrays that it holds, by what they are.
+    """
+    largest = largest_arrays(kinds)
+    return f"the step does not fit {where}: it {much}; the largest of its state: {largest}"
 
 
 def largest_arrays(kinds: Mapping[str, Any]) -> str:

@@ -7,17 +7,13 @@ import time
 from typing import Any
 
 from dsjax.config import TrainConfig
-from dsjax.counts import train_flops_per_token
-from dsjax.kernels import choose_kernels
-from dsjax.mesh import make_mesh, train_rules
-from dsjax.model import abstract_model
-from dsjax.plan.context import row_bytes
+from dsjax.mesh import make_mesh
 from dsjax.plan.expected import Expected
-from dsjax.plan.figures import Target, compile_or_say_why, device_bytes, program_figures
+from dsjax.plan.figures import Target, compile_or_say_why, program_figures
 from dsjax.plan.lower import lower_run
 from dsjax.plan.pods import Pod
+from dsjax.plan.state import state_kinds, step_figures
 from dsjax.plan.topology import tpu_devices
-from dsjax.training.step import abstract_train_state
 
 
 def plan_training(run: TrainConfig, topology: str, num_slices: int = 1) -> dict[str, Any]:
@@ -44,28 +40,16 @@ def plan_training(run: TrainConfig, topology: str, num_slices: int = 1) -> dict[
     target = Target(topology, num_slices, pod, dict(mesh.shape))
     began = time.perf_counter()
     lowered = lower_run(run, pod.devices)
-    rules = train_rules(mesh)
-    _, params = abstract_model(
-        run.model, run.runtime, rules, choose_kernels(pod.devices[0], run.model, run.runtime, rules)
-    )
-    state = abstract_train_state(run.optimizer, params, rules, pod.devices[0])
-    kinds = {"parameters": state.params, "optimizer": state.moments}
+    kinds = state_kinds(run, mesh)
     compiled = compile_or_say_why(lowered.compile, target, kinds)
     seconds = time.perf_counter() - began
     figures = program_figures(target, compiled, Expected(run.runtime.kernels.exchange_room))
-    parameters, moments = (device_bytes(tree) for tree in kinds.values())
-    tokens = run.batch.size * run.data.length / len(pod.devices)
-    flops = train_flops_per_token(run.model, run.data.length, run.optimizer.frozen)
-    model_flops = flops * tokens
+    figures |= step_figures(run, mesh, kinds, figures["peak_bytes"])
     taken = figures["modelled_seconds"]
+    tokens = run.batch.size * run.data.length / len(pod.devices)
     return {
         **figures,
-        **row_bytes(run, rules),
-        "parameter_bytes": parameters,
-        "optimizer_bytes": moments,
-        "activation_bytes": figures["peak_bytes"] - parameters - moments,
-        "model_flops": model_flops,
-        "modelled_mfu": model_flops / pod.flops_per_second / taken,
+        "modelled_mfu": figures["model_flops"] / pod.flops_per_second / taken,
         "tokens_per_second_per_chip": tokens / taken,
         "compile_seconds": seconds,
         "assumptions": pod.assumptions(),

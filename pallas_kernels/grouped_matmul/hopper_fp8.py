@@ -4,12 +4,11 @@ Imported when it is chosen, as every module of an implementation is.
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 from jax import Array
 
 from pallas_kernels import hopper_fp8
-from pallas_kernels.grouped_matmul.stacks import LayerOfStack
+from pallas_kernels.grouped_matmul.stacks import LayerOfStack, stored_and_layer
 from pallas_kernels.quantised import QuantisedWeights
 
 
@@ -25,17 +24,8 @@ def row_products(
     """As those of the other implementations; a layer of a stack is read where it lies."""
     assert not transpose_rhs
     (lhs_MK,) = lhs
-    stored = [
-        cast(QuantisedWeights, array.stack if isinstance(array, LayerOfStack) else array)
-        for array in rhs
-    ]
-    layers = [array.layer for array in rhs if isinstance(array, LayerOfStack)]
+    stored, layer = stored_and_layer(rhs)
     out_MN = hopper_fp8.row_products(
-        lhs_MK,
-        stored,
-        layers[0] if layers else 0,
-        group_sizes_G,
-        group_offset,
-        activation=activation,
+        lhs_MK, stored, layer, group_sizes_G, group_offset, activation=activation
     )
     return (out_MN,)

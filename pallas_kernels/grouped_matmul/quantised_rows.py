@@ -10,7 +10,6 @@ for.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jax import Array, lax
 
 from pallas_kernels.grouped_matmul.groups import local_groups
 from pallas_kernels.grouped_matmul.limits import hopper_reads, tpu_reads
-from pallas_kernels.grouped_matmul.stacks import LayerOfStack
+from pallas_kernels.grouped_matmul.stacks import LayerOfStack, stored_and_layer
 from pallas_kernels.quantised import QuantisedWeights, widened_products
 
 # Rows that each read their own matrix: about as many as there are groups, at most these.
@@ -55,11 +54,9 @@ def row_products(
         Rows [M, N] of lhs_MK's dtype.
     """
     num_rows, num_groups = lhs_MK.shape[0], rhs[0].shape[0]
-    matrices = [_stored(array) for array in rhs]
+    matrices, layer = stored_and_layer(rhs)
     few = num_rows <= MOST_MEAN_ROWS * num_groups
-    layers = [array.layer for array in rhs if isinstance(array, LayerOfStack)]
-    arguments: tuple[Any, ...] = (lhs_MK, matrices, layers[0] if layers else 0)
-    arguments += (group_sizes_G, group_offset)
+    arguments = (lhs_MK, matrices, layer, group_sizes_G, group_offset)
     # Imported here, so that a host needs no other chip's compiler.
     if implementation == "tpu" and tpu_reads(matrices, lhs_MK.dtype):
         from pallas_kernels.grouped_matmul import tpu_quantised
@@ -84,11 +81,6 @@ def row_products(
         return out_MN.astype(lhs_MK.dtype)
 
     return (multiply(lhs_MK, products, places, finish),)
-
-
-def _stored(rhs: QuantisedWeights | LayerOfStack) -> QuantisedWeights:
-    """The whole stack that a layer lies in, or the weights themselves."""
-    return cast(QuantisedWeights, rhs.stack) if isinstance(rhs, LayerOfStack) else rhs
 
 
 class _Places:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -79,3 +81,19 @@ class LayerOfStack:
                 f"[{num_layers}, {num_k}, S * {num_n}] or [{num_layers}, S * {num_k}, {num_n}] of "
                 f"{self.stack.dtype}"
             )
+
+
+def stored_and_layer(
+    rhs: Sequence[QuantisedWeights | LayerOfStack],
+) -> tuple[list[QuantisedWeights], Array | int]:
+    """Returns what holds quantised matrices of one layer, and its number there.
+
+    Args:
+        rhs: quantised weights, or layers of stacks of them, all with the very layer of the first.
+    """
+    layers = [array.layer for array in rhs if isinstance(array, LayerOfStack)]
+    stored = [
+        cast(QuantisedWeights, array.stack) if isinstance(array, LayerOfStack) else array
+        for array in rhs
+    ]
+    return stored, layers[0] if layers else 0

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from tests import tpu_compiler, tpu_facts
-from tests.tpu_compiler import run_compiler
+from tests.tpu_compiler import abstract_layer, run_compiler
 
 if TYPE_CHECKING:
     import jax
@@ -38,7 +38,6 @@ def lower_attention(
     from dsjax.layers.attention import MLA
     from dsjax.layers.options import LayerOptions
     from dsjax.mesh import make_mesh, train_rules
-    from dsjax.model import param_shardings
     from dsjax.plan import tpu_devices
 
     devices = tpu_devices(topology)[:shards]
@@ -46,12 +45,8 @@ def lower_attention(
     kernels = choose_kernels(devices[0], config, RuntimeConfig())
     kernels = dataclasses.replace(kernels, latent_exchange=transport)
     options = LayerOptions.of(config, RuntimeConfig(), rules, kernels)
-    layer = nnx.eval_shape(lambda: MLA(config.attention, config.hidden_dim, options, nnx.Rngs(0)))
-    graph, state = nnx.split(layer)
-    state = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=place),
-        state,
-        param_shardings(state, rules),
+    graph, state = abstract_layer(
+        lambda: MLA(config.attention, config.hidden_dim, options, nnx.Rngs(0)), rules
     )
 
     def row(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:

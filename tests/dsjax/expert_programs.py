@@ -16,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from tests import tpu_compiler, tpu_facts
-from tests.tpu_compiler import run_compiler
+from tests.tpu_compiler import abstract_layer, run_compiler
 
 if TYPE_CHECKING:
     import jax
@@ -41,7 +41,6 @@ def lower_layer(
     from dsjax.layers.moe import MoE
     from dsjax.layers.options import LayerOptions
     from dsjax.mesh import make_mesh, train_rules
-    from dsjax.model import param_shardings
     from dsjax.plan import tpu_devices
 
     config = importlib.import_module(f"dsjax.configs.models.{model}").config
@@ -51,12 +50,8 @@ def lower_layer(
     kernels = choose_kernels(devices[0], config, RuntimeConfig())
     kernels = dataclasses.replace(kernels, exchange_room=room, exchange_chunks=chunks)
     options = LayerOptions.of(config, RuntimeConfig(), rules, kernels)
-    layer = nnx.eval_shape(lambda: MoE(config.moe, config.hidden_dim, options, nnx.Rngs(0)))
-    graph, state = nnx.split(layer)
-    state = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=place),
-        state,
-        param_shardings(state, rules),
+    graph, state = abstract_layer(
+        lambda: MoE(config.moe, config.hidden_dim, options, nnx.Rngs(0)), rules
     )
     x = jax.ShapeDtypeStruct(
         (rules.num_batch_shards(), tokens, config.hidden_dim),

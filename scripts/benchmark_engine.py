@@ -137,6 +137,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         report("start", about | started)
         draw = Draw(config.vocab_size, arguments.temperature)
         time_of(engine, draw.request(64, 4))
+        keep_what_is_there()
         if "single" in arguments.parts:
             single = min(2048, config.max_length - 256)
             between = min(time_of(engine, draw.request(single, 256))[1] for _ in range(2))
@@ -266,6 +267,16 @@ def random_model(path: str, overrides: Sequence[str], mesh: Sequence[str]) -> De
     model = create_model(config, 0, runtime, rules, kernels)
     jax.block_until_ready(jax.tree.leaves(model))
     return model
+
+
+def keep_what_is_there() -> None:
+    """Lets no collection of garbage look through what is there by now, as `dsjax serve` does.
+
+    What JAX keeps of traced programs is so much that a collection takes 0.2 s: of 64 steps timed
+    on an H200 one made 18.5 ms a step of 11.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def report(name: str, figures: dict[str, Any]) -> None:

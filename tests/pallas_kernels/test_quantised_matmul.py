@@ -199,11 +199,11 @@ def test_hopper_copies_no_stack_of_a_form_that_it_reads(name):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("unrolled", [False, True])
 @pytest.mark.parametrize("quantised", [False, True])
-def test_this_jax_knows_the_options_of_generation(quantised):
-    assert not inference_options("cpu", quantised=quantised, unrolled=True)
-    assert len(inference_options("gpu", quantised=quantised, unrolled=True)) == 2 - quantised
-    options = inference_options("gpu", quantised=quantised)
+def test_this_jax_knows_the_options_of_generation(quantised, unrolled):
+    assert not inference_options("cpu", quantised=quantised, unrolled=unrolled)
+    options = inference_options("gpu", quantised=quantised, unrolled=unrolled)
     assert len(options) == 3 - 2 * quantised
     for option, value in options.items():
         jax.jit(jnp.sin).lower(1.0).compile(compiler_options={option: value})

@@ -34,8 +34,8 @@ PAGE_SIZE = 64
 # them all.
 MAX_DECODE_TOKENS = 4
 ONE_DEVICE = ShardingRules()
-# Rows of two tiles of a Hopper kernel for few rows: both read a shared expert at one time.
-_JOIN_SHARED = 32
+# More tokens fill a GPU by themselves.
+_SHARED_BESIDE = 256
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Kernels:
         experts_in_place: whether generation lets `grouped_matmul` read one layer's experts within
             those of all layers, for kernels that fetch weights themselves: else they may be copied
             first.
-        join_shared: tokens up to which generation multiplies shared experts as experts that every
-            token has, in the same kernels: more tokens would read their weights more than twice.
+        shared_beside: tokens up to which generation computes the shared experts beside the choice
+            of the others, which for few takes as long: on GPUs, whose kernels can run side by side.
         unroll_decode: whether a decode step has every layer by itself; see `KernelConfig`.
         unroll_layers: whether a training step has; see `KernelConfig`.
         compare_few: whether few tokens' experts are chosen and sorted by comparing each with each:
@@ -78,7 +78,7 @@ class Kernels:
     quantised_products: str = "widen"
     expert_permute: str = "xla"
     experts_in_place: bool = False
-    join_shared: int = 0
+    shared_beside: int = 0
     unroll_decode: bool = False
     unroll_layers: bool = False
     compare_few: bool = False
@@ -246,7 +246,6 @@ def _choose(
     )
     one_device = shards.devices == 1
     quantised_experts = form_of(runtime.quantisation, "moe_layers.feed_forward.w_gate") is not None
-    alone = one_device and runtime.quantisation is None
     unroll = named.unroll_decode
     if unroll is None:
         unroll = gpu and not quantised_experts
@@ -267,7 +266,7 @@ def _choose(
         quantised_products=named.quantised_products,
         expert_permute="hopper" if products == "hopper" and permute_refusal is None else "xla",
         experts_in_place=products in grouped_matmul.STACKS_IN_PLACE or quantised_experts,
-        join_shared=_JOIN_SHARED if products == "hopper" and alone else 0,
+        shared_beside=_SHARED_BESIDE if gpu else 0,
         unroll_decode=unroll,
         unroll_layers=gpu if named.unroll_layers is None else named.unroll_layers,
         compare_few=gpu,

@@ -244,7 +244,7 @@ class DeepSeekV2(nnx.Module):
         ) -> tuple[tuple[jax.Array, LatentPool], None]:
             # The pool is carried through the layers, so that it is updated in place.
             block, layer = xs
-            experts = self._experts_in_place(layer, tokens_T.size)
+            experts = self._experts_in_place(layer)
             return block.extend(carry[0], carry[1], view, layer, experts), None
 
         # A prompt's chunk takes so long that the copies which a loop makes do not matter.
@@ -269,7 +269,7 @@ class DeepSeekV2(nnx.Module):
             Stack(first, count, layers) for first, count, layers in stacks if layers is not None
         ]
 
-    def _experts_in_place(self, layer: jax.Array, num_tokens: int) -> ExpertWeights | None:
+    def _experts_in_place(self, layer: jax.Array) -> ExpertWeights | None:
         """Returns a layer's experts within those of all, for kernels that read them there.
 
         The scan's own slice of them would be written out before every call of a TPU's kernel.
@@ -281,7 +281,7 @@ class DeepSeekV2(nnx.Module):
         assert isinstance(moe, MoE)
         if rules.dividing_axes("expert_embed") or not moe.w_gate.is_ready:
             return None  # they are gathered or cast first, which is a copy anyway
-        return moe.stacked_weights(layer - self.config.num_dense_layers, num_tokens)
+        return moe.stacked_weights(layer - self.config.num_dense_layers)
 
 
 def _run_each(run: Any, carry: Any, stack: Stack) -> Any:

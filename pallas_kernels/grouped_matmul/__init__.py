@@ -197,17 +197,11 @@ def _check_rhs(
         rhs.check(name)
     elif isinstance(rhs, LayerOfStack) and isinstance(rhs.stack, QuantisedWeights):
         rhs.stack.check(f"{name}.stack")
-        if rhs.more is not None:
-            raise ValueError(f"{name}.more: must be None where the stack is quantised")
     elif rhs.ndim != 3 or rhs.dtype != lhs_MK.dtype:
         raise ValueError(
             f"{name}: shape {rhs.shape} and dtype {rhs.dtype} must be three dims of lhs_MK's "
             f"dtype, {lhs_MK.dtype}"
         )
-    elif isinstance(rhs, LayerOfStack):
-        rhs.check(name)
-        if rhs.more is not None and transpose_rhs:
-            raise ValueError(f"{name}.more: must be None where transpose_rhs is True")
     contracted_dim = 2 if transpose_rhs else 1
     if rhs.shape[contracted_dim] != lhs_MK.shape[1]:
         raise ValueError(
@@ -239,8 +233,6 @@ def _placed(implementation: str, rhs: Weights) -> Weights:
     if implementation == _FLOAT8 or not isinstance(rhs, LayerOfStack):
         return rhs
     in_place = implementation in STACKS_IN_PLACE and _form(rhs) is None
-    if implementation == "tpu" and rhs.more is not None:
-        in_place = False
     return rhs if in_place else rhs.take()
 
 

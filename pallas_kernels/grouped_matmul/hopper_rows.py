@@ -52,8 +52,6 @@ def row_products(
     # Of a stack all layers' groups are one dim, and the kernel is told where the layer's begin.
     stacks = [array for array in rhs if isinstance(array, LayerOfStack)]
     layers = [jnp.asarray(stack.layer, jnp.int32)[None] for stack in stacks[:1]]
-    own_groups = stacks[0].stack.shape[1] if stacks else num_groups
-    more = [stack.more for stack in stacks if stack.more is not None]
     num_n = rhs[0].shape[1 if transpose_rhs else 2]
     scales = [array.scales for array in rhs if isinstance(array, BlockScaledWeights)]
     values = [_values(array) for array in rhs]
@@ -88,7 +86,6 @@ def row_products(
         lhs_refs, refs = refs[: len(lhs)], refs[len(lhs) :]
         rhs_refs, refs = refs[: len(rhs)], refs[len(rhs) :]
         scale_refs, refs = refs[: len(scales)], refs[len(scales) :]
-        more_refs, refs = refs[: len(more)], refs[len(more) :]
         layer_refs, refs = refs[: len(layers)], refs[len(layers) :]
         out_refs, refs = refs[:num_outs], refs[num_outs:]
         (lhs_pieces, lhs_plain), rhs_smem, (out_pieces, out_plain), loaded, free, *rest = refs
@@ -104,35 +101,7 @@ def row_products(
         @pl.when(wg == compute_wgs)
         def _load() -> None:
             give_registers(40, "decrease", compute_wgs)
-            layer = sum(ref[0] for ref in layer_refs)
-
-            def load_weights(which, group, k, n, to, barrier):
-                """Copies a step's weights: of a group of the stack, or of one of those after."""
-                k_slice, n_slice = pl.ds(k * LANE, LANE), pl.ds(n * block_n, block_n)
-                window = (n_slice, k_slice) if transpose_rhs else (k_slice, n_slice)
-
-                def own():
-                    weights = rhs_refs[which].at[layer * own_groups + group, *window]
-                    plgpu.copy_gmem_to_smem(weights, to, barrier)
-
-                def later():
-                    beside, index = more_refs[which].shape[1] == num_k, group - own_groups
-                    first_k, first_n = (0, index * num_n) if beside else (index * num_k, 0)
-                    plgpu.copy_gmem_to_smem(
-                        more_refs[which].at[
-                            layer,
-                            pl.ds(first_k + k * LANE, LANE),
-                            pl.ds(first_n + n * block_n, block_n),
-                        ],
-                        to,
-                        barrier,
-                    )
-
-                if more:
-                    pl.when(group < own_groups)(own)
-                    pl.when(group >= own_groups)(later)
-                else:
-                    own()
+            before = sum(ref[0] for ref in layer_refs) * num_groups  # groups of the layers before
 
             def load_step(k, step, place, pair):
                 _, group, row, _, n, _ = place
@@ -143,9 +112,14 @@ def row_products(
                     lhs_plain.at[pl.ds(slot * block_m, block_m)],
                     loaded.at[slot],
                 )
+                k_slice, n_slice = pl.ds(k * LANE, LANE), pl.ds(n * block_n, block_n)
+                window = (n_slice, k_slice) if transpose_rhs else (k_slice, n_slice)
                 for product in range(num_products):
-                    to = rhs_smem.at[product, slot]
-                    load_weights(pair + product, group, k, n, to, loaded.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        rhs_refs[pair + product].at[before + group, *window],
+                        rhs_smem.at[product, slot],
+                        loaded.at[slot],
+                    )
                 return step + 1
 
             def load(place, step):
@@ -312,5 +286,5 @@ def row_products(
         compiler_params=LANE_COMPILER_PARAMS,
     )
     views = [array.reshape(num_rows, k_steps, LANE) for array in lhs]
-    outs = kernel(*sums, *views, *values, *scales, *more, *layers)
+    outs = kernel(*sums, *views, *values, *scales, *layers)
     return tuple(vary_like(out.reshape(num_rows, num_n), lhs[0]) for out in outs)

@@ -104,19 +104,14 @@ def test_token_by_token_equals_the_forward_pass(name):
     [
         Kernels(),
         Kernels(experts_in_place=True),
-        Kernels(experts_in_place=True, join_shared=50, unroll_decode=True, compare_few=True),
+        Kernels(experts_in_place=True, shared_beside=50, unroll_decode=True, compare_few=True),
     ],
-    ids=["sliced", "in_place", "shared_as_experts"],
+    ids=["sliced", "in_place", "as_on_gpus"],
 )
 def test_a_layers_experts_may_be_read_where_they_lie(kernels):
-    """Cut out of those of all layers by the scan, or read there.
-
-    Also as GPUs read few tokens' experts: shared ones beside the others, sorted by comparing.
-    """
+    """Cut out of those of all layers by the scan, or read there."""
     _, tokens, want = model_and_logits("v2")
     model = random_model(CROSSING, kernels=kernels)
-    assert CROSSING.moe is not None
-    assert CROSSING.moe.num_shared_experts > 1
     sequences = Sequences(model, 5, LENGTH)
     counts = [13, 5, 8, 1, 20]
     logits = sequences.step(tokens, counts, is_first=True)

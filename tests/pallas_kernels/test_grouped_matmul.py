@@ -136,33 +136,6 @@ def test_layer_of_a_stack(implementation):
             grouped_swiglu(lhs, gate, other, sizes, implementation=implementation)
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("implementation", PORTABLE)
-def test_groups_after_those_of_a_stack(implementation):
-    """Side by side, as shared experts lie: columns of `gate` and `up`, rows of `down`."""
-    case = Case("stack", 60, 24, 24, (10, 0, 30, 7, 9))
-    layers = [make_inputs(case, seed) for seed in range(3)]
-    gates, ups = (jnp.stack([getattr(x, n) for x in layers]) for n in ("rhs", "second_rhs"))
-    lhs, sizes, layer = layers[0].lhs, layers[0].group_sizes, jnp.int32(2)
-
-    def split(stack, axis):
-        """The first three groups, and the other two as one wider matrix."""
-        more = jnp.concatenate([stack[:, 3], stack[:, 4]], axis=axis)
-        return LayerOfStack(stack[:, :3], layer, more)
-
-    gate, up, down = split(gates, 2), split(ups, 2), split(ups, 1)
-    assert gate.shape == down.shape == (5, 24, 24)
-    out = grouped_matmul(lhs, down, sizes, implementation=implementation)
-    close(out, oracle.grouped_matmul(lhs, layers[2].second_rhs, sizes))
-    hidden = grouped_swiglu(lhs, gate, up, sizes, implementation=implementation)
-    close(hidden, oracle.grouped_swiglu(lhs, layers[2].rhs, layers[2].second_rhs, sizes))
-    wrong = LayerOfStack(gates[:, :3], layer, gates[:, 3, :, :20])
-    with pytest.raises(ValueError, match=r"rhs_GKN\.more: shape .* must be"):
-        grouped_matmul(lhs, wrong, sizes, implementation=implementation)
-    with pytest.raises(ValueError, match=r"rhs_GKN\.more: must be None where transpose_rhs"):
-        grouped_matmul(lhs, gate, sizes, transpose_rhs=True, implementation=implementation)
-
-
 def test_rows_outside_the_groups_may_hold_anything():
     case = Case("garbage", 96, 64, 64, (20, 30, 10, 16), offset=1, num_held=2)
     inputs = make_inputs(case)

@@ -1,7 +1,5 @@
 """Hopper's kernels of grouped_matmul: lowered for CUDA, and run where there is a card."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,20 +61,17 @@ def test_hopper_lowers_quantised_weights(dtype, num_rows):
     assert lower_for_cuda(run, lhs, values, scales, group_sizes).count("mosaic_gpu_v2") == 2
 
 
-@pytest.mark.parametrize("num_more", [0, 2])
-def test_hopper_copies_no_stack_of_layers(num_more):
+def test_hopper_copies_no_stack_of_layers():
     """Lowered for CUDA: all layers' matrices go to the kernel, which reads one layer's."""
     lhs, rhs, group_sizes = hopper_shapes(4096, 128, 192, 8)
-    stack = jax.ShapeDtypeStruct((5, 8 - num_more, *rhs.shape[1:]), rhs.dtype)
-    beside = jax.ShapeDtypeStruct((5, 128, num_more * 192), rhs.dtype) if num_more else None
+    stack = jax.ShapeDtypeStruct((5, *rhs.shape), rhs.dtype)
 
-    def run(lhs, gate, up, beside, layer, group_sizes):
-        gate, up = LayerOfStack(gate, layer, beside), LayerOfStack(up, layer, beside)
+    def run(lhs, gate, up, layer, group_sizes):
+        gate, up = LayerOfStack(gate, layer), LayerOfStack(up, layer)
         out = grouped_matmul(lhs, gate, group_sizes, implementation="hopper")
         return out, grouped_swiglu(lhs, gate, up, group_sizes, implementation="hopper")
 
-    layer = jax.ShapeDtypeStruct((), jnp.int32)
-    text = lower_for_cuda(run, lhs, stack, stack, beside, layer, group_sizes)
+    text = lower_for_cuda(run, lhs, stack, stack, jax.ShapeDtypeStruct((), jnp.int32), group_sizes)
     assert text.count("mosaic_gpu_v2") == 2
     assert "stablehlo.dynamic_slice" not in text
     assert "stablehlo.gather" not in text
@@ -104,36 +99,6 @@ def test_hopper_reads_a_layer_where_it_lies(num_rows, rng):
         found = both(*stacks, jnp.int32(layer))
         np.testing.assert_array_equal(found[0], want)
         np.testing.assert_array_equal(found[1], swiglu)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
-@pytest.mark.parametrize("num_rows", [5, 128, 300])
-def test_hopper_reads_groups_after_those_of_a_stack(num_rows, rng):
-    """Bit by bit what it makes of them as one stack: columns of gate and up, rows of down."""
-    stacks = rng.standard_normal((3, 3, 10, 128, 192)).astype(np.float32) * 128**-0.5
-    gates, ups, downs = jnp.asarray(stacks, jnp.bfloat16)
-    downs = downs.swapaxes(2, 3)
-    lhs = jnp.asarray(rng.standard_normal((num_rows, 128)), jnp.bfloat16)
-    sizes = jnp.asarray(rng.multinomial(num_rows - num_rows // 5, [1 / 10] * 10), jnp.int32)
-
-    @functools.partial(jax.jit, static_argnames="beside")
-    def run(gates, ups, downs, layer, *, beside):
-        def stack(stack, axis):
-            if not beside:
-                return LayerOfStack(stack, layer)
-            more = jnp.concatenate([stack[:, 8], stack[:, 9]], axis=axis)
-            return LayerOfStack(stack[:, :8], layer, more)
-
-        gate, up, down = stack(gates, 2), stack(ups, 2), stack(downs, 1)
-        hidden = grouped_swiglu(lhs, gate, up, sizes, implementation="hopper")
-        return hidden, grouped_matmul(hidden, down, sizes, implementation="hopper")
-
-    for layer in range(3):
-        want = run(gates, ups, downs, jnp.int32(layer), beside=False)
-        found = run(gates, ups, downs, jnp.int32(layer), beside=True)
-        for ours, theirs in zip(found, want, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.slow

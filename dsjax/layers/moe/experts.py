@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -24,37 +23,24 @@ class ExpertWeights:
         down: [E, F, D], or [L, E, F, D].
         layer: int32 scalar, the layer, for kernels that read its experts where they lie among
             those of all layers; None where the matrices are the layer's own.
-        shared: with `layer`, the shared experts of all layers as one MLP each ([L, D, S * F] and
-            [L, S * F, D]), to be multiplied as S experts after the others; None for none.
     """
 
     gate: jax.Array | QuantisedWeights
     up: jax.Array | QuantisedWeights
     down: jax.Array | QuantisedWeights
     layer: jax.Array | None = None
-    shared: ExpertWeights | None = None
 
     @property
     def num_experts(self) -> int:
-        """E: all of a layer, or those of one device, and the shared ones that come after them."""
-        return self.gate.shape[-3] + self.num_shared
-
-    @property
-    def num_shared(self) -> int:
-        """S: shared experts that are multiplied as experts."""
-        return 0 if self.shared is None else self.shared.gate.shape[-1] // self.gate.shape[-1]
+        """E: all of a layer, or those of one device."""
+        return self.gate.shape[-3]
 
     def matrices(self) -> tuple[GroupedWeights, GroupedWeights, GroupedWeights]:
         """Returns gate, up and down as the grouped matmul takes them."""
         if self.layer is None:
             return self.gate, self.up, self.down
         layer = self.layer  # one object, by which gate and up are known to be of one layer
-        stacks: Any = (self.gate, self.up, self.down)
-        shared = self.shared
-        more: Any = (None,) * 3 if shared is None else (shared.gate, shared.up, shared.down)
-        gate, up, down = (
-            LayerOfStack(stack, layer, m) for stack, m in zip(stacks, more, strict=True)
-        )
+        gate, up, down = (LayerOfStack(stack, layer) for stack in (self.gate, self.up, self.down))
         return gate, up, down
 
 

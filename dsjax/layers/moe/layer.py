@@ -63,23 +63,13 @@ class MoE(nnx.Module):
             routing, stats = self.router(x_BTD, mask_BT, dropping)
         shared = None if self.shared is None else _weights(self.shared)
         experts = _weights(self) if experts is None else experts
-        if experts.shared is not None:
-            shared = None
-            routing = routing.with_shared(self.config.num_experts, experts.num_shared, mask_BT)
         with jax.named_scope("experts"):
             out_BTD = apply_experts(x_BTD, routing, experts, shared, self.config, self.options)
         return out_BTD, stats
 
-    def stacked_weights(self, layer: jax.Array, num_tokens: int) -> ExpertWeights:
-        """Returns one layer's experts within those of all: of a module that holds a stack.
-
-        Args:
-            layer: int32 scalar.
-            num_tokens: that they are for; few take the shared experts beside the others.
-        """
-        joined = self.shared is not None and num_tokens <= self.options.kernels.join_shared
-        shared = _weights(self.shared) if joined and self.shared is not None else None
-        return dataclasses.replace(_weights(self), layer=layer, shared=shared)
+    def stacked_weights(self, layer: jax.Array) -> ExpertWeights:
+        """Returns one layer's experts within those of all: of a module that holds a stack."""
+        return dataclasses.replace(_weights(self), layer=layer)
 
 
 def apply_experts(
@@ -226,6 +216,9 @@ def _first_pass(
     else:
         out_RD, hidden_NF = jax.lax.optimization_barrier((out_RD, hidden_NF))
     shared_ND = dispatch.own(multiply(hidden_NF, shared.down, kernels))
+    if experts.layer is not None and x_ND.shape[0] <= kernels.shared_beside:
+        # Else the last product takes the routed experts' sum to add to, and so comes after them.
+        shared_ND = jax.lax.optimization_barrier(shared_ND)
     return dispatch.combine(out_RD, sent) + shared_ND
 
 
@@ -277,7 +270,7 @@ def _dims(experts: ExpertWeights, rules: ShardingRules) -> Any:
         dims_within(matrix, (*layers, *dims), rules)
         for matrix, dims in zip(matrices, (_INTO, _INTO, _OUT), strict=True)
     )
-    return _weights_of(*of_matrices, layer, _shared_dims(experts.shared, rules, layers))
+    return _weights_of(*of_matrices, layer)
 
 
 def _weights_of(*leaves: Any) -> Any:
@@ -285,17 +278,15 @@ def _weights_of(*leaves: Any) -> Any:
     return ExpertWeights(*leaves)
 
 
-def _shared_dims(
-    shared: ExpertWeights | None, rules: ShardingRules, layers: tuple[str, ...] = ()
-) -> Any:
-    """The logical dims of a layer's shared experts, or of those of all layers."""
+def _shared_dims(shared: ExpertWeights | None, rules: ShardingRules) -> Any:
+    """The logical dims of the shared experts."""
     if shared is None:
         return None
     into = ("param_embed", "mlp")
     matrices = (shared.gate, shared.up, shared.down)
     return _weights_of(
         *(
-            dims_within(matrix, (*layers, *dims), rules)
+            dims_within(matrix, dims, rules)
             for matrix, dims in zip(matrices, (into, into, into[::-1]), strict=True)
         )
     )

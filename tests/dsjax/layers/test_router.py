@@ -334,12 +334,16 @@ def test_router_computes_in_float32_under_bfloat16(rng):
     np.testing.assert_allclose(routing.gates_BTK[0], gates, rtol=1e-5)
 
 
+@pytest.mark.parametrize("length", [48, 200])
 @pytest.mark.parametrize("weight_dtype", [jnp.bfloat16, jnp.float32])
-def test_logits_of_bfloat16_tokens_are_float32s(weight_dtype, rng):
-    """Products of bfloat16 terms lose nothing that float32 would have, forward and backward."""
-    x_BTD = jnp.asarray(rng.standard_normal((2, 48, 96)), jnp.bfloat16)
+def test_logits_of_bfloat16_tokens_are_float32s(weight_dtype, length, rng):
+    """Products of bfloat16 terms lose nothing that float32 would have, forward and backward.
+
+    Of few tokens, whose width is divided into parts, and of many.
+    """
+    x_BTD = jnp.asarray(rng.standard_normal((2, length, 96)), jnp.bfloat16)
     weight_DE = jnp.asarray(rng.standard_normal((96, 24)), weight_dtype)
-    probe_BTE = jnp.asarray(rng.standard_normal((2, 48, 24)), jnp.float32)
+    probe_BTE = jnp.asarray(rng.standard_normal((2, length, 24)), jnp.float32)
     terms = functools.partial(router_logits, implementation="bfloat16_terms")
     logits_BTE, pull = jax.vjp(terms, x_BTD, weight_DE)
     d_x_BTD, d_weight_DE = pull(probe_BTE)

@@ -81,12 +81,20 @@ class RowRanges:
         Returns:
             The range, its first tile and number of tiles, its first row and its end.
         """
+        # What a level of the search loads does not wait for one another. Where tiles are low, a
+        # block's first products wait for the whole search, and there are registers for wide levels.
+        fan_out = 2 if self.block_m >= 128 else math.isqrt(self.num_ranges - 1) + 1
+        stride = 1
+        while stride * fan_out < self.num_ranges:
+            stride *= fan_out
         found = jnp.int32(0)
-        for bit in reversed(range(math.ceil(math.log2(self.num_ranges)))):
-            candidate = found + (1 << bit)
-            first = self.tile(jnp.minimum(candidate, self.num_ranges - 1))
-            within = (candidate < self.num_ranges) & (first * self.columns <= tile)
-            found = jnp.where(within, candidate, found)
+        while stride:
+            candidates = [found + i * stride for i in range(1, fan_out)]
+            for candidate in candidates:
+                first = self.tile(jnp.minimum(candidate, self.num_ranges - 1))
+                within = (candidate < self.num_ranges) & (first * self.columns <= tile)
+                found = jnp.where(within, candidate, found)
+            stride //= fan_out
         after, is_last = found + 1, found == self.num_ranges - 1
         after = jnp.where(is_last, found, after)
         first, tile_end = self.tile(found), jnp.where(is_last, self.total, self.tile(after))

@@ -18,7 +18,7 @@ from pallas_kernels.mla_decode.tiles import HopperTile
 from pallas_kernels.softmax import LOG2E, MASKED
 
 GROUPS = 8  # Of sequences, which `find_share` sums side by side.
-STEPS = 4  # Of its walk through a group that do not wait for a branch.
+STEPS = 4  # Of its ways through a group that do not wait for a branch.
 UNIT = 128  # Keys of the unit of work: two blocks of 64.
 
 
@@ -87,10 +87,17 @@ def find_share(
         length = lengths_ref[jnp.minimum(sequence, batch_size - 1)]
         return jnp.where(sequence < batch_size, num_units(length, capacity, unit), 0)
 
-    def add(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(sum_ + units_of(g * group + i) for g, sum_ in enumerate(sums))
+    steps = pl.cdiv(group, STEPS)
 
-    sums = lax.fori_loop(0, group, add, (zero,) * GROUPS)
+    def add(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        def units(g: int, index: Array) -> Array:
+            return jnp.where(index < group, units_of(g * group + index), 0)
+
+        for j in range(STEPS):
+            sums = tuple(sum_ + units(g, i * STEPS + j) for g, sum_ in enumerate(sums))
+        return sums
+
+    sums = lax.fori_loop(0, steps, add, (zero,) * GROUPS)
     stops = list(itertools.accumulate(sums))
     total = stops[-1]
     begin = part_bound(part, total, num_parts)
@@ -126,7 +133,7 @@ def find_share(
         return carry
 
     carry = tuple((start, start, zero) for _, start in entries)
-    found = lax.fori_loop(0, pl.cdiv(group, STEPS), walk, carry)
+    found = lax.fori_loop(0, steps, walk, carry)
     (first_start, _, passed), (_, _, passed_last) = found
     first_sequence = jnp.minimum(entries[0][0] + passed, batch_size)
     end_sequence = jnp.minimum(entries[1][0] + passed_last + 1, batch_size)

@@ -272,8 +272,8 @@ def random_model(path: str, overrides: Sequence[str], mesh: Sequence[str]) -> De
 def keep_what_is_there() -> None:
     """Lets no collection of garbage look through what is there by now, as `dsjax serve` does.
 
-    What JAX keeps of traced programs is so much that a collection takes 0.2 s: of 64 steps timed
-    on an H200 one made 18.5 ms a step of 11.
+    What JAX keeps of traced programs is so much that a collection takes 0.2 s: as long as twenty
+    steps, and it comes when it will.
     """
     gc.collect()
     gc.freeze()

@@ -42,6 +42,29 @@ def ours(kind: str, shape: list[int]) -> Any:
     )
 
 
+def stored(kind: str, shape: list[int], form: str) -> Any:
+    """Returns our kernel of few rows, by weights that are stored in a format ("int4_g64")."""
+    import jax
+    import jax.numpy as jnp
+
+    from dsjax.quantise import format_of
+    from pallas_kernels.grouped_matmul import tpu_quantised
+    from pallas_kernels.quantised import quantise
+
+    lhs, rhs, _, sizes = _arrays(shape)
+    groups, depth, columns = rhs.shape
+    named = format_of(form)
+    assert named is not None
+    wide = jax.ShapeDtypeStruct((groups, columns, depth), jnp.bfloat16)
+    weights = jax.eval_shape(lambda w: quantise(w, named), wide)
+    offset, count = jnp.int32(0), 2 if kind == "swiglu" else 1
+
+    def run(x: Any, w: Any, s: Any) -> Any:
+        return tpu_quantised.row_products(x, [w] * count, 0, s, offset, activation=count == 2)
+
+    return run, (lhs, weights, sizes)
+
+
 def megablox(kind: str, shape: list[int], tiling: list[int]) -> Any:
     """Returns jax's megablox kernel that does the same, with (rows, depth, columns) of a tile."""
     import importlib

@@ -1,11 +1,13 @@
 """Sets the experts' TPU kernels beside jax's megablox by their schedules, without a TPU.
 
     python scripts/tpu_grouped_schedule.py --chips v6e --shape 49152x2048x1408x64
+    python scripts/tpu_grouped_schedule.py --shape 96x2048x1408x64 --stored int8 int4_g64
 
 Both are compiled for the chip. The cycles of each stretch of code count as often as it runs for one
 draw of group sizes (rows dealt to groups at random). Of megablox's tilings the best is shown.
 Beside the cycles stand the bytes that the copies move, and the time that these take at the chip's
-bandwidth. A kernel takes at least the longer of the two. Cycles and bytes are a core's.
+bandwidth. A kernel takes at least the longer of the two. Cycles and bytes are a core's. With
+`--stored` our kernel for few rows stands there instead of megablox, by weights in these formats.
 """
 
 import dataclasses
@@ -19,8 +21,9 @@ import tpu_schedule
 from arguments import command_line, names_of, numbers, one_line_errors, positive, several
 from tpu_schedule import BYTES_PER_CYCLE, Region, Schedule
 
-from pallas_kernels.grouped_matmul import tiles
-from pallas_kernels.grouped_matmul.tpu_windows import make_windows
+from dsjax.quantise import format_of
+from pallas_kernels.grouped_matmul import tiles, tpu_quantised
+from pallas_kernels.grouped_matmul.tpu_windows import ALIGN, make_windows
 
 PROGRAMS = str(Path(__file__).with_name("tpu_grouped_programs.py"))
 KINDS = ("forward", "rows-backward", "weights-backward", "swiglu")
@@ -30,6 +33,8 @@ DEVICES = {
     "v6e": ("TPU v6 lite", 1),
     "tpu7x": ("TPU7x", 1),
 }
+# Formats that the kernel for stored weights reads.
+STORED = ("int8", "fp8", "fp8_block128", "int4_g32", "int4_g64", "int4_g128")
 # What megablox may take: it asks for no more VMEM than the compiler gives a kernel unasked.
 MEGABLOX_VMEM = {"v5e": 2**24, "v5p": 2**24, "v6e": 2**25, "tpu7x": 2**25}
 
@@ -90,7 +95,7 @@ class Cost:
 
 HEADER = (
     "| chip | kernel | code: cycles × trips | MXU slots used there | MXU slots of all cycles | "
-    "cycles, M | of megablox's | GB moved | of the least | cycles to move them, M | VMEM, MiB |\n"
+    "cycles, M | of the peer's | GB moved | of the least | cycles to move them, M | VMEM, MiB |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -181,6 +186,41 @@ def our_cost(problem: Problem, chip: str) -> Cost:
     return Cost(f"{problem.kind}, ours", schedule, bodies, cycles, 2 * moved / cores)
 
 
+def stored_cost(problem: Problem, chip: str, name: str) -> Cost:
+    """Compiles our kernel for weights stored in a format, and sums its cycles and bytes."""
+    rows, depth, columns, groups = problem.shape
+    form = format_of(name)
+    assert form is not None
+    arguments = {"kind": problem.kind, "shape": list(problem.shape), "form": name}
+    (schedule,) = tpu_schedule.compile_schedules(f"{PROGRAMS}:stored", arguments, chip, "grouped")
+    device = jax.sharding.AbstractDevice(DEVICES[chip][0], DEVICES[chip][1], "tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        tile = tpu_quantised.choose_tile(rows, groups, (depth, columns), form, problem.num_rhs)
+    visits, chunks, start = 0, 0, 0
+    for size in filter(None, problem.sizes):
+        end = start + size
+        for block in range(start // tile.rows, (end - 1) // tile.rows + 1):
+            low, high = (max(x - block * tile.rows, 0) for x in (start, end))
+            visits += 1
+            chunks += -(-(min(high, tile.rows) - (low & -ALIGN)) // tile.chunk)
+        start = end
+    cores = DEVICES[chip][1]
+    number = -(-columns // tile.columns) // cores
+    # Of columns at once: what widens and multiplies a visit's first rows, and what multiplies more.
+    whole, rest = divmod(tile.columns, tile.body_columns)
+    trips = []
+    for times in (whole, int(rest > 0)):
+        trips += [number * times * visits, number * times * (chunks - visits)] * (times > 0)
+    bodies, cycles = sum_cycles(schedule, trips, 1 + (number > 1), number, visits)
+    used = sum(n > 0 for n in problem.sizes)
+    numbers = columns * depth * (4 if form.dtype == "int4" else 8) // 8
+    scales = 2 * form.num_blocks(depth) * columns
+    moved = rows * (depth * number * cores + columns) * 2
+    moved += used * problem.num_rhs * (numbers + scales)
+    return Cost(f"{problem.kind}, {name}", schedule, bodies, cycles, moved / cores)
+
+
 def megablox_cost(problem: Problem, chip: str, tiling: tuple[int, int, int]) -> Cost:
     """Compiles megablox with a tiling and sums its cycles and bytes."""
     arguments = {"kind": problem.kind, "shape": list(problem.shape), "tiling": list(tiling)}
@@ -255,6 +295,14 @@ def tilings(problem: Problem, heights: list[int], chip: str) -> list[tuple[int, 
     return found
 
 
+def compare_stored(problem: Problem, chip: str, names: list[str]) -> None:
+    """Prints the rows of a problem: ours in bfloat16, and by stored weights, over its cycles."""
+    plain = our_cost(problem, chip)
+    print(plain.row(problem, chip, None), flush=True)
+    for name in names:
+        print(stored_cost(problem, chip, name).row(problem, chip, plain), flush=True)
+
+
 def compare(problem: Problem, chip: str, heights: list[int], default: bool) -> None:
     """Prints the rows of a problem: ours, and the best of megablox (no SwiGLU there)."""
     kind = "forward" if problem.kind == "swiglu" else problem.kind
@@ -292,6 +340,7 @@ def main() -> None:
     parser.add_argument(
         "--heights", type=several(positive), default="64,128,256", help="of megablox's tiles"
     )
+    parser.add_argument("--stored", nargs="+", choices=STORED, default=[], help="instead of it")
     parser.add_argument("--default", action="store_true", help="megablox's default tiling too")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -301,7 +350,11 @@ def main() -> None:
     print(HEADER)
     for chip in options.chips.split(","):
         for kind in options.kinds.split(","):
-            compare(Problem(kind, shape, tuple(sizes.tolist())), chip, heights, options.default)
+            problem = Problem(kind, shape, tuple(sizes.tolist()))
+            if not options.stored:
+                compare(problem, chip, heights, options.default)
+            elif kind in ("forward", "swiglu"):
+                compare_stored(problem, chip, options.stored)
 
 
 if __name__ == "__main__":

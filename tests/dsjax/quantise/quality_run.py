@@ -1,6 +1,6 @@
 """Trains a small model and quantises it; run as a module, in a process that optimises its programs.
 
-    python -m tests.dsjax.quantise.quality_run FOLDER
+    python -m tests.dsjax.quantise.quality_run FOLDER [wide]
 
 prints one JSON line: of each recipe, of fp8 with rows in float8 too, of int4 whose numbers are
 searched for, and of plain weights with a cache of 8 bits, the mean divergence of the next token's
@@ -46,11 +46,27 @@ from dsjax.weights.convert import convert
 
 HELD_OUT = (49, 16, 128)  # 100,352 bytes
 STEPS = 400
+_SMALL = replace(tiny.config, vocab_size=264, num_layers=2, init_std=0.06)
+_MOE = tiny.config.moe
+assert _MOE is not None
+MODELS = {
+    "small": _SMALL,
+    # As wide as takes some twenty minutes: whole groups of 64 in every matrix.
+    "wide": replace(
+        _SMALL,
+        hidden_dim=512,
+        num_layers=4,
+        intermediate_dim=1536,
+        init_std=0.04,
+        attention=replace(tiny.config.attention, num_heads=8, q_lora_rank=256, kv_lora_rank=128),
+        moe=replace(_MOE, intermediate_dim=256),
+    ),
+}
 SEARCHED = "int4 searched"
 IN_FLOAT8 = "fp8 products"
 
 
-def main(folder: str) -> None:
+def main(folder: str, size: str = "small") -> None:
     """Trains on half of Python's own library, and prints figures of the other half."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     text = Path(folder) / "text"
@@ -59,12 +75,14 @@ def main(folder: str) -> None:
         (text / f"{path.stem}.txt").write_bytes(path.read_bytes())
     run = TrainConfig(
         directory=str(Path(folder) / "run"),
-        model=replace(tiny.config, vocab_size=264, num_layers=2, init_std=0.06),
+        model=MODELS[size],
         data=DataConfig((SourceConfig(str(text), format="text", glob="*.txt"),), length=128),
         batch=BatchConfig(size=8),
         num_steps=STEPS,
         runtime=RuntimeConfig(dtype="float32", remat="none"),
-        optimizer=OptimizerConfig(peak_learning_rate=4e-3, warmup_steps=20),
+        optimizer=OptimizerConfig(
+            peak_learning_rate=4e-3 if size == "small" else 1e-3, warmup_steps=20
+        ),
         loss=LossConfig(BalanceConfig(0.003, 0.05, 0.02)),
         checkpoint=CheckpointConfig(every=STEPS),
         log=LogConfig(every=100, eval_every=0),

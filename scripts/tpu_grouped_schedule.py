@@ -207,11 +207,8 @@ def stored_cost(problem: Problem, chip: str, name: str) -> Cost:
         start = end
     cores = DEVICES[chip][1]
     number = -(-columns // tile.columns) // cores
-    # Of columns at once: what widens and multiplies a visit's first rows, and what multiplies more.
     whole, rest = divmod(tile.columns, tile.body_columns)
-    trips = []
-    for times in (whole, int(rest > 0)):
-        trips += [number * times * visits, number * times * (chunks - visits)] * (times > 0)
+    trips = [number * chunks * times for times in (whole, int(rest > 0)) if times]
     bodies, cycles = sum_cycles(schedule, trips, 1 + (number > 1), number, visits)
     used = sum(n > 0 for n in problem.sizes)
     numbers = columns * depth * (4 if form.dtype == "int4" else 8) // 8

@@ -8,8 +8,8 @@ How it is laid out, and why:
   or two ahead, once for all visits of the group. All layers' matrices may lie in one array: a
   group's place is found in the kernel, and nothing is copied.
 - Some columns at a time are widened to bfloat16, which holds every number of 4 and 8 bits, and
-  multiplied by the first rows in the same stretch of code: the vector unit widens while the matrix
-  units multiply. What further rows a group has in the block read the widened columns from VMEM.
+  multiplied in the same stretch of code: the vector unit widens while the matrix units multiply.
+  Further rows of the group widen them again: to keep them would take longer (see notes.md).
 - Scales multiply float32 sums, of a block of K or at the end, so that nothing is rounded before it
   is added. They come with the columns last, a row of a register for each block of K: so XLA lays
   them out in a TPU's memory by itself, and a scale lies in the lane of the sums that it multiplies.
@@ -171,7 +171,6 @@ def row_products(
             scratch_shapes=[
                 [pltpu.VMEM((tile.buffers, tile.columns, depth), x.dtype) for x in values],
                 [pltpu.VMEM((tile.buffers, x.shape[1], tile.columns), x.dtype) for x in scales],
-                [pltpu.VMEM((tile.body_columns, depth), dtype) for _ in values],
                 pltpu.SemaphoreType.DMA((tile.buffers,)),
             ],
         ),
@@ -268,7 +267,7 @@ def _kernel(
     skipped_ref: Any,
     *refs: Any,
 ) -> None:
-    *arrays, out_ref, values_refs, scales_refs, wide_refs, semaphores = refs
+    *arrays, out_ref, values_refs, scales_refs, semaphores = refs
     lhs_refs, values_hbm, scales_hbm = (
         arrays[: -2 * num_rhs],
         arrays[-2 * num_rhs : -num_rhs],
@@ -334,19 +333,16 @@ def _kernel(
         part = pl.ds(pl.multiple_of(start, LANES), width)
         scales = [ref[slot, :, part].astype(jnp.float32) for ref in scales_refs]
 
-        def multiply(chunk: Any, *, widen: bool) -> None:
+        @pl.loop(0, jax.lax.div(high - first_row + tile.chunk - 1, tile.chunk))
+        def _chunk(chunk: Any) -> None:
             # The last chunk may take rows again that are done: it gives them the same values.
             base = jnp.minimum(first_row + chunk * tile.chunk, tile.rows - tile.chunk)
             here = pl.ds(pl.multiple_of(base, ALIGN), tile.chunk)
             sums = []
-            for values_ref, scale_BN, wide_ref in zip(values_refs, scales, wide_refs, strict=True):
+            for values_ref, scale_BN in zip(values_refs, scales, strict=True):
 
-                def weights(lanes: Any, ref: Any = values_ref, wide: Any = wide_ref) -> Array:
-                    if not widen:
-                        return wide[:width, lanes]
-                    found = ref[slot, part, lanes].astype(jnp.bfloat16)
-                    wide[:width, lanes] = found
-                    return found
+                def weights(lanes: Any, ref: Any = values_ref) -> Array:
+                    return ref[slot, part, lanes].astype(jnp.bfloat16)
 
                 sums.append(_product([ref.at[here] for ref in lhs_refs], weights, scale_BN, form))
             result = jax.nn.silu(sums[0]) * sums[1] if activation else sums[0]
@@ -354,12 +350,6 @@ def _kernel(
             kept = out_ref[here, part].astype(jnp.float32)
             own = (row >= low) & (row < high)
             out_ref[here, part] = jnp.where(own, result, kept).astype(out_ref.dtype)
-
-        multiply(0, widen=True)
-
-        @pl.loop(1, jax.lax.div(high - first_row + tile.chunk - 1, tile.chunk))
-        def _chunk(chunk: Any) -> None:
-            multiply(chunk, widen=False)
 
     @pl.when(used >= 0)
     def _compute() -> None:

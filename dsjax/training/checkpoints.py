@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,9 @@ from dsjax.weights.step_parts import STEP_METADATA_FILE, check_step
 # Of a run: where steps that could not be read are moved, and those after a step that was chosen.
 DAMAGED_FOLDER = "damaged"
 SET_ASIDE_FOLDER = "set_aside"
+# In the name of a step that is being saved, of orbax's.
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_MOST_CLEANING_SECONDS = 10.0
 _LOG = logging.getLogger(__name__)
 # The parameters, the optimizer's state, and every process's data state.
 Restored = tuple[nnx.State, dict[str, Any], list[dict[str, Any]]]
@@ -159,6 +164,8 @@ class RunCheckpoints:
         """Begins anew after a save that failed, and removes what it left."""
         with contextlib.suppress(Exception):  # it says again what `wait` has said
             self._checkpointer.close()
+        if jax.process_index() == 0:
+            _remove_unfinished(self._folder)
         self._checkpointer = self._open()
 
     def save(
@@ -256,6 +263,20 @@ class RunCheckpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what a failed save left, and what its threads still write meanwhile.
+
+    The next save would remove it too, but fails where such a thread writes just then.
+    """
+    end, looks = time.monotonic() + _MOST_CLEANING_SECONDS, 0
+    while looks < 3 and time.monotonic() < end:
+        left = list(folder.glob(f"*{_UNFINISHED}*"))
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        looks = 0 if left else looks + 1
+        time.sleep(0.02)
 
 
 def _is_unlisted(step: Path) -> bool:

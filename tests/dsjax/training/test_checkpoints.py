@@ -1,7 +1,10 @@
 """A run's checkpoints: what is kept, what a damaged or foreign one says."""
 
+import contextlib
 import errno
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,33 @@ def test_old_checkpoints_go_but_for_the_milestones(tmp_path: Path):
     np.testing.assert_array_equal(restored["weight"][...], np.ones(3))
     assert int(optimizer["step"]) == 6
     assert data == [{"shard": 0, "state": {"at": 6}}]
+
+
+def test_what_a_failed_save_still_writes_goes_before_the_next(tmp_path: Path):
+    """Threads of a save that failed write on for a while, and put its folder there again."""
+    import jax.numpy as jnp
+
+    params = nnx.State({"weight": nnx.Param(jnp.ones(3))})
+    left = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp" / "params"
+    ready = threading.Event()
+
+    def write() -> None:
+        end, count = time.monotonic() + 0.4, 0
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                left.mkdir(parents=True, exist_ok=True)
+                (left / str(count)).write_bytes(b"part")
+            count += 1
+            ready.set()
+
+    with RunCheckpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        writer = threading.Thread(target=write)
+        writer.start()
+        ready.wait()
+        checkpoints.reopen()
+        checkpoints.save(3, params, {"step": jnp.int32(3)}, {})
+    writer.join()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 
 @pytest.mark.slow

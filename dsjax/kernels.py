@@ -24,7 +24,7 @@ from pallas_kernels import (
     quantised_matmul,
 )
 from pallas_kernels.chips import TPU_LANES, chip_of
-from pallas_kernels.quantised import Format, QuantisedWeights
+from pallas_kernels.quantised import Format, QuantisedWeights, hopper_refusal
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Kernels:
         mla_decode: of absorbed decode.
         grouped_matmul: of the experts' products.
         quantised_matmul: of products with quantised matrices, those of experts apart: where it
-            does not take one, "xla" does.
+            does not take one, "xla" does, and of many rows.
         quantised_products: "widen" or "fp8"; see `KernelConfig`.
         expert_permute: of copying tokens to their experts' rows.
         experts_in_place: whether generation lets `grouped_matmul` read one layer's experts within
@@ -245,10 +245,16 @@ def _choose(
         "hopper", width=config.hidden_dim, dtype=dtype, chip=chip
     )
     one_device = shards.devices == 1
-    quantised_experts = form_of(runtime.quantisation, "moe_layers.feed_forward.w_gate") is not None
+    experts_form = form_of(runtime.quantisation, "moe_layers.feed_forward.w_gate")
+    # XLA divides a product among devices, and no kernel.
+    own_products = native == "hopper" and one_device and runtime.quantisation is not None
     unroll = named.unroll_decode
     if unroll is None:
-        unroll = gpu and not quantised_experts
+        # Else XLA writes every layer's quantised weights out widened.
+        read = runtime.quantisation is None or (
+            own_products and (experts_form is None or hopper_refusal(experts_form) is None)
+        )
+        unroll = gpu and read
     router = named.router
     if router == "auto":  # a TPU's compiler splits float32 by itself
         router = "bfloat16_terms" if gpu and dtype == jnp.bfloat16 else "float32"
@@ -261,11 +267,10 @@ def _choose(
         mla_attention=choose("mla_attention", named.mla_attention, attention_refusal),
         mla_decode=choose("mla_decode", named.mla_decode, decode_refusal),
         grouped_matmul=products,
-        # XLA divides a product among devices, and no kernel.
-        quantised_matmul="hopper" if in_float8 and native == "hopper" and one_device else "xla",
+        quantised_matmul="hopper" if own_products else "xla",
         quantised_products=named.quantised_products,
         expert_permute="hopper" if products == "hopper" and permute_refusal is None else "xla",
-        experts_in_place=products in grouped_matmul.STACKS_IN_PLACE or quantised_experts,
+        experts_in_place=products in grouped_matmul.STACKS_IN_PLACE or experts_form is not None,
         shared_beside=_SHARED_BESIDE if gpu else 0,
         unroll_decode=unroll,
         unroll_layers=gpu if named.unroll_layers is None else named.unroll_layers,

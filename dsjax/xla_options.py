@@ -34,9 +34,9 @@ _UNROLLED: dict[str, dict[str, bool | int | str]] = {
 _LOOPED: dict[str, dict[str, bool | int | str]] = {
     "gpu": {**_NOT_JOINED, "xla_gpu_enable_dynamic_slice_fusion": False},
 }
-# Of programs that multiply quantised weights. Without it XLA writes such weights out widened before
-# each product of more than one row: for 4-bit numbers some five times the bytes (seen in programs
-# compiled for an H100).
+# Of others that multiply quantised weights, by XLA's products. Without it XLA writes such weights
+# out widened before each product of more than one row: for 4-bit numbers some five times the bytes
+# (seen in programs compiled for an H100).
 _QUANTISED: dict[str, dict[str, bool | int | str]] = {
     "gpu": {
         "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True,
@@ -59,7 +59,7 @@ def inference_options(
         quantised: whether it multiplies quantised weights.
         unrolled: whether it is a decode step that has every layer by itself.
     """
-    options = _QUANTISED if quantised else _UNROLLED if unrolled else _LOOPED
+    options = _UNROLLED if unrolled else _QUANTISED if quantised else _LOOPED
     return _not_named_by_user(options.get(platform, {}))
 
 

@@ -176,6 +176,23 @@ class Format:
         return 1 if self.block_in is None else -(-width_in // self.block_in)
 
 
+# Numbers of a row that Hopper's kernel for few rows takes at a time.
+HOPPER_STEP = 64
+
+
+def hopper_refusal(form: Format) -> str | None:
+    """Says why Hopper's kernel for few rows does not read numbers stored so; None where it does.
+
+    It scales sums of 64 or 128 numbers of a row, or of all of them.
+    """
+    if form.zero_points:
+        return f"weights dtype {form.dtype} must have no zero points"
+    block = form.block_in in (HOPPER_STEP, 2 * HOPPER_STEP) and form.block_out in (1, 128)
+    if form.per_column or block:
+        return None
+    return f"blocks of {form.block_in} x {form.block_out} weights must be of 64 or 128 along K"
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantisedWeights:

@@ -46,7 +46,7 @@ class KernelConfig:
             take more passes; nothing is lost.
         unroll_decode: whether a decode step has every layer by itself. A GPU's compiler copies what
             a loop over the layers takes out of their stacked weights: 1.5 of 17.0 ms of a step of
-            128 rows of V2-Lite on an H100. None: on GPUs, unless the experts are quantised.
+            128 rows of V2-Lite on an H100. None: on GPUs, unless XLA multiplies quantised weights.
         unroll_layers: whether training has every layer by itself. A GPU's compiler first fills with
             zeros, then copies, what a loop over the layers keeps for the backward pass, and copies
             gradients into their stacks: of V2-Lite's 8-layer step for an H100 some 40 GB of traffic

@@ -15,28 +15,28 @@ from pallas_kernels.implementations import (
     wrong_chip,
     wrong_dtype,
 )
-from pallas_kernels.quantised import QUANTISED_DTYPES, Format, QuantisedWeights, is_quantised
+from pallas_kernels.quantised import (
+    HOPPER_STEP,
+    QUANTISED_DTYPES,
+    Format,
+    QuantisedWeights,
+    hopper_refusal,
+    is_quantised,
+)
 
 # Implementations that use a LayerOfStack where it lies. For the others the layer is copied first.
 STACKS_IN_PLACE = ("tpu", "hopper")
 DTYPES = (jnp.bfloat16, jnp.float32)
 # Columns in a swizzled row of 128 bytes; also the contraction step of the Hopper kernels.
-HOPPER_LANES = 64
+HOPPER_LANES = HOPPER_STEP
 # Numbers along K with one scale that the TPU's kernel for stored numbers takes.
 _TPU_BLOCKS = (32, 64, 128)
 
 
 def hopper_reads(weights: Sequence[QuantisedWeights]) -> bool:
-    """Whether Hopper's kernel for few rows reads such stored numbers; XLA does the others.
-
-    It scales sums of 64 or 128 numbers of a row, or of all of them, and has no zero points.
-    """
+    """Whether Hopper's kernel for few rows reads such stored numbers; XLA does the others."""
     form = weights[0].format
-    whole = form.per_column
-    block = form.block_in in (HOPPER_LANES, 2 * HOPPER_LANES) and form.block_out in (1, 128)
-    return all(array.format == form for array in weights) and (
-        whole or (block and not form.zero_points)
-    )
+    return all(array.format == form for array in weights) and hopper_refusal(form) is None
 
 
 def tpu_reads(weights: Sequence[QuantisedWeights], dtype: DTypeLike) -> bool:

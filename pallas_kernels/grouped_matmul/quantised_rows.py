@@ -64,9 +64,9 @@ def row_products(
         return (tpu_quantised.row_products(*arguments, activation=activation),)
     in_kernel = implementation == "hopper" and hopper_reads(matrices)
     if in_kernel and few and num_rows > MOST_SINGLE_ROWS_HOPPER:
-        from pallas_kernels.grouped_matmul import hopper_quantised
+        from pallas_kernels import hopper_few_rows
 
-        return (hopper_quantised.row_products(*arguments, activation=activation),)
+        return (hopper_few_rows.row_products(*arguments, activation=activation),)
     places = _Places(num_rows, *local_groups(group_sizes_G, group_offset, num_groups))
     if num_rows <= min(MOST_SINGLE_ROWS, max(num_groups, _LEAST_ROOM)):
         multiply, products = _single_rows, [_at(array) for array in rhs]

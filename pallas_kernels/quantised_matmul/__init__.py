@@ -3,8 +3,8 @@
 Products are "widen", where rows keep their type and the matrix is widened to it, or "fp8", where
 rows too are rounded to float8 and what is multiplied has 8 bits (DeepSeek-V3, arXiv 2412.19437,
 3.3; see `fp8_rows`). Two implementations have both meanings: "reference" (plain jax.numpy) and
-"xla" (portable); "hopper" (Pallas, Mosaic GPU, sm_90) multiplies in float8. Shape letters: M rows,
-K contracted, N columns.
+"xla" (portable); "hopper" (Pallas, Mosaic GPU, sm_90) multiplies in float8, or reads the numbers of
+few rows' matrix where they lie. Shape letters: M rows, K contracted, N columns.
 """
 
 import jax.numpy as jnp
@@ -64,8 +64,13 @@ def quantised_matmul(
         products=products,
     )
     check_supported(implementation, reason)
-    if products == "fp8" and implementation != "hopper":
-        lhs = rounded(lhs)
     dtype = jnp.dtype(out_dtype or lhs.dtype)
-    out: Array = load(__name__, implementation).products(lhs, rhs, dtype)
+    module = load(__name__, implementation)
+    out: Array
+    if products == "widen":
+        out = module.products(lhs, rhs, dtype)
+    elif implementation == "hopper":
+        out = module.float8_products(lhs, rhs, dtype)
+    else:
+        out = module.products(rounded(lhs), rhs, dtype)
     return out

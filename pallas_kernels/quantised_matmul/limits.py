@@ -11,11 +11,11 @@ from pallas_kernels.implementations import (
     wrong_chip,
     wrong_dtype,
 )
-from pallas_kernels.quantised import Format
+from pallas_kernels.quantised import HOPPER_STEP, Format, hopper_refusal
 
 IMPLEMENTATIONS = ("reference", "xla", "hopper")
 DTYPES = (jnp.bfloat16, jnp.float32)
-# What the Hopper kernel's widths are multiples of.
+# What the Hopper kernel's widths are multiples of, of products in float8.
 HOPPER_STEPS = {"input width": 16, "output width": 64}
 
 
@@ -54,8 +54,14 @@ def supported(
     )
     if general is not None or implementation != "hopper":
         return general
+    if products == "widen":
+        return first_reason(
+            hopper_refusal(form),
+            wrong_dtype("dtype", dtype, (jnp.bfloat16,)),
+            not_multiple("input width", width_in, HOPPER_STEP),
+            not_multiple("output width", width_out, HOPPER_STEP),
+        )
     return first_reason(
-        "products 'widen' must be 'fp8'" if products == "widen" else None,
         wrong_dtype("dtype", dtype, (jnp.bfloat16,)),
         not_multiple("input width", width_in, HOPPER_STEPS["input width"]),
         not_multiple("output width", width_out, HOPPER_STEPS["output width"]),

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from dsjax.config import RECIPES, KernelConfig, RuntimeConfig
+from dsjax.config import (
+    RECIPES,
+    KernelConfig,
+    QuantisationConfig,
+    QuantisationRule,
+    RuntimeConfig,
+)
 from dsjax.configs.models import deepseek_v2, deepseek_v2_5, deepseek_v2_lite, tiny
 from dsjax.kernels import MAX_DECODE_TOKENS, PAGE_SIZE, Kernels, choose_kernels, pool_rope_dim
 from dsjax.mesh import MESH_AXES, ShardingRules, inference_rules
@@ -70,8 +76,14 @@ def test_the_layers_of_a_decode_step_stand_by_themselves_on_gpus():
     def unrolled(device, runtime):
         return choose_kernels(device, deepseek_v2.config, runtime).unroll_decode
 
+    zero_points = QuantisationConfig((QuantisationRule(r".*\.feed_forward\..*", "int4_g64_zero"),))
+    int8, int4_zero = (replace(BF16, quantisation=it) for it in (RECIPES["int8"], zero_points))
     assert unrolled(H200, BF16)
-    assert not unrolled(H200, replace(BF16, quantisation=RECIPES["int8"]))
+    assert unrolled(A100, BF16)
+    # Quantised weights where a kernel reads them: XLA would widen those of all layers.
+    assert unrolled(H200, int8)
+    assert not unrolled(H200, int4_zero)
+    assert not unrolled(A100, int8)
     assert not unrolled(V5P, BF16)
     for asked in (True, False):
         runtime = replace(BF16, kernels=KernelConfig(unroll_decode=asked))
@@ -260,7 +272,8 @@ def test_products_in_float8_are_asked_for_and_divide_among_no_devices():
         kernels = choose_kernels(device, lite, runtime, tensor(ways))
         return kernels.quantised_products, kernels.quantised_matmul
 
-    assert chosen(H200, replace(BF16, quantisation=RECIPES["fp8"])) == ("widen", "xla")
+    assert chosen(H200, BF16) == ("widen", "xla")
+    assert chosen(H200, replace(BF16, quantisation=RECIPES["fp8"])) == ("widen", "hopper")
     assert chosen(H200, fp8) == ("fp8", "hopper")
     assert chosen(H200, fp8, 2) == chosen(A100, fp8) == chosen(CPU, fp8) == ("fp8", "xla")
     with pytest.raises(ValueError, match=r"runtime.kernels.quantised_products='fp8': not on TPUs"):
@@ -284,8 +297,9 @@ def test_each_matrix_is_multiplied_as_its_form_and_sizes_allow(caplog):
     with caplog.at_level("WARNING", logger="dsjax.kernels"):
         for name in ("fp8", "fp8_block128"):
             assert how(name, 2048, 10944) == ("fp8", "hopper")
-        assert how("int8", 2048, 10944) == ("widen", "xla")
-        assert how("fp8_row128", 2048, 10944) == ("widen", "xla")
+        assert how("int8", 2048, 10944) == ("widen", "hopper")
+        assert how("int8", 2080, 10944) == ("widen", "xla")
+        assert how("int4_g32", 2048, 10944) == ("widen", "xla")
         assert how("fp8", 2048, 10944, Kernels()) == ("widen", "xla")
         assert not caplog.records
         for _ in range(2):

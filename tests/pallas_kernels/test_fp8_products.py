@@ -145,8 +145,9 @@ def test_hopper_lowers(name, case):
         # Rows are rounded by a kernel where blocks of 128 columns are whole.
         num_kernels = 2 if width_in % 128 == 0 else 1
         assert lower_for_cuda(run, lhs, stored).count("mosaic_gpu_v2") == num_kernels
+    # Few are rounded by XLA, and read the matrix as rows do that stay as they are.
     few = jax.ShapeDtypeStruct((64, width_in), jnp.bfloat16)
-    assert "mosaic_gpu_v2" not in lower_for_cuda(run, few, stored)
+    assert lower_for_cuda(run, few, stored).count("mosaic_gpu_v2") == (width_in % 64 == 0)
 
 
 def check_rounding(rng: np.random.Generator) -> None:
@@ -214,7 +215,6 @@ def test_what_is_not_multiplied_in_float8_is_named(rng):
             assert found is not None
             assert found.endswith(reason)
     for changed, reason in (
-        ({"products": "widen"}, "products 'widen' must be 'fp8'"),
         ({"dtype": jnp.float32}, "dtype float32 must be bfloat16"),
         ({"width_in": 200}, "input width 200 must be a multiple of 16"),
         ({"width_out": 96}, "output width 96 must be a multiple of 64"),

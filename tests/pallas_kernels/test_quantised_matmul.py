@@ -9,12 +9,13 @@ import pytest
 
 from dsjax.xla_options import inference_options
 from pallas_kernels.grouped_matmul import LayerOfStack, grouped_matmul, grouped_swiglu
-from pallas_kernels.quantised import pack_halves, unpack_halves
+from pallas_kernels.quantised import hopper_refusal, pack_halves, unpack_halves
 from pallas_kernels.quantised_matmul import (
     Format,
     QuantisedWeights,
     quantise,
     quantised_matmul,
+    supported,
 )
 from pallas_kernels.quantised_matmul.cases import CASES, FORMATS
 from tests.oracle_attention import relative_error
@@ -198,13 +199,66 @@ def test_hopper_copies_no_stack_of_a_form_that_it_reads(name):
     assert ("stablehlo.dynamic_slice" not in text and "stablehlo.gather" not in text) == reads
 
 
+READ_ON_HOPPER = [name for name, form in HOPPER_FORMATS.items() if hopper_refusal(form) is None]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", READ_ON_HOPPER)
+def test_hopper_reads_a_matrix_of_few_rows(name, dtype):
+    """Lowered for CUDA: one kernel, which takes the numbers as they are stored."""
+    for width_in, width_out in ((2048, 576), (10944, 2048)):
+        wide = jax.ShapeDtypeStruct((width_out, width_in), jnp.float32)
+        stored = jax.eval_shape(lambda w: quantise(w, HOPPER_FORMATS[name]), wide)
+
+        def run(lhs, stored):
+            return quantised_matmul(lhs, stored, out_dtype=dtype, implementation="hopper")
+
+        for rows, kernels in ((1, 1), (128, 1), (129, 0)):
+            lhs = jax.ShapeDtypeStruct((rows, width_in), jnp.bfloat16)
+            text = lower_for_cuda(run, lhs, stored)
+            assert text.count("mosaic_gpu_v2") == kernels
+            assert ("stablehlo.dot_general" in text) == (not kernels)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+@pytest.mark.parametrize("name", READ_ON_HOPPER)
+@pytest.mark.parametrize(("width_out", "width_in"), [(192, 384), (128, 448)])
+def test_hopper_multiplies_few_rows_by_what_is_stored(name, width_out, width_in, rng):
+    stored = quantise(draw(rng, width_out, width_in), HOPPER_FORMATS[name])
+    on_device = jax.tree.map(jnp.asarray, stored)
+    for rows in (1, 16, 100):
+        lhs = jnp.asarray(draw(rng, 2, rows // 2 + 1, width_in) * width_in**-0.5, jnp.bfloat16)
+        want = np.asarray(lhs, np.float64) @ stands_for(stored).T
+        for dtype, bound in ((jnp.bfloat16, 6e-3), (jnp.float32, 3e-3)):
+            got = quantised_matmul(lhs, on_device, out_dtype=dtype, implementation="hopper")
+            assert got.dtype == dtype
+            assert relative_error(got, want) < bound
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"form": Format("int4", 32)}, "blocks of 32 x 1 weights must be of 64 or 128 along K"),
+        ({"form": Format("uint4", 64)}, "weights dtype uint4 must have no zero points"),
+        ({"dtype": jnp.float32}, "dtype float32 must be bfloat16"),
+        ({"width_in": 202}, "input width 202 must be a multiple of 64"),
+        ({"width_out": 96}, "output width 96 must be a multiple of 64"),
+    ],
+)
+def test_what_hopper_does_not_read_is_named(change, message):
+    sizes = {"width_in": 128, "width_out": 64, "dtype": jnp.bfloat16, "form": Format("int8")}
+    assert supported("hopper", **sizes) is None
+    assert supported("hopper", **sizes | change) == message
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("unrolled", [False, True])
 @pytest.mark.parametrize("quantised", [False, True])
 def test_this_jax_knows_the_options_of_generation(quantised, unrolled):
     assert not inference_options("cpu", quantised=quantised, unrolled=unrolled)
     options = inference_options("gpu", quantised=quantised, unrolled=unrolled)
-    assert len(options) == 3 - 2 * quantised
+    assert len(options) == (1 if quantised and not unrolled else 3)
     for option, value in options.items():
         jax.jit(jnp.sin).lower(1.0).compile(compiler_options={option: value})
         with pytest.raises(Exception, match=f"{option}_"):

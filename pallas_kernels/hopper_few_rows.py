@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.chips import num_sms
-from pallas_kernels.grouped_matmul.limits import HOPPER_LANES as LANE
 from pallas_kernels.hopper_parts import (
     LANE_COMPILER_PARAMS,
     MATRIX,
@@ -32,6 +32,7 @@ from pallas_kernels.hopper_parts import (
 from pallas_kernels.hopper_row_ranges import RowRanges, running_sums, store_rows
 from pallas_kernels.hopper_schedule import Turns, for_tiles
 from pallas_kernels.manual_axes import vary_like
+from pallas_kernels.quantised import HOPPER_STEP as LANE
 from pallas_kernels.quantised import Format, QuantisedWeights
 
 COLUMNS = 64  # of a tile: the rows of wgmma's first operand
@@ -111,6 +112,7 @@ def row_products(
     group_offset: Array,
     *,
     activation: bool = False,
+    out_dtype: DTypeLike = jnp.bfloat16,
     tile: Tile | None = None,
     num_ctas: int | None = None,
 ) -> Array:
@@ -124,11 +126,12 @@ def row_products(
         group_sizes_G: int32 rows of every group.
         group_offset: int32, the first group held.
         activation: give silu(gate) * up of the two products.
+        out_dtype: bfloat16 or float32.
         tile: sizes; None for the table's.
         num_ctas: thread blocks; None for as many as fit.
 
     Returns:
-        bfloat16 rows [M, N].
+        Rows [M, N] of `out_dtype`.
     """
     num_rows, num_k = lhs_MK.shape
     *_, num_groups, num_n, _ = rhs[0].values.shape
@@ -270,7 +273,10 @@ def row_products(
                 if activation:
                     out = out * (1 / (1 + jnp.exp(-out))) * by_product[1]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_smem.transpose((1, 0))[...] = out.astype(dtype)
+                out = out.astype(out_dtype)
+                if out.dtype != dtype:  # float32's neighbours of a column share no register
+                    out = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
+                out_smem.transpose((1, 0))[...] = out
                 store_rows(out_smem, out_smem, out_ref.at[:, n], row, valid, block_m)
 
             def compute_tile(index, place, before):
@@ -291,7 +297,7 @@ def row_products(
     rows_shape = (stages, pieces, block_m, LANE)
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((num_rows, columns, LANE), dtype),
+        out_type=jax.ShapeDtypeStruct((num_rows, columns, LANE), out_dtype),
         grid=(num_ctas,),
         grid_names=("sm",),
         num_threads=workers + 1,
@@ -300,7 +306,7 @@ def row_products(
             row_views_smem(rows_shape, dtype),
             _stored_smem((stages, COLUMNS, step_k), narrow, swizzle),
             plgpu.SMEM((workers - 1, COLUMNS, block_m), jnp.float32),
-            plgpu.SMEM((block_m, COLUMNS), dtype),
+            plgpu.SMEM((block_m, COLUMNS), out_dtype),
             plgpu.Barrier(num_arrivals=1 + pieces, num_barriers=stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=stages),
             plgpu.Barrier(num_arrivals=workers - 1),

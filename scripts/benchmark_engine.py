@@ -27,7 +27,6 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,15 +34,12 @@ import numpy as np
 from arguments import axis, command_line, num_bytes, one_line_errors, positive, real
 from cache_capacity import cache_capacity
 from open_loop import Lengths, arrivals, measured, run_open_loop
+from random_models import random_model
 
-from dsjax.config import EngineConfig, MeshConfig
-from dsjax.config.load import load_model_and_runtime, override
+from dsjax.config import EngineConfig
 from dsjax.data.tokenizer import ByteTokenizer
 from dsjax.engine import Engine, Request, TextPiece
 from dsjax.inference.sampling import Sampling
-from dsjax.kernels import ONE_DEVICE, choose_kernels
-from dsjax.mesh import make_mesh, serving_rules
-from dsjax.model import DeepSeekV2, create_model
 
 PARTS = ("capacity", "single", "prefix", "load")
 SUFFIX = 32
@@ -248,25 +244,6 @@ def at_share(
     }
     found = run_open_loop(engine, requests, due.tolist(), arguments.ramp, arguments.seconds)
     return about | found
-
-
-def random_model(path: str, overrides: Sequence[str], mesh: Sequence[str]) -> DeepSeekV2:
-    """Returns a model of random weights in the compute type, laid out over a mesh if there is one.
-
-    Args:
-        path: of the model's config.
-        overrides: of the model's and the runtime's fields.
-        mesh: sizes of axes, as `dsjax serve --mesh` takes them.
-    """
-    config, runtime = load_model_and_runtime(path, overrides)
-    runtime = dataclasses.replace(runtime, param_dtype=runtime.dtype)
-    rules = ONE_DEVICE
-    if mesh:
-        rules = serving_rules(make_mesh(override(MeshConfig(fsdp=1), mesh)))
-    kernels = choose_kernels(jax.devices()[0], config, runtime, rules)
-    model = create_model(config, 0, runtime, rules, kernels)
-    jax.block_until_ready(jax.tree.leaves(model))
-    return model
 
 
 def keep_what_is_there() -> None:

@@ -42,9 +42,9 @@ import jax
 import numpy as np
 from arguments import command_line, not_negative, num_bytes, one_line_errors, positive, real
 from benchmark_engine import NumberTokenizer
-from benchmark_quantised import random_state
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
+from random_models import random_state
 
 from dsjax.config import RECIPES, EngineConfig, ModelConfig
 from dsjax.config.load import load_model_and_runtime

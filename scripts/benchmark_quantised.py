@@ -1,13 +1,13 @@
 """Weights in fewer bits beside bfloat16 and a plain read of the same bytes, in one run.
 
-    python scripts/benchmark_quantised.py products experts decode --batch 1 128
+    python scripts/benchmark_quantised.py products experts --batch 1 128
     python scripts/benchmark_quantised.py float8
 
 `products` are V2-Lite's matrices outside the experts, `experts` one layer of its routed experts
-(SwiGLU and down), `decode` whole steps of a model with random weights and 1,024 cached tokens a
-sequence. Every copy of a matrix is read once in turn, more of them than caches hold, in one program
-of many products. Prints a JSON line a measurement: microseconds, bytes of the weights as stored,
-their rate, and its ratio to the plain read's. Of experts the bytes are those of the experts chosen.
+(SwiGLU and down). Every copy of a matrix is read once in turn, more of them than caches hold, in
+one program of many products. Prints a JSON line a measurement: microseconds, bytes of the weights
+as stored, their rate, and its ratio to the plain read's. Of experts the bytes are those of the
+experts chosen. Whole steps: `benchmark_steps.py --weights`.
 
 `float8` are products of many rows, dense and by group, on Hopper: rows rounded to float8 and the
 rounding alone beside the same product in bfloat16, in microseconds and TFLOP/s.
@@ -15,10 +15,8 @@ rounding alone beside the same product in bfloat16, in microseconds and TFLOP/s.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,13 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from arguments import command_line, num_bytes, one_line_errors, positive
-from flax import nnx
+from random_models import stored_bytes
 
-from dsjax.cache import Part, View, allocate_pool
 from dsjax.config import RECIPES, ModelConfig, RuntimeConfig
 from dsjax.config.load import load_model_config
 from dsjax.kernels import choose_kernels
-from dsjax.model import DeepSeekV2, abstract_model
 from dsjax.quantise import format_of
 from dsjax.xla_options import inference_options
 from pallas_kernels.fp8_rows import BLOCK, quantised_blocks
@@ -51,16 +47,15 @@ FORMATS: dict[str, Format | None] = {
     "int4": format_of("int4_g64"),
 }
 COPIES_BYTES = 256 << 20  # several times an H100's L2 cache
-CACHED = 1024
 
 
 def main() -> None:
     """Measures what the command line asks for."""
     parser = command_line(__doc__)
-    parser.add_argument("what", nargs="+", choices=("products", "experts", "decode", "float8"))
+    parser.add_argument("what", nargs="+", choices=("products", "experts", "float8"))
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 128])
     parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=list(FORMATS))
-    parser.add_argument("--config", default="deepseek_v2_lite", help="the model of experts, decode")
+    parser.add_argument("--config", default="deepseek_v2_lite", help="the model of experts")
     parser.add_argument("--copies-bytes", type=num_bytes, default=COPIES_BYTES)
     arguments = parser.parse_args()
     if "float8" in arguments.what:
@@ -71,25 +66,16 @@ def main() -> None:
     config = load_model_config(arguments.config)
     for batch in arguments.batch:
         if "products" in arguments.what:
-            products(batch, arguments.formats, read, arguments.copies_bytes)
+            products(config, batch, arguments.formats, read, arguments.copies_bytes)
         if "experts" in arguments.what:
             experts(config, batch, arguments.formats, read)
-        if "decode" in arguments.what:
-            for name in arguments.formats:
-                decode(config, batch, name, read)
 
 
-def compiled(
-    function: Callable[..., Any],
-    *arguments: Any,
-    donated: tuple[int, ...] = (),
-    unrolled: bool = False,
-) -> Any:
-    """Compiles as the engine does; `unrolled` is a step that has every layer by itself."""
+def compiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Compiles as the engine does."""
     narrow = any(jnp.dtype(leaf.dtype).itemsize == 1 for leaf in jax.tree.leaves(arguments))
-    options = inference_options(jax.devices()[0].platform, quantised=narrow, unrolled=unrolled)
-    lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
-    return lowered.compile(compiler_options=options or None)
+    options = inference_options(jax.devices()[0].platform, quantised=narrow)
+    return jax.jit(function).lower(*arguments).compile(compiler_options=options or None)
 
 
 def seconds_of(run: Callable[[], Any], rounds: int = 5) -> float:
@@ -128,15 +114,6 @@ def report(name: str, batch: int, form: str, seconds: float, num_bytes: float, r
     print(json.dumps(figures), flush=True)
 
 
-def stored_bytes(tree: Any) -> float:
-    """Returns the bytes of arrays as a GPU or TPU keeps them."""
-    halves = (jnp.dtype(jnp.int4), jnp.dtype(jnp.uint4))
-    return sum(
-        math.prod(leaf.shape) * (0.5 if leaf.dtype in halves else leaf.dtype.itemsize)
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def random_matrix(key: jax.Array, shape: tuple[int, ...], form: Format | None) -> Any:
     """Returns random weights [..., N, K], or [..., K, N] of bfloat16, as products take them."""
@@ -144,8 +121,12 @@ def random_matrix(key: jax.Array, shape: tuple[int, ...], form: Format | None) -
     return weights.swapaxes(-1, -2) if form is None else quantise(weights, form)
 
 
-def products(batch: int, names: Sequence[str], read: float, copies_bytes: int) -> None:
+def products(
+    config: ModelConfig, batch: int, names: Sequence[str], read: float, copies_bytes: int
+) -> None:
     """Times dense products, each of many copies of a matrix in one program."""
+    runtime = RuntimeConfig(param_dtype="bfloat16", quantisation=RECIPES["int8"])
+    kernels = choose_kernels(jax.devices()[0], config, runtime)
     for case in MODELS:
         for name in names:
             form = FORMATS[name]
@@ -160,7 +141,8 @@ def products(batch: int, names: Sequence[str], read: float, copies_bytes: int) -
                 outs = []
                 for x, matrix in zip(rows, matrices, strict=True):
                     if isinstance(matrix, QuantisedWeights):
-                        outs.append(quantised_matmul(x, matrix, implementation="xla"))
+                        how = kernels.of_matrix(matrix, x.dtype)
+                        outs.append(quantised_matmul(x, matrix, **how))
                     else:
                         outs.append(x @ matrix)
                 return outs
@@ -310,86 +292,6 @@ def beside_bfloat16(
         figures[f"{what} of bf16"] = round(seconds["bf16"] / seconds[what], 3)
         figures[f"{what} of bf16, rows rounded before"] = round(seconds["bf16"] / alone, 3)
     print(json.dumps(figures), flush=True)
-
-
-def random_state(abstract: nnx.State) -> nnx.State:
-    """Fills a model's parameters one by one: nothing is held wider than it is stored."""
-
-    def fill(number: int, path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        key, dtype = jax.random.key(number), jnp.dtype(leaf.dtype)
-        if path[-1] == "scales":
-            return jnp.full(leaf.shape, 0.004, dtype)
-        if jnp.issubdtype(dtype, jnp.integer):
-            most = 7 if dtype == jnp.int4 else 127 if dtype == jnp.int8 else 15
-            least = 0 if dtype in (jnp.uint4, jnp.uint8) else -most  # with no mean
-            return _random_integers(key, leaf.shape, dtype, least, most)
-        if "norm" in str(path[-2]):
-            return jnp.ones(leaf.shape, dtype)
-        return _random_floats(key, leaf.shape, dtype)
-
-    flat = nnx.to_flat_state(abstract)
-    filled = [(p, leaf.replace(fill(i, p, leaf))) for i, (p, leaf) in enumerate(flat)]
-    return nnx.from_flat_state(filled)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _random_integers(key: jax.Array, shape: Any, dtype: Any, least: int, most: int) -> jax.Array:
-    return jax.random.randint(key, shape, least, most + 1, jnp.int16).astype(dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _random_floats(key: jax.Array, shape: Any, dtype: Any) -> jax.Array:
-    return (0.02 * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
-
-
-def decode(config: ModelConfig, batch: int, name: str, read: float, steps: int = 20) -> None:
-    """Times decode steps that follow one another, and of them the first waited for alone."""
-    recipe = RECIPES.get(name)
-    runtime = RuntimeConfig(param_dtype="bfloat16", quantisation=recipe)
-    kernels = choose_kernels(jax.devices()[0], config, runtime)
-    graphdef, abstract = abstract_model(config, runtime, None, kernels)
-    state = random_state(abstract)
-    cached = min(CACHED, config.max_length - 64)
-    pages = -(-(cached + 8 * steps) // 64)
-    pool = allocate_pool(
-        config, batch * pages, jnp.dtype(runtime.dtype), decode_kernel=kernels.mla_decode
-    )
-    part = Part(
-        page_table_BP=jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages),
-        lengths_B=jnp.full(batch, cached, jnp.int32),
-        num_new_B=jnp.ones(batch, jnp.int32),
-        num_tokens=1,
-    )
-
-    def step(state: nnx.State, tokens: jax.Array, pool: Any, part: Part) -> Any:
-        model: DeepSeekV2 = nnx.merge(graphdef, state)
-        logits, pool = model.extend(tokens, pool, View((part,)), jnp.arange(batch))
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), pool, part.advanced()
-
-    tokens = jnp.arange(batch, dtype=jnp.int32) % config.vocab_size
-    program = compiled(
-        step, state, tokens, pool, part, donated=(2,), unrolled=kernels.unroll_decode
-    )
-    held: list[Any] = [tokens, pool, part]
-
-    def run() -> Any:
-        for _ in range(steps):
-            held[:] = program(state, *held)
-        return held[0]
-
-    seconds = seconds_of(run, rounds=3) / steps
-    memory = program.memory_analysis()
-    num_bytes = stored_bytes(state)
-    report(f"decode {config.num_layers} layers", batch, name, seconds, num_bytes, read)
-    extra = {
-        "tokens_per_second": round(batch / seconds, 1),
-        "weights_GB": round(num_bytes / 1e9, 3),
-        "temporary_GB": round(memory.temp_size_in_bytes / 1e9, 3) if memory else None,
-        "kernels": dataclasses.asdict(kernels),
-    }
-    print(
-        json.dumps({"measurement": "decode", "batch": batch, "weights": name} | extra), flush=True
-    )
 
 
 if __name__ == "__main__":

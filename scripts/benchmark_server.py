@@ -28,7 +28,8 @@ from typing import Any
 import httpx
 import numpy as np
 from arguments import axis, one_line_errors, positive
-from benchmark_engine import NumberTokenizer, random_model, report
+from benchmark_engine import NumberTokenizer, report
+from random_models import random_model
 
 from dsjax.config import EngineConfig, ServeConfig
 from dsjax.engine import Engine, Request, TextPiece

@@ -13,6 +13,9 @@ cache), other weights once, a row of the embedding a token, latents. The embeddi
 a token's own row leads its stream, which makes routing near-uniform: of_even_routing is the mean
 number of experts that a layer used over what even routing would give.
 
+`--weights int8 int4` measures the same with weights in fewer bits, stored by these recipes, and
+gives their speeds over the first's; each has a process, and a plain read and a dense product in it.
+
 "prefill": whole prompts, as many a step as `--prefill 4x4096` says, over the dense product of this
 run. "long": one prompt in chunks and in one piece, and the decode behind it.
 """
@@ -33,12 +36,14 @@ from typing import Any
 import jax
 import numpy as np
 from arguments import command_line, num_bytes, numbers, one_line_errors, positive, real
-from benchmark_engine import NumberTokenizer, keep_what_is_there, random_model, report, time_of
+from benchmark_engine import NumberTokenizer, keep_what_is_there, report, time_of
 from benchmark_mla_decode import time_matmul, time_read
+from flax import nnx
+from random_models import random_model, stored_bytes
 from recorded_steps import Recorder, decode_figures, seconds_a_step, spread_tokens
 from transformers_peer import PeerSteps, missing
 
-from dsjax.config import EngineConfig
+from dsjax.config import RECIPES, EngineConfig
 from dsjax.config.load import load_model_and_runtime
 from dsjax.counts import serving_flops
 from dsjax.engine import Engine, Request
@@ -46,6 +51,7 @@ from dsjax.inference.sampling import Sampling
 from dsjax.model import DeepSeekV2
 
 OURS, PEER = "ours", "peer"
+WEIGHTS = ("bf16", *RECIPES)
 PARTS = ("decode", "prefill", "long", "peer")
 CHUNK = 2048
 PREFILLS = 8  # steps, of which the first three and the last fill and empty the queue
@@ -70,6 +76,7 @@ def main() -> None:
     parser.add_argument("--read-bytes", type=num_bytes, default=2 << 30, help="of the plain read")
     parser.add_argument("--dense-size", type=positive, default=8192, help="of the dense product")
     parser.add_argument("--embed-scale", type=real, default=50.0)
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS[:1], help="ours")
     parser.add_argument("--side", choices=(OURS, PEER), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     config, _ = load_model_and_runtime(arguments.config, arguments.overrides)
@@ -80,7 +87,7 @@ def main() -> None:
         measure_ours(arguments)
     elif arguments.side == PEER:
         measure_peer(arguments)
-    elif not in_own_processes(arguments.parts):
+    elif not in_own_processes(arguments.parts, arguments.weights):
         sys.exit(1)
 
 
@@ -90,17 +97,17 @@ def sizes(text: str) -> tuple[int, int]:
     return batch, length
 
 
-def in_own_processes(parts: list[str]) -> bool:
+def in_own_processes(parts: list[str], weights: list[str]) -> bool:
     """Runs the sides one after the other, as each leaves its memory only when it ends.
 
     Returns:
         Whether all went well; a peer that cannot be run here did no harm.
     """
     found: dict[tuple[str, int, int], dict[str, float]] = {}
-    sides = [OURS] if set(parts) - {PEER} else []
-    sides += [PEER] if PEER in parts else []
+    sides = [(name, OURS) for name in weights] if set(parts) - {PEER} else []
+    sides += [(PEER, PEER)] if PEER in parts else []
     well = True
-    for side in sides:
+    for name, side in sides:
         environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} | dict(os.environ)
         if side == PEER:
             if (package := missing()) is not None:
@@ -108,7 +115,8 @@ def in_own_processes(parts: list[str]) -> bool:
                 continue
             environment["JAX_PLATFORMS"] = "cpu"  # our code takes no memory of the device there
             environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        command = [sys.executable, *sys.argv, "--side", side]
+        own = ["--weights", name] if side == OURS else []
+        command = [sys.executable, *sys.argv, *own, "--side", side]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as ran:
             assert ran.stdout is not None
             for line in ran.stdout:
@@ -116,15 +124,16 @@ def in_own_processes(parts: list[str]) -> bool:
                 if line.startswith("{"):
                     figures = json.loads(line)
                     of_shape = (figures["measurement"], figures.get("batch"), figures.get("length"))
-                    found.setdefault(of_shape, {})[side] = figures.get("tokens_per_second")
+                    found.setdefault(of_shape, {})[name] = figures.get("tokens_per_second")
         if ran.returncode:
             well = False
-            print(json.dumps({"measurement": side, "failed": ran.returncode}), flush=True)
-    for (name, batch, length), speeds in found.items():
-        if all(speeds.get(side) for side in (OURS, PEER)):
-            ratio = speeds[OURS] / speeds[PEER]
-            shape = {"of": name, "batch": batch, "length": length}
-            print(json.dumps({"measurement": "ratio", **shape, "to_peer": ratio}), flush=True)
+            print(json.dumps({"measurement": name, "failed": ran.returncode}), flush=True)
+    for (what, batch, length), speeds in found.items():
+        shape = {"of": what, "batch": batch, "length": length}
+        for name, other in [(weights[0], PEER), *((each, weights[0]) for each in weights[1:])]:
+            if speeds.get(name) and speeds.get(other):
+                ratio = {"side": name, "to": other, "ratio": speeds[name] / speeds[other]}
+                print(json.dumps({"measurement": "ratio", **shape, **ratio}), flush=True)
     return well
 
 
@@ -135,20 +144,23 @@ def measure_ours(arguments: argparse.Namespace) -> None:
     about = {"read_bytes": arguments.read_bytes, "dense_size": arguments.dense_size}
     report("ceilings", about | {"bytes_per_second": read, "flops_per_second": dense})
     gc.collect()
-    model = random_model(arguments.config, arguments.overrides, ())
+    (weights,) = arguments.weights
+    recipe = weights if weights in RECIPES else None
+    model = random_model(arguments.config, arguments.overrides, recipe=recipe)
     spread_tokens(model, arguments.embed_scale)
+    stored = {"weights": weights, "weight_bytes": stored_bytes(nnx.state(model))}
     rows = [sizes(row) for row in arguments.rows]
     if "decode" in arguments.parts:
         for figures in decode(model, rows, arguments.steps, read):
-            report("decode", figures | {"embed_scale": arguments.embed_scale})
+            report("decode", stored | figures | {"embed_scale": arguments.embed_scale})
     if "prefill" in arguments.parts:
-        report("prefill", prefill(model, *sizes(arguments.prefill), dense))
+        report("prefill", stored | prefill(model, *sizes(arguments.prefill), dense))
     if "long" in arguments.parts:
         pieces = (arguments.chunk, arguments.long)
         for name, figures in long_prompt(
             model, arguments.long, pieces, arguments.steps, arguments.repeats, read
         ):
-            report(name, figures)
+            report(name, stored | figures)
 
 
 def random_requests(

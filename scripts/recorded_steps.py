@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Container
 from collections.abc import Sequence as Listing
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +22,13 @@ from flax import nnx
 from dsjax.cache import LatentPool, latent_bytes_per_token
 from dsjax.engine import Engine
 from dsjax.engine.compiled import compiled
-from dsjax.engine.pending import Row
+from dsjax.engine.pending import Reading
 from dsjax.engine.programs import ModelKey, RowShape, rows_of
 from dsjax.engine.state import Sequence, Step
 from dsjax.layers.moe import MoE
 from dsjax.model import Block, DeepSeekV2
 from dsjax.plan.expected import share_of_experts
+from dsjax.weights.host_experts import stored_bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Recorder:
         self._runner = engine._runner
         read = self._runner.read
 
-        def noted(steps: Listing[Step], prompt_logprobs: Container[Sequence] = ()) -> Future[Row]:
+        def noted(steps: Listing[Step], prompt_logprobs: Container[Sequence] = ()) -> Reading:
             (step,) = steps
             decoding = [(s, _slot(s), s.num_cached - 1) for s in step.decoding]
             prompts = sum(piece.num_tokens for piece in step.pieces)
@@ -170,7 +170,7 @@ def step_bytes(
     found = {"experts": 0.0, "embedding": 0.0, "other_weights": 0.0}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         array = variable[...]
-        size = array.size * array.dtype.itemsize
+        size = stored_bytes(array.shape, array.dtype)
         if path[0] == "embed":
             found["embedding"] += rows * size / config.vocab_size
         elif path[0] == "moe_layers" and path[-3] == "feed_forward":  # the router lies deeper

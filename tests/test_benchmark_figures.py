@@ -176,8 +176,9 @@ def test_an_open_loop_asks_when_it_is_due_and_ends_what_is_left(script):
 
 @pytest.mark.parametrize("done", [True, False])
 def test_a_device_waits_where_all_that_was_launched_is_done(script, done):
-    array = SimpleNamespace(is_ready=lambda: done)
-    chosen = SimpleNamespace(tokens_M=array)
+    array = SimpleNamespace(is_ready=lambda: done, is_deleted=lambda: False)
+    launched = SimpleNamespace(tokens_M=array)
+    chosen = SimpleNamespace(done=lambda: True, result=lambda: launched)
     runner = SimpleNamespace(read=lambda *_: None, choose=lambda *_: chosen)
     engine = SimpleNamespace(_runner=runner, _loop=SimpleNamespace(num_open=0))
     with script("open_loop").watched(engine) as samples:
@@ -229,7 +230,7 @@ def test_a_prefill_and_a_long_prompt_have_their_figures(script, monkeypatch):
 def test_without_transformers_the_peer_is_a_line(script, monkeypatch, capsys):
     steps = script("benchmark_steps")
     monkeypatch.setattr(steps, "missing", lambda: "torch")
-    assert steps.in_own_processes(["peer"])
+    assert steps.in_own_processes(["peer"], ["bf16"])
     assert json.loads(capsys.readouterr().out)["skipped"] == "no torch here"
 
 
@@ -240,7 +241,8 @@ def test_sides_are_put_beside_each_other(script, monkeypatch, capsys):
 
     class Ran(SimpleNamespace):
         def __init__(self, command, **_):
-            speed = {"ours": 30.0, "peer": 10.0}[command[-1]]
+            weights = command[command.index("--weights") + 1] if "ours" in command else "peer"
+            speed = {"bf16": 30.0, "int8": 60.0, "peer": 10.0}[weights]
             line = {"measurement": "decode", "batch": 1, "length": 8, "tokens_per_second": speed}
             super().__init__(stdout=[json.dumps(line) + "\n"], returncode=0)
 
@@ -251,6 +253,8 @@ def test_sides_are_put_beside_each_other(script, monkeypatch, capsys):
             return None
 
     monkeypatch.setattr(subprocess, "Popen", Ran)
-    assert steps.in_own_processes(["decode", "peer"])
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last == {"measurement": "ratio", "of": "decode", "batch": 1, "length": 8, "to_peer": 3.0}
+    assert steps.in_own_processes(["decode", "peer"], ["bf16", "int8"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()[-2:]]
+    shape = {"measurement": "ratio", "of": "decode", "batch": 1, "length": 8}
+    assert lines[0] == shape | {"side": "bf16", "to": "peer", "ratio": 3.0}
+    assert lines[1] == shape | {"side": "int8", "to": "bf16", "ratio": 2.0}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dsjax.engine import Engine, Request, TextPiece
-from dsjax.engine.pending import Chosen, Row
+from dsjax.engine.pending import Chosen, Reading
 
 SAMPLE_SECONDS = 0.001
 
@@ -171,14 +171,15 @@ def watched(engine: Engine) -> Iterator[list[bool]]:
     samples: list[bool] = []
     over = threading.Event()
 
-    def noted_read(steps: Any, prompt_logprobs: Container[Any] = ()) -> Future[Row]:
-        row = read(steps, prompt_logprobs)
+    def noted_read(steps: Any, prompt_logprobs: Container[Any] = ()) -> Reading:
+        reading = read(steps, prompt_logprobs)
+        row = reading.row
         newest[0] = lambda: row.done() and _is_ready(row.result().logits_MW)
-        return row
+        return reading
 
-    def noted_choose(*given: Any) -> Chosen:
+    def noted_choose(*given: Any) -> Future[Chosen]:
         chosen = choose(*given)
-        newest[0] = lambda: _is_ready(chosen.tokens_M)
+        newest[0] = lambda: chosen.done() and _is_ready(chosen.result().tokens_M)
         return chosen
 
     def watch() -> None:
@@ -199,5 +200,8 @@ def watched(engine: Engine) -> Iterator[list[bool]]:
 
 
 def _is_ready(array: Any) -> bool:
-    """Whether an array has been computed; asks, and waits for nothing."""
-    return bool(array.is_ready())
+    """Whether an array has been computed; asks, and waits for nothing.
+
+    One that has been deleted has an array made of it, which is to be asked then.
+    """
+    return not array.is_deleted() and bool(array.is_ready())

@@ -15,7 +15,7 @@ from dsjax.engine.active import Active
 from dsjax.engine.figures import Figures, Meter
 from dsjax.engine.lanes import Lanes
 from dsjax.engine.packing import Choice
-from dsjax.engine.pending import Chosen, Row
+from dsjax.engine.pending import Chosen, Reading
 from dsjax.engine.request import Finish, compute_masks
 from dsjax.engine.runner import Runner
 from dsjax.engine.state import Sequence, Step
@@ -76,16 +76,27 @@ class Loop:
             heapq.heappush(self._deadlines, (at, self._num_added, active))
 
     def turn(self) -> None:
-        """Launches a step, takes what the one before gave, and launches the choice after it."""
+        """Launches a step and the choice after it, and takes what the one before gave.
+
+        A grammar must know that before it says what may follow; the choice waits for it then.
+        """
         self._end_late_ones()
         if self.gave_up is not None:
             return
         try:
-            steps = self._lanes.next_steps()
-            row = None if steps is None else self._read(steps)
-            self._settle_step()
-            if steps is not None and row is not None:
-                self._choose(steps, row.result())
+            following, steps = None, self._lanes.next_steps()
+            if steps is None:
+                self._settle_step()
+            else:
+                reading = self._read(steps)
+                first = self._has_masks(steps)
+                if first:
+                    self._settle_step()
+                following = self._choose(steps, reading)
+                if not first:
+                    self._settle_step()
+                reading.row.result()  # raises where it could not be launched
+            self._under_way = following
             self._num_failures = 0
         except Exception as error:
             self._fail(error)
@@ -100,7 +111,7 @@ class Loop:
         except Exception as error:
             self._fail(error)
 
-    def _read(self, steps: list[Step]) -> Future[Row]:
+    def _read(self, steps: list[Step]) -> Reading:
         for sequence in (started for step in steps for started in step.started):
             active = self._active[sequence]
             if active.counts_tokens:
@@ -116,10 +127,15 @@ class Loop:
         }
         return self._runner.read(steps, wants)
 
-    def _choose(self, steps: list[Step], row: Row) -> None:
+    def _has_masks(self, steps: list[Step]) -> bool:
+        """Whether a grammar has a say in what follows a step."""
+        samples = (sequence for step in steps for sequence in step.samples)
+        return any(self._active[sequence].request.mask is not None for sequence in samples)
+
+    def _choose(self, steps: list[Step], reading: Reading) -> _UnderWay:
         self._meter.step(steps)
         live = [
-            (row.place(lane, index), self._active[sequence])
+            (reading.place(lane, index), self._active[sequence])
             for lane, step in enumerate(steps)
             for index, sequence in enumerate(step.samples)
             if sequence in self._active
@@ -130,8 +146,9 @@ class Loop:
         choices, live = self._choices(live)
         if live:
             sequences = [one.sequence for _, one in live]
-            chosen = self._runner.choose(row, sequences, choices, [place for place, _ in live])
-        self._under_way = _UnderWay(steps, live, chosen, row)
+            places = [place for place, _ in live]
+            chosen = self._runner.choose(reading, sequences, choices, places)
+        return _UnderWay(steps, live, chosen, reading)
 
     def _choices(
         self, live: list[tuple[int, Active]]
@@ -152,12 +169,11 @@ class Loop:
         under_way, self._under_way = self._under_way, None
         if under_way is None:
             return
-        if under_way.row.prompt_logprobs is not None:
-            self._give_prompt_logprobs(under_way.steps, under_way.row)
+        self._give_prompt_logprobs(under_way.steps, under_way.reading)
         if under_way.chosen is None:
             return
         waited = time.monotonic()
-        tokens_M, logprobs = under_way.chosen.on_host()
+        tokens_M, logprobs = under_way.chosen.result().on_host()
         now = time.monotonic()
         self._meter.waited(now - waited)
         tokens = tokens_M.tolist()
@@ -178,13 +194,15 @@ class Loop:
             if active.generation is not None:
                 self._forget(active)
 
-    def _give_prompt_logprobs(self, steps: list[Step], row: Row) -> None:
-        logprobs: LogProbs = jax.device_get(row.prompt_logprobs)
+    def _give_prompt_logprobs(self, steps: list[Step], reading: Reading) -> None:
+        logprobs: LogProbs | None = jax.device_get(reading.row.result().prompt_logprobs)
+        if logprobs is None:
+            return
         for lane, step in enumerate(steps):
             for index, piece in enumerate(step.pieces):
                 active = self._active.get(piece.sequence)
                 if active is not None:
-                    active.feed_prompt(piece, logprobs, row.prompt_place(lane, index))
+                    active.feed_prompt(piece, logprobs, reading.prompt_place(lane, index))
 
     # Ends
 
@@ -251,5 +269,5 @@ class _UnderWay(NamedTuple):
 
     steps: list[Step]
     live: list[tuple[int, Active]]
-    chosen: Chosen | None
-    row: Row
+    chosen: Future[Chosen] | None
+    reading: Reading

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
-from dsjax.engine.programs import RowShape
+from dsjax.engine.programs import ChoiceShape, RowShape
 from dsjax.engine.state import ChunkShape, Piece, Sequence, Step
 from dsjax.inference.sampler import PACKED_SIZE, LogitChanges
 
@@ -84,19 +86,20 @@ def _pack_pieces(
 
 
 def pack_choices(
-    size: int,
+    shape: ChoiceShape,
     sequences: Listing[Sequence],
     choices: Listing[Choice],
     places: Listing[int],
     nobody: int,
 ) -> np.ndarray:
     """Returns the rows that `programs.choose_tokens` takes; those of nobody are thrown away."""
-    packed_MK = np.zeros((size, PACKED_SIZE + 1), np.uint32)
+    packed_MK = np.zeros((shape.num_wanted, PACKED_SIZE + 1), np.uint32)
     packed_MK[:, PACKED_SIZE] = nobody
-    if choices:
-        packed = np.concatenate([choice.packed for choice in choices])
-        packed_MK[places, :PACKED_SIZE] = packed.reshape(-1, PACKED_SIZE)
+    if sequences:
         packed_MK[places, PACKED_SIZE] = [_slot(sequence) for sequence in sequences]
+        if shape.draws or shape.changes:
+            packed = np.concatenate([choice.packed for choice in choices])
+            packed_MK[places, :PACKED_SIZE] = packed.reshape(-1, PACKED_SIZE)
     return packed_MK
 
 
@@ -113,6 +116,20 @@ def pack_changes(
             ids_MK[at, : len(ids)] = ids
             bias_MK[at, : len(ids)] = numbers
     return allowed_MV, ids_MK, bias_MK
+
+
+class LastSent:
+    """Sends arrays to the device, each only where it differs from the one before."""
+
+    def __init__(self, put: Callable[[np.ndarray], jax.Array]) -> None:
+        self._put = put
+        self._sent: tuple[np.ndarray, jax.Array] | None = None
+
+    def __call__(self, array: np.ndarray) -> jax.Array:
+        """Returns the array on the device."""
+        if self._sent is None or not np.array_equal(self._sent[0], array):
+            self._sent = array, self._put(array)
+        return self._sent[1]
 
 
 def _slot(sequence: Sequence) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +24,17 @@ class Chosen(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Rows that are being read: their logits, and log-probabilities of the prompts' tokens."""
+    """Rows that have been launched: their logits, and log-probabilities of the prompts' tokens."""
 
-    shape: RowShape
     logits_MW: jax.Array
     prompt_logprobs: LogProbs | None
+
+
+class Reading(NamedTuple):
+    """Rows that are being read: their shape, and what they give once they are launched."""
+
+    shape: RowShape
+    row: Future[Row]
 
     def place(self, lane: int, index: int) -> int:
         """Returns where the logits of a lane's sample lie."""

@@ -21,8 +21,8 @@ from dsjax.engine import programs
 from dsjax.engine.compiled import are_quantised, compiled
 from dsjax.engine.host_reader import HostReader, Tables
 from dsjax.engine.launcher import Launcher
-from dsjax.engine.packing import Choice, pack_changes, pack_choices, pack_rows
-from dsjax.engine.pending import Chosen, Row, copy_to_host
+from dsjax.engine.packing import Choice, LastSent, pack_changes, pack_choices, pack_rows
+from dsjax.engine.pending import Chosen, Reading, Row, copy_to_host
 from dsjax.engine.programs import ChoiceShape, ModelKey, RowShape
 from dsjax.engine.shapes import Shapes
 from dsjax.engine.sizes import expert_capacity, num_lanes, pool_shapes, serving_model_rules
@@ -36,8 +36,9 @@ class Runner:
     """Holds a model, the pool and the tables, and runs steps; knows nothing of requests.
 
     All launches return before the device is done. To launch a step's many kernels takes the host
-    milliseconds, so a thread does it while the host takes what the step before gave; where experts
-    are in the host's memory, that thread reads a row layer by layer.
+    milliseconds, so a thread does it, and launches the choice after them, while the host takes what
+    the step before gave; where experts are in the host's memory, that thread reads a row layer by
+    layer. What else touches the arrays waits for the thread first.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Runner:
                 self._key, self._leaves, experts, capacity, self._sharding
             )
         self._programs: dict[_ProgramKey, Any] = {}
+        self._put_choices = LastSent(self._put)
         self._launcher = Launcher()
 
     # Arrays
@@ -110,6 +112,7 @@ class Runner:
         """Allocates the pool and the tables anew, as at the start and after a failed step."""
         self._launcher.wait()
         self._arrays = None
+        self._put_choices = LastSent(self._put)
         self._known_W = self._put(self._known_ids)
         self._arrays = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self._shapes
@@ -164,17 +167,14 @@ class Runner:
 
     # Launching
 
-    def read(self, steps: Listing[Step], prompt_logprobs: Container[Sequence] = ()) -> Future[Row]:
-        """Begins to read the rows of a step; nothing else may be launched before that is done.
+    def read(self, steps: Listing[Step], prompt_logprobs: Container[Sequence] = ()) -> Reading:
+        """Begins to read the rows of a step, once all before is launched.
 
         Args:
             steps: the step of each lane; those that have a chunk have the same.
             prompt_logprobs: sequences whose prompts' tokens get their log-probabilities.
-
-        Returns:
-            The rows, once they are launched.
         """
-        self._launcher.wait()  # where the wait for the step before was broken off
+        self._launcher.wait()
         assert self._arrays is not None
         self._set_pages([page for step in steps for page in step.new_pages])
         shape = self.shapes.row(
@@ -185,7 +185,7 @@ class Runner:
             all(piece.start == 0 for step in steps for piece in step.pieces),
         )
         integers_RK = self._put(pack_rows(shape, steps, self._nobody))
-        return self._launcher.submit(self._read_rows, shape, integers_RK)
+        return Reading(shape, self._launcher.submit(self._read_rows, shape, integers_RK))
 
     def _read_rows(self, shape: RowShape, integers_RK: jax.Array) -> Row:
         assert self._arrays is not None
@@ -201,66 +201,70 @@ class Runner:
         self._arrays = self._arrays._replace(pool=pool)
         if logprobs is not None:
             copy_to_host(logprobs)
-        return Row(shape, logits_MW, logprobs)
+        return Row(logits_MW, logprobs)
 
     def choose(
         self,
-        row: Row,
+        reading: Reading,
         sequences: Listing[Sequence],
         choices: Listing[Choice],
         places: Listing[int],
-    ) -> Chosen:
-        """Begins to choose next tokens.
+    ) -> Future[Chosen]:
+        """Begins to choose next tokens, once the rows that they follow are launched.
 
         Args:
-            row: what `read` gave.
+            reading: what `read` gave.
             sequences: whose tokens.
             choices: how each is chosen.
             places: of each among the logits wanted.
         """
-        shape = ChoiceShape(
-            row.logits_MW.shape[0],
+        asked = ChoiceShape(
+            reading.shape.num_rows * reading.shape.num_wanted,
             draws=any(choice.draws for choice in choices),
             limits=any(choice.limits for choice in choices),
             changes=any(choice.changes for choice in choices),
             logprobs=any(choice.logprobs for choice in choices),
         )
-        return self._choose(self.shapes.choice(shape), row.logits_MW, sequences, choices, places)
+        shape = self.shapes.choice(asked)
+        # Packed before the choices change.
+        packed_MK = pack_choices(shape, sequences, choices, places, self._nobody)
+        changes = None
+        if shape.changes:
+            changes = pack_changes(shape.num_wanted, self._vocab_size, choices, places)
+
+        def launch() -> Chosen:
+            return self._choose(shape, reading.row.result().logits_MW, packed_MK, changes)
+
+        return self._launcher.submit(launch)
 
     def _choose(
         self,
         shape: ChoiceShape,
         logits_MW: jax.Array,
-        sequences: Listing[Sequence] = (),
-        choices: Listing[Choice] = (),
-        places: Listing[int] = (),
+        packed_MK: np.ndarray,
+        changes: tuple[np.ndarray, ...] | None,
     ) -> Chosen:
         assert self._arrays is not None
-        num_wanted = shape.num_wanted
-        packed_MK = pack_choices(num_wanted, sequences, choices, places, self._nobody)
-        counts = changes = None
-        if shape.changes:
-            counts = self._counts()
-            changes = tuple(
-                self._put(array)
-                for array in pack_changes(num_wanted, self._vocab_size, choices, places)
-            )
+        counts = self._counts() if shape.changes else None
         tokens_M, logprobs, newest_S, counts = self.program(shape)(
             logits_MW,
             self._arrays.newest_S,
             self._known_W,
-            self._put(packed_MK),
+            self._put_choices(packed_MK),
             counts,
-            changes,
+            None if changes is None else tuple(map(self._put, changes)),
         )
         self._arrays = self._arrays._replace(newest_S=newest_S)
         if counts is not None:
             self._arrays = self._arrays._replace(counts_SW=counts)
         copy_to_host((tokens_M, logprobs))
+        # The next row's get their place: a CUDA graph whose arrays have moved is written anew.
+        logits_MW.delete()
         return Chosen(tokens_M, logprobs)
 
     def set_counts(self, slot: int, prompt: Listing[int], text: Listing[int]) -> None:
         """Counts a sequence's tokens, before the first choice that depends on them."""
+        self._launcher.wait()
         assert self._arrays is not None
         row_W = 2 * np.bincount(text, minlength=self._vocab_size).astype(np.int32)
         row_W[np.asarray(prompt)] |= 1
@@ -315,7 +319,11 @@ class Runner:
                 self._read_rows(rows, self._put(packed))
         for shape in self.shapes.choices():
             wide = (shape.num_wanted, self._vocab_size)
-            self._choose(shape, jnp.zeros(wide, jnp.float32, device=self._logits_sharding))
+            logits_MW = jnp.zeros(wide, jnp.float32, device=self._logits_sharding)
+            packed_MK, changes = pack_choices(shape, (), (), (), self._nobody), None
+            if shape.changes:
+                changes = pack_changes(shape.num_wanted, self._vocab_size, (), ())
+            self._choose(shape, logits_MW, packed_MK, changes)
         assert self._arrays is not None
         self._set_pages([(self._nobody + 1, 0, 0)])  # a place past the table's end: nothing is set
         self.set_counts(self._nobody, [0], [])

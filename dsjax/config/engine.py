@@ -37,7 +37,7 @@ class EngineConfig:
             beside it.
         chunk_tokens: prompt tokens that a step reads at most, on each device with own sequences.
         chunks: shapes of the room for prompts, of which a step has one: (sequences, tokens of
-            each). None takes four that `chunk_tokens` gives.
+            each). None takes five that `chunk_tokens` gives.
         max_length: tokens of a sequence, prompt and text; None takes the model's.
         num_pages: pages of a device's latent pool; None takes what fits into `memory_fraction`.
         page_size: tokens that a device has of a page. Devices that divide heads have so many each,
@@ -93,9 +93,13 @@ class EngineConfig:
         return tuple(reversed(sizes))
 
     def chunk_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Returns the shapes of the room for prompts: one long prompt to many short ones."""
+        """Returns the shapes of the room for prompts: one long prompt to many short ones.
+
+        The first is for what a turn of a conversation adds: so few tokens that the models' latent
+        attention need not expand what is cached before them.
+        """
         if self.chunks is not None:
             return self.chunks
         whole, half, short = (max(1, self.chunk_tokens // parts) for parts in (1, 2, 8))
-        shapes = ((1, short), (min(8, self.max_batch), short), (min(2, self.max_batch), half))
-        return tuple(dict.fromkeys((*shapes, (1, whole))))
+        shapes = ((1, min(64, short)), (1, short), (min(8, self.max_batch), short))
+        return tuple(dict.fromkeys((*shapes, (min(2, self.max_batch), half), (1, whole))))

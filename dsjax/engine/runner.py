@@ -24,7 +24,7 @@ from dsjax.engine.launcher import Launcher
 from dsjax.engine.packing import Choice, LastSent, pack_changes, pack_choices, pack_rows
 from dsjax.engine.pending import Chosen, Reading, Row, copy_to_host
 from dsjax.engine.programs import ChoiceShape, ModelKey, RowShape
-from dsjax.engine.shapes import Shapes
+from dsjax.engine.shapes import Shapes, first_chunks
 from dsjax.engine.sizes import expert_capacity, num_lanes, pool_shapes, serving_model_rules
 from dsjax.engine.state import Limits, Sequence, Step
 from dsjax.inference.sampler import PACKED_SIZE, LogitChanges
@@ -76,7 +76,7 @@ class Runner:
             self._num_lanes,
             config.prompt_logprobs,
             # Who compiles what a call needs, when it needs it, waits for each program.
-            knows_first=config.warm_up,
+            first_chunks(model.config.attention, limits.chunks) if config.warm_up else (),
         )
         self._vocab_size = model.config.vocab_size
         rules = serving_model_rules(model)

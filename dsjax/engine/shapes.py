@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsjax.config import AttentionConfig
 from dsjax.engine.programs import ChoiceShape, RowShape
 from dsjax.engine.state import ChunkShape
+from dsjax.layers.attention import costs_less_absorbed
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Shapes:
         chunks: room for pieces of prompts.
         num_lanes: rows of a step.
         prompt_logprobs: whether prompts may get log-probabilities.
-        knows_first: whether steps that begin all their prompts have shapes of their own.
+        first_chunks: those of which a step that begins all its prompts has a shape of its own.
     """
 
     decode_sizes: tuple[int, ...]
@@ -26,7 +28,7 @@ class Shapes:
     chunks: tuple[ChunkShape, ...]
     num_lanes: int = 1
     prompt_logprobs: bool = False
-    knows_first: bool = True
+    first_chunks: tuple[ChunkShape, ...] = ()
 
     def row(
         self,
@@ -54,7 +56,7 @@ class Shapes:
         few = sizes and max(num_decoding, num_chosen) <= sizes[0] and not prompt_logprobs
         few = few and chunk.row_tokens < 2 * self.most_rows
         size = sizes[0] if few else self.most_rows
-        is_first &= self.knows_first and not prompt_logprobs
+        is_first &= chunk in self.first_chunks and not prompt_logprobs
         return RowShape(size, chunk, size, prompt_logprobs, self.num_lanes, is_first)
 
     def rows(self) -> list[RowShape]:
@@ -86,3 +88,8 @@ class Shapes:
             for kind in kinds
             for logprobs in (False, True)
         ]
+
+
+def first_chunks(config: AttentionConfig, chunks: tuple[ChunkShape, ...]) -> tuple[ChunkShape, ...]:
+    """Returns the chunks that expand what is cached before them, unless nothing is."""
+    return tuple(c for c in chunks if not costs_less_absorbed(config, c.num_tokens))

@@ -84,6 +84,7 @@ CASES = (
     Case("two_queries", (2, 65, 300), num_tokens=2),
     Case("four_queries", (64, 67, 200, 4), num_tokens=4),
     Case("fewer_tokens_than_queries", (1, 2, 0, 90), num_tokens=4),
+    Case("turn_of_a_conversation", (40, 300), num_tokens=32),
     Case("three_queries_64_heads", (190, 64), num_tokens=3, num_heads=64),
     Case("128_heads", (130, 65, 0), num_heads=128),
     Case("128_heads_two_queries", (129, 257), num_tokens=2, num_heads=128),

@@ -5,6 +5,6 @@ cheaper for each. `divided` is the absorbed form where devices divide heads, `co
 one where they divide rows, in training.
 """
 
-from dsjax.layers.attention.latent import MLA
+from dsjax.layers.attention.latent import MLA, costs_less_absorbed
 
-__all__ = ["MLA"]
+__all__ = ["MLA", "costs_less_absorbed"]

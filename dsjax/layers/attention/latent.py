@@ -173,18 +173,10 @@ class MLA(nnx.Module):
         return self._output(out_BTHV), pool
 
     def _prefers_absorbed(self, part: Part, pool: LatentPool) -> bool:
-        """Chooses the form that costs less, from sizes that are known while tracing.
-
-        Absorbed, a query multiplies 2 C + R numbers with each key; expanded, N + R + V, but every
-        cached key is expanded first, which is C (N + V) for all queries together. So the costs
-        cross at C (N + V) / (2 C - N - V) tokens a sequence: 171 for DeepSeek-V2.
-        """
-        if part.is_first:
-            return False  # no cached key has to be expanded
+        """Chooses the form that costs less, from sizes that are known while tracing."""
         config = self.config
-        expanded = config.qk_nope_head_dim + config.v_head_dim
-        absorbed = 2 * config.kv_lora_rank
-        if part.num_tokens * (absorbed - expanded) >= config.kv_lora_rank * expanded:
+        # Of what comes first no cached key has to be expanded.
+        if part.is_first or not costs_less_absorbed(config, part.num_tokens):
             return False
         if self.options.rules.dividing_axes("page_tokens"):
             return part.num_tokens <= MAX_DECODE_TOKENS  # pages are read once for each token
@@ -349,6 +341,18 @@ class _Tokens(NamedTuple):
     q_rope_BTHR: jax.Array
     latent_BTC: jax.Array
     k_rope_BTR: jax.Array
+
+
+def costs_less_absorbed(config: AttentionConfig, num_tokens: int) -> bool:
+    """Says whether so few tokens of a sequence had better attend in the latent space.
+
+    Absorbed, a query multiplies 2 C + R numbers with each key; expanded, N + R + V, but every
+    cached key is expanded first, which is C (N + V) for all queries together. So the costs cross at
+    C (N + V) / (2 C - N - V) tokens: 171 for DeepSeek-V2.
+    """
+    expanded = config.qk_nope_head_dim + config.v_head_dim
+    absorbed = 2 * config.kv_lora_rank
+    return num_tokens * (absorbed - expanded) < config.kv_lora_rank * expanded
 
 
 def _cut(row_BTX: jax.Array, part: Part, first: int) -> jax.Array:

@@ -372,4 +372,5 @@ def test_requests_from_many_threads_are_all_answered():
 def test_the_default_sizes_are_few():
     config = EngineConfig(max_batch=256)
     assert config.decode_sizes() == (1, 4, 16, 64, 256)
-    assert config.chunk_shapes() == ((1, 256), (8, 256), (2, 1024), (1, 2048))
+    assert config.chunk_shapes() == ((1, 64), (1, 256), (8, 256), (2, 1024), (1, 2048))
+    assert EngineConfig(chunk_tokens=256).chunk_shapes() == ((1, 32), (8, 32), (2, 128), (1, 256))

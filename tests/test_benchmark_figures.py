@@ -18,6 +18,7 @@ from dsjax.cache import latent_bytes_per_token
 from dsjax.config import EngineConfig
 from dsjax.engine import Request
 from dsjax.inference.sampling import Sampling
+from dsjax.layers.linear import Linear
 from tests import oracle
 from tests.dsjax.engine.small_engine import MODEL_CONFIG, TOKENIZER, an_engine, the_model
 from tests.small_models import oracle_weights
@@ -119,6 +120,22 @@ def test_the_bound_counts_bytes_as_by_hand(script):
     whole = script("recorded_steps").step_bytes(model, config.vocab_size, 0, moe.num_experts)
     sizes = sum(v[...].size for _, v in nnx.to_flat_state(nnx.state(model)))
     assert sum(whole.values()) == pytest.approx(4 * sizes)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "fp8", "int4"])
+def test_random_weights_in_fewer_bits_stand_for_numbers_of_one_size(script, recipe):
+    """Else layers would drown what a token brings, and its experts be everybody's."""
+    models = script("random_models")
+    sizes = ["num_layers=2", "hidden_dim=256"]
+    model = models.random_model("tiny", sizes, recipe=recipe)
+    matrices = [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
+    stored = [matrix for matrix in matrices if matrix.form is not None]
+    assert len(stored) > 10
+    for matrix in matrices:
+        deviation = float(np.std(np.asarray(matrix.stored(), np.float32)))
+        assert deviation == pytest.approx(0.02, rel=0.1)
+    whole = models.stored_bytes(nnx.state(models.random_model("tiny", sizes)))
+    assert models.stored_bytes(nnx.state(model)) < {"int4": 0.45}.get(recipe, 0.65) * whole
 
 
 def test_arrivals_are_a_poisson_process(script):

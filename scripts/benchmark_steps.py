@@ -15,6 +15,7 @@ number of experts that a layer used over what even routing would give.
 
 `--weights int8 int4` measures the same with weights in fewer bits, stored by these recipes, and
 gives their speeds over the first's; each has a process, and a plain read and a dense product in it.
+With `--profile FOLDER` a text file a row says which kernels ran, and when none did.
 
 "prefill": whole prompts, as many a step as `--prefill 4x4096` says, over the dense product of this
 run. "long": one prompt in chunks and in one piece, and the decode behind it.
@@ -30,7 +31,9 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,8 +42,9 @@ from arguments import command_line, num_bytes, numbers, one_line_errors, positiv
 from benchmark_engine import NumberTokenizer, keep_what_is_there, report, time_of
 from benchmark_mla_decode import time_matmul, time_read
 from flax import nnx
+from profiles import kernels_in, summary
 from random_models import random_model, stored_bytes
-from recorded_steps import Recorder, decode_figures, seconds_a_step, spread_tokens
+from recorded_steps import Recorder, StepRead, decode_figures, seconds_a_step, spread_tokens
 from transformers_peer import PeerSteps, missing
 
 from dsjax.config import RECIPES, EngineConfig
@@ -54,6 +58,7 @@ OURS, PEER = "ours", "peer"
 WEIGHTS = ("bf16", *RECIPES)
 PARTS = ("decode", "prefill", "long", "peer")
 CHUNK = 2048
+PROFILED = 12  # decode steps
 PREFILLS = 8  # steps, of which the first three and the last fill and empty the queue
 
 
@@ -76,6 +81,7 @@ def main() -> None:
     parser.add_argument("--read-bytes", type=num_bytes, default=2 << 30, help="of the plain read")
     parser.add_argument("--dense-size", type=positive, default=8192, help="of the dense product")
     parser.add_argument("--embed-scale", type=real, default=50.0)
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="of decode: kernels by time")
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS[:1], help="ours")
     parser.add_argument("--side", choices=(OURS, PEER), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -151,7 +157,7 @@ def measure_ours(arguments: argparse.Namespace) -> None:
     stored = {"weights": weights, "weight_bytes": stored_bytes(nnx.state(model))}
     rows = [sizes(row) for row in arguments.rows]
     if "decode" in arguments.parts:
-        for figures in decode(model, rows, arguments.steps, read):
+        for figures in decode(model, rows, arguments.steps, read, arguments.profile, weights):
             report("decode", stored | figures | {"embed_scale": arguments.embed_scale})
     if "prefill" in arguments.parts:
         report("prefill", stored | prefill(model, *sizes(arguments.prefill), dense))
@@ -179,19 +185,25 @@ def engine_of(model: DeepSeekV2, config: EngineConfig) -> Engine:
 
 
 def decode(
-    model: DeepSeekV2, rows: list[tuple[int, int]], steps: int, read: float
+    model: DeepSeekV2,
+    rows: list[tuple[int, int]],
+    steps: int,
+    read: float,
+    profile: Path | None = None,
+    weights: str = "bf16",
 ) -> Iterator[dict[str, Any]]:
     """Yields the figures of decoding each batch behind prompts of its length.
 
     One engine serves all rows, so that a step with prompts is compiled once. It compiles what it
-    needs when it needs it: of two rounds the second is timed.
+    needs when it needs it: of two rounds the second is timed, and a third is profiled if that is
+    asked for.
     """
     shortest = min(length for _, length in rows)
     piece = min(shortest, CHUNK)
     chunk = (max(1, CHUNK // piece), piece)
     # A batch decodes together when its last prompt has been read, a step after the other.
     texts = [
-        -(-batch // chunk[0]) * -(-length // piece) + steps + 16 + batch // 8
+        -(-batch // chunk[0]) * -(-length // piece) + max(steps, PROFILED) + 16 + batch // 8
         for batch, length in rows
     ]
     pairs = list(zip(rows, texts, strict=True))
@@ -212,6 +224,35 @@ def decode(
                 keep_what_is_there()
             figures = decode_figures(recorder, model, batch, read, most=steps)
             yield {"length": length} | figures
+            if profile is not None:
+                requests = random_requests(model, seed, batch, length, text)
+                with tempfile.TemporaryDirectory() as folder:
+                    trace_decodes(engine, recorder, requests, folder)
+                    kernels = kernels_in(folder)
+                profile.mkdir(parents=True, exist_ok=True)
+                file = profile / f"{weights}_{batch}x{length}.txt"
+                file.write_text(summary(kernels, PROFILED), encoding="utf-8")
+
+
+def trace_decodes(engine: Engine, recorder: Recorder, requests: list[Request], folder: str) -> None:
+    """Leaves a profile of steps that decode all requests, as they are served."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it would make the host late
+    count = 0
+
+    def note(step: StepRead) -> None:
+        nonlocal count
+        count += len(step.decoding) == len(requests) and not step.prompt_tokens
+        if count == 4:
+            jax.profiler.start_trace(folder, profiler_options=options)
+            count += 1
+        elif count == 5 + PROFILED:
+            jax.profiler.stop_trace()
+            count += 1
+
+    recorder.on_step = note
+    engine.generate(requests)
+    recorder.on_step = lambda _: None
 
 
 def prefill(model: DeepSeekV2, batch: int, length: int, dense: float) -> dict[str, Any]:

@@ -19,22 +19,20 @@ import dataclasses
 import gzip
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import types
-from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from arguments import IMPLEMENTATIONS, axis, command_line, one_line_errors, positive
+from profiles import Kernel, kernels_in, summary
 
 OURS, PEER = "ours", "transformers"
-TOP = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,8 +261,12 @@ def measure_ours(
         arguments.profile.mkdir(parents=True, exist_ok=True)
         text = compiled.as_text() or ""
         (arguments.profile / f"{name}.hlo.txt.gz").write_bytes(gzip.compress(text.encode()))
-        events = traced(step)
-        (arguments.profile / f"{name}.txt").write_text(summary(events, 2), encoding="utf-8")
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for _ in range(2):
+                    step()
+            kernels_run = kernels_in(folder)
+        (arguments.profile / f"{name}.txt").write_text(summary(kernels_run, 2), encoding="utf-8")
     return {
         "chip": device.device_kind,
         "seconds": seconds,
@@ -275,56 +277,6 @@ def measure_ours(
         "compile_seconds": compile_seconds,
         "kernels": dataclasses.asdict(kernels),
     }
-
-
-def traced(step: Callable[[], None]) -> list[tuple[str, str, float]]:
-    """Returns the name, the operation of XLA's and the nanoseconds of each kernel of two steps."""
-    import jax
-    from jax.profiler import ProfileData
-
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(2):
-                step()
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        data = ProfileData.from_file(str(path))
-    events = []
-    for plane in data.planes:
-        if not plane.name.startswith("/device:"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue  # the other lines say the same again by module, step and operation
-            for event in line.events:
-                stats = dict(event.stats)
-                operation = str(stats.get("hlo_op", ""))
-                events.append((event.name, operation, float(event.duration_ns)))
-    return events
-
-
-def summary(events: list[tuple[str, str, float]], steps: int) -> str:
-    """Returns milliseconds and launches a step by kernel and by kind, the longest first."""
-    spent: defaultdict[str, float] = defaultdict(float)
-    launches: Counter[str] = Counter()
-    operations: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    kinds: defaultdict[str, float] = defaultdict(float)
-    for name, operation, nanoseconds in events:
-        spent[name] += nanoseconds
-        launches[name] += 1
-        operations[name][operation] += 1
-        kinds[re.sub(r"[\d_.]+$", "", name)] += nanoseconds
-    scale = 1e-6 / steps
-    total = sum(spent.values())
-    lines = [f"{total * scale:.2f} ms of kernels a step, {len(events) // steps} launches", ""]
-    lines += [f"the {TOP} longest by name: ms, launches, name (operations of XLA's)"]
-    for name, nanoseconds in sorted(spent.items(), key=lambda item: -item[1])[:TOP]:
-        ops = ", ".join(op for op, _ in operations[name].most_common(3) if op)
-        count = launches[name] / steps
-        lines.append(f"{nanoseconds * scale:9.3f} {count:8.1f}  {name[:110]} ({ops})")
-    lines += ["", f"the {TOP} longest kinds: ms, name without its number"]
-    for kind, nanoseconds in sorted(kinds.items(), key=lambda item: -item[1])[:TOP]:
-        lines.append(f"{nanoseconds * scale:9.3f}  {kind[:110]}")
-    return "\n".join(lines) + "\n"
 
 
 def measure_peer(
@@ -362,7 +314,7 @@ def measure_peer(
             for _ in range(2):
                 step()
         events = [
-            (event.key, "", event.self_device_time_total * 1e3 / event.count)
+            Kernel(event.key, "", event.self_device_time_total * 1e3 / event.count)
             for event in profile.key_averages()
             for _ in range(event.count)
             if event.self_device_time_total

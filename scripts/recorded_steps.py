@@ -9,7 +9,7 @@ that at least one token of the step went to.
 from __future__ import annotations
 
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from typing import Any
@@ -47,10 +47,16 @@ class StepRead:
 
 
 class Recorder:
-    """Notes the steps of an engine of one lane, from when it is made on."""
+    """Notes the steps of an engine of one lane, from when it is made on.
+
+    Attributes:
+        steps: the steps so far.
+        on_step: called with each before it is launched.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.steps: list[StepRead] = []
+        self.on_step: Callable[[StepRead], None] = lambda _: None
         self._runner = engine._runner
         read = self._runner.read
 
@@ -59,6 +65,7 @@ class Recorder:
             decoding = [(s, _slot(s), s.num_cached - 1) for s in step.decoding]
             prompts = sum(piece.num_tokens for piece in step.pieces)
             self.steps.append(StepRead(time.perf_counter(), decoding, prompts))
+            self.on_step(self.steps[-1])
             return read(steps, prompt_logprobs)
 
         self._runner.read = noted  # type: ignore[method-assign]

@@ -228,6 +228,35 @@ def test_capacity_is_what_is_allocated(script):
         script("cache_capacity").cache_capacity(model, TOKENIZER, sizes)
 
 
+def test_a_profile_says_what_ran_and_when_nothing_did(script):
+    profiles = script("profiles")
+    # Two that overlap, nothing for 30 us, then one; the last within it.
+    spans = [
+        ("a_1", 0, 10_000),
+        ("a_2", 5_000, 15_000),
+        ("b", 50_000, 20_000),
+        ("a_1", 55_000, 1_000),
+    ]
+    kernels = [profiles.Kernel(name, "op", length, begin) for name, begin, length in spans]
+    assert profiles.gaps(kernels) == [(30_000, "b")]
+    text = profiles.summary(kernels, 2)
+    assert text.startswith("0.02 ms of kernels a step, 2 launches; 0.01 ms without any\n")
+    assert "    0.013  a\n" in text  # of all kernels a, whatever their number
+    assert text.endswith("before what\n    0.015      0.5  b\n")
+    assert profiles.gaps([profiles.Kernel("torch's", "", 1.0)]) == []
+
+
+def test_steps_that_decode_are_profiled_as_they_are_served(script, tmp_path):
+    """A CPU's profile has no kernels; that there is one says that it was begun and ended."""
+    steps, recorded = script("benchmark_steps"), script("recorded_steps")
+    with an_engine() as engine:
+        recorder = recorded.Recorder(engine)
+        requests = steps.random_requests(the_model(), 0, 2, 8, 40)
+        steps.trace_decodes(engine, recorder, requests, str(tmp_path))
+        engine.generate(requests)  # not begun again
+    assert script("profiles").kernels_in(str(tmp_path)) == []
+
+
 def test_a_prefill_and_a_long_prompt_have_their_figures(script, monkeypatch):
     steps, model = script("benchmark_steps"), the_model()
     make = steps.engine_of  # what is not needed is not compiled here

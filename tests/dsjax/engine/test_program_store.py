@@ -48,9 +48,9 @@ def start(cache: Path) -> tuple[str, int]:
 def test_a_second_start_takes_every_program_from_disk(tmp_path: Path):
     texts, lowered = start(tmp_path)
     kept = sorted((tmp_path / "dsjax-programs").iterdir())
-    # One step that decodes, two shapes of a chunk and one with log-probabilities, eight choices,
-    # and what sets pages and counts.
-    assert len(kept) == 1 + 3 + 8 + 2
+    # One step that decodes, one with a chunk and one with log-probabilities, eight choices, and
+    # what sets pages and counts.
+    assert len(kept) == 1 + 2 + 8 + 2
     again, lowered_again = start(tmp_path)
     assert again == texts
     assert lowered - lowered_again >= len(kept)

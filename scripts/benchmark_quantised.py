@@ -25,11 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from arguments import command_line, num_bytes, one_line_errors, positive
-from random_models import stored_bytes
 
 from dsjax.config import RECIPES, ModelConfig, RuntimeConfig
 from dsjax.config.load import load_model_config
 from dsjax.kernels import choose_kernels
+from dsjax.layers.linear import multiply
+from dsjax.plan.figures import device_bytes
 from dsjax.quantise import format_of
 from dsjax.xla_options import inference_options
 from pallas_kernels.fp8_rows import BLOCK, quantised_blocks
@@ -132,24 +133,19 @@ def products(
             form = FORMATS[name]
             shape = (case.width_out, case.width_in)
             first = random_matrix(jax.random.key(0), shape, form)
-            copies = max(2, int(copies_bytes // stored_bytes(first)) + 1)
+            copies = max(2, int(copies_bytes // device_bytes(first)) + 1)
             matrices = [first]
             matrices += [random_matrix(jax.random.key(i), shape, form) for i in range(1, copies)]
             rows = jax.random.normal(jax.random.key(9), (copies, batch, shape[1]), jnp.bfloat16)
 
             def run(rows: jax.Array, matrices: list[Any]) -> list[jax.Array]:
-                outs = []
-                for x, matrix in zip(rows, matrices, strict=True):
-                    if isinstance(matrix, QuantisedWeights):
-                        how = kernels.of_matrix(matrix, x.dtype)
-                        outs.append(quantised_matmul(x, matrix, **how))
-                    else:
-                        outs.append(x @ matrix)
-                return outs
+                return [
+                    multiply(x, matrix, kernels) for x, matrix in zip(rows, matrices, strict=True)
+                ]
 
             program = compiled(run, rows, matrices)
             seconds = seconds_of(functools.partial(program, rows, matrices)) / copies
-            report(f"product {case}", batch, name, seconds, stored_bytes(first), read)
+            report(f"product {case}", batch, name, seconds, device_bytes(first), read)
 
 
 def experts(config: ModelConfig, batch: int, names: Sequence[str], read: float) -> None:
@@ -186,7 +182,7 @@ def experts(config: ModelConfig, batch: int, names: Sequence[str], read: float) 
 
         program = compiled(run, rows, stacks)
         seconds = seconds_of(functools.partial(program, rows, stacks)) / layers
-        num_bytes = share * stored_bytes(stacks) / layers
+        num_bytes = share * device_bytes(stacks) / layers
         report(f"experts {config.moe.num_experts}", batch, name, seconds, num_bytes, read)
 
 

@@ -43,7 +43,7 @@ from benchmark_engine import NumberTokenizer, keep_what_is_there, report, time_o
 from benchmark_mla_decode import time_matmul, time_read
 from flax import nnx
 from profiles import kernels_in, summary
-from random_models import random_model, stored_bytes
+from random_models import random_model
 from recorded_steps import Recorder, StepRead, decode_figures, seconds_a_step, spread_tokens
 from transformers_peer import PeerSteps, missing
 
@@ -53,6 +53,7 @@ from dsjax.counts import serving_flops
 from dsjax.engine import Engine, Request
 from dsjax.inference.sampling import Sampling
 from dsjax.model import DeepSeekV2
+from dsjax.plan.figures import device_bytes
 
 OURS, PEER = "ours", "peer"
 WEIGHTS = ("bf16", *RECIPES)
@@ -154,7 +155,7 @@ def measure_ours(arguments: argparse.Namespace) -> None:
     recipe = weights if weights in RECIPES else None
     model = random_model(arguments.config, arguments.overrides, recipe=recipe)
     spread_tokens(model, arguments.embed_scale)
-    stored = {"weights": weights, "weight_bytes": stored_bytes(nnx.state(model))}
+    stored = {"weights": weights, "weight_bytes": device_bytes(nnx.state(model))}
     rows = [sizes(row) for row in arguments.rows]
     if "decode" in arguments.parts:
         for figures in decode(model, rows, arguments.steps, read, arguments.profile, weights):
@@ -242,13 +243,13 @@ def trace_decodes(engine: Engine, recorder: Recorder, requests: list[Request], f
 
     def note(step: StepRead) -> None:
         nonlocal count
-        count += len(step.decoding) == len(requests) and not step.prompt_tokens
+        if len(step.decoding) != len(requests) or step.prompt_tokens:
+            return
+        count += 1
         if count == 4:
             jax.profiler.start_trace(folder, profiler_options=options)
-            count += 1
-        elif count == 5 + PROFILED:
+        elif count == 4 + PROFILED:
             jax.profiler.stop_trace()
-            count += 1
 
     recorder.on_step = note
     engine.generate(requests)

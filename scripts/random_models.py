@@ -17,7 +17,6 @@ from dsjax.config.load import load_model_and_runtime, override
 from dsjax.kernels import ONE_DEVICE, choose_kernels
 from dsjax.mesh import make_mesh, serving_rules
 from dsjax.model import DeepSeekV2, abstract_model, create_model
-from dsjax.weights.host_experts import stored_bytes as array_bytes
 
 _DEVIATION = 0.02
 
@@ -96,8 +95,3 @@ def _random_integers(key: jax.Array, shape: Any, dtype: Any, least: int, most: i
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _random_floats(key: jax.Array, shape: Any, dtype: Any) -> jax.Array:
     return (_deviation(dtype) * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
-
-
-def stored_bytes(tree: Any) -> float:
-    """Returns the bytes of arrays as a GPU or TPU keeps them."""
-    return sum(array_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))

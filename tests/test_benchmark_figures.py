@@ -19,6 +19,7 @@ from dsjax.config import EngineConfig
 from dsjax.engine import Request
 from dsjax.inference.sampling import Sampling
 from dsjax.layers.linear import Linear
+from dsjax.plan.figures import device_bytes
 from tests import oracle
 from tests.dsjax.engine.small_engine import MODEL_CONFIG, TOKENIZER, an_engine, the_model
 from tests.small_models import oracle_weights
@@ -134,8 +135,8 @@ def test_random_weights_in_fewer_bits_stand_for_numbers_of_one_size(script, reci
     for matrix in matrices:
         deviation = float(np.std(np.asarray(matrix.stored(), np.float32)))
         assert deviation == pytest.approx(0.02, rel=0.1)
-    whole = models.stored_bytes(nnx.state(models.random_model("tiny", sizes)))
-    assert models.stored_bytes(nnx.state(model)) < {"int4": 0.45}.get(recipe, 0.65) * whole
+    whole = device_bytes(nnx.state(models.random_model("tiny", sizes)))
+    assert device_bytes(nnx.state(model)) < {"int4": 0.45}.get(recipe, 0.65) * whole
 
 
 def test_arrivals_are_a_poisson_process(script):

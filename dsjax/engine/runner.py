@@ -103,7 +103,6 @@ class Runner:
                 self._key, self._leaves, experts, capacity, self._sharding
             )
         self._programs: dict[_ProgramKey, Any] = {}
-        self._put_choices = LastSent(self._put)
         self._launcher = Launcher()
 
     # Arrays
@@ -226,16 +225,24 @@ class Runner:
             logprobs=any(choice.logprobs for choice in choices),
         )
         shape = self.shapes.choice(asked)
-        # Packed before the choices change.
-        packed_MK = pack_choices(shape, sequences, choices, places, self._nobody)
-        changes = None
-        if shape.changes:
-            changes = pack_changes(shape.num_wanted, self._vocab_size, choices, places)
+        packed = self._packed(shape, sequences, choices, places)  # before the choices change
 
         def launch() -> Chosen:
-            return self._choose(shape, reading.row.result().logits_MW, packed_MK, changes)
+            return self._choose(shape, reading.row.result().logits_MW, *packed)
 
         return self._launcher.submit(launch)
+
+    def _packed(
+        self,
+        shape: ChoiceShape,
+        sequences: Listing[Sequence] = (),
+        choices: Listing[Choice] = (),
+        places: Listing[int] = (),
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        packed_MK = pack_choices(shape, sequences, choices, places, self._nobody)
+        if not shape.changes:
+            return packed_MK, None
+        return packed_MK, pack_changes(shape.num_wanted, self._vocab_size, choices, places)
 
     def _choose(
         self,
@@ -320,10 +327,7 @@ class Runner:
         for shape in self.shapes.choices():
             wide = (shape.num_wanted, self._vocab_size)
             logits_MW = jnp.zeros(wide, jnp.float32, device=self._logits_sharding)
-            packed_MK, changes = pack_choices(shape, (), (), (), self._nobody), None
-            if shape.changes:
-                changes = pack_changes(shape.num_wanted, self._vocab_size, (), ())
-            self._choose(shape, logits_MW, packed_MK, changes)
+            self._choose(shape, logits_MW, *self._packed(shape))
         assert self._arrays is not None
         self._set_pages([(self._nobody + 1, 0, 0)])  # a place past the table's end: nothing is set
         self.set_counts(self._nobody, [0], [])

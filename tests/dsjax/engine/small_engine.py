@@ -28,6 +28,19 @@ class WideTokenizer(ByteTokenizer):
         self.known_ids = np.ones(102_400, bool)
 
 
+class Alternating:
+    """Allows an even and an odd token in turn."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def allowed(self) -> np.ndarray:
+        return np.full(9, 0x55555555 << len(self.taken) % 2, np.uint32)
+
+    def advance(self, token: int) -> None:
+        self.taken.append(token)
+
+
 MODEL_CONFIG = replace(SMALL, num_layers=2, vocab_size=258, max_length=128)
 # Pages of 8 tokens, and chunks of 16 or of two times 8: borders come often.
 CONFIG = EngineConfig(

@@ -20,6 +20,7 @@ from tests.dsjax.engine.small_engine import (
     CONFIG,
     MODEL_CONFIG,
     TOKENIZER,
+    Alternating,
     WideTokenizer,
     an_engine,
     assert_greedy,
@@ -150,19 +151,6 @@ def test_log_probabilities_of_prompt_and_text():
         np.testing.assert_allclose([x for _, x in one.best], best[: len(one.best)], atol=1e-4)
     assert len(listed[0].best) == 2
     assert len(listed[-1].best) == 3
-
-
-class Alternating:
-    """Allows an even and an odd token in turn."""
-
-    def __init__(self) -> None:
-        self.taken: list[int] = []
-
-    def allowed(self) -> np.ndarray:
-        return np.full(9, 0x55555555 << len(self.taken) % 2, np.uint32)
-
-    def advance(self, token: int) -> None:
-        self.taken.append(token)
 
 
 def test_a_mask_follows_the_tokens_chosen():
